@@ -1,0 +1,45 @@
+# Every target makes its own virtual environment where it is missing; where it is there, nothing is installed again.
+# To use an environment of your own (a cluster's module, a container), name its Python: make test PY=python3
+
+PYTHON ?= python3
+VENV ?= .venv
+DEMO_FLAGS ?=
+TEST_FLAGS ?=
+
+ifdef PY
+INSTALLED :=
+else
+PY := $(VENV)/bin/python
+INSTALLED := $(VENV)/.installed
+endif
+
+.PHONY: demo test check format install clean
+
+demo: $(INSTALLED)
+	$(PY) -m elman train --demo $(DEMO_FLAGS)
+
+test: $(INSTALLED)
+	$(PY) -m pytest $(TEST_FLAGS)
+
+check: $(INSTALLED)
+	$(PY) -m ruff format --check .
+	$(PY) -m ruff check .
+	$(PY) -m mypy
+	$(PY) -m pytest -q $(TEST_FLAGS)
+
+format: $(INSTALLED)
+	$(PY) -m ruff format .
+	$(PY) -m ruff check --fix .
+
+install: $(INSTALLED)
+
+$(VENV)/.installed: pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+		{ echo "elman needs Python 3.11 or newer; name one: make $(MAKECMDGOALS) PYTHON=python3.12" >&2; exit 2; }
+	test -x $(VENV)/bin/python || $(PYTHON) -m venv $(VENV)
+	$(VENV)/bin/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	@touch $@
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

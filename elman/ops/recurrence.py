@@ -1,0 +1,84 @@
+"""The public op: checks its inputs, chooses a backend, runs all steps strictly in sequence."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from elman.errors import UsageError
+from elman.ops import reference
+from elman.ops.cells import CELLS, Cell
+from elman.ops.operators import Operator, make_operator
+
+RunFunction = Callable[[Tensor, Operator, Tensor, Cell, Tensor | None], tuple[Tensor, Tensor]]
+
+#: Every backend by name, the fastest first: ``auto`` takes the first that can run the problem.
+BACKENDS: dict[str, RunFunction] = {"reference": reference.run}
+
+
+def recurrence(
+    pre: Tensor,
+    weight: Tensor,
+    h0: Tensor | None = None,
+    *,
+    cell: str = "tanh",
+    reset: Tensor | None = None,
+    backend: str = "auto",
+) -> tuple[Tensor, Tensor]:
+    """The nonlinear recurrence ``h_t = f(pre_t + W h_{t-1})``, T steps strictly in sequence (Elman, 1990).
+
+    Every floating-point input is differentiable, and the gradients of both outputs are honoured, so truncated and
+    full back-propagation through chunks work alike. Under autocast the inputs are cast to its dtype.
+
+    Args:
+        pre: (T, B, H), the input's part of every step, bias included: one product over all steps beforehand.
+        weight: (H, H), laid out as PyTorch's ``weight_hh``, so that a step adds ``h @ weight.T``.
+        h0: (B, H), the state before the first step; zeros if absent.
+        cell: the pointwise rule f, one of ``elman.ops.cells.CELLS``.
+        reset: (T, B) bool; where true, that row's state is zeroed *before* that step (h0 too, at step 0).
+        backend: one of ``BACKENDS``, or ``auto`` for the fastest that can run this problem.
+
+    Returns:
+        ``h`` (T, B, H), the state after every step, and ``h_last`` (B, H), the state to carry on with.
+
+    Raises:
+        UsageError: (a ``ValueError``) wrong shape, dtype, device, cell or backend; the message names it.
+    """
+    if cell not in CELLS:
+        raise UsageError(f"cell={cell!r} is unknown: choose one of {', '.join(CELLS)}")
+    if backend != "auto" and backend not in BACKENDS:
+        raise UsageError(f"backend={backend!r} is unknown: choose auto or one of {', '.join(BACKENDS)}")
+    if isinstance(pre, Tensor) and torch.is_autocast_enabled(pre.device.type):
+        dtype = torch.get_autocast_dtype(pre.device.type)
+        pre, weight = pre.to(dtype), weight.to(dtype)
+        h0 = h0.to(dtype) if h0 is not None else None
+    _check(pre, weight, h0, reset)
+    operator = make_operator(weight, pre.shape[-1])
+    if h0 is None:
+        h0 = pre.new_zeros(pre.shape[1:])
+    run = next(iter(BACKENDS.values())) if backend == "auto" else BACKENDS[backend]
+    with torch.autocast(pre.device.type, enabled=False):
+        return run(pre, operator, h0, CELLS[cell], reset)
+
+
+def _check(pre: Tensor, weight: Tensor, h0: Tensor | None, reset: Tensor | None) -> None:
+    if pre.ndim != 3 or 0 in pre.shape:
+        raise UsageError(f"pre has shape {tuple(pre.shape)}: give (T, B, H) with T, B and H at least 1")
+    if not pre.is_floating_point():
+        raise UsageError(f"pre has dtype {pre.dtype}: give a floating-point tensor")
+    _, batch, hidden = pre.shape
+    if h0 is not None and h0.shape != (batch, hidden):
+        raise UsageError(f"h0 has shape {tuple(h0.shape)}: give (B, H) = ({batch}, {hidden})")
+    if reset is not None and (reset.shape != pre.shape[:2] or reset.dtype != torch.bool):
+        raise UsageError(
+            f"reset has shape {tuple(reset.shape)} and dtype {reset.dtype}: "
+            f"give (T, B) = {tuple(pre.shape[:2])} of torch.bool"
+        )
+    for name, tensor in (("weight", weight), ("h0", h0)):
+        if tensor is not None and tensor.dtype != pre.dtype:
+            raise UsageError(f"{name} has dtype {tensor.dtype} but pre has {pre.dtype}: cast one to the other")
+    for name, tensor in (("weight", weight), ("h0", h0), ("reset", reset)):
+        if tensor is not None and tensor.device != pre.device:
+            raise UsageError(f"{name} is on {tensor.device} but pre is on {pre.device}: move one to the other")
