@@ -1,5 +1,6 @@
 """Differentiable recurrences. Nothing in here knows of language models."""
 
-from elman.ops.recurrence import BACKENDS, recurrence
+from elman.ops.backends import BACKENDS, backend_status
+from elman.ops.recurrence import recurrence
 
-__all__ = ["BACKENDS", "recurrence"]
+__all__ = ["BACKENDS", "backend_status", "recurrence"]

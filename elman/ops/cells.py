@@ -18,6 +18,19 @@ StepFunction = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
 @dataclass(frozen=True)
+class Activation:
+    """The function f of an additive cell, ``h = f(v)`` with ``v = pre + rec``, for backends that differentiate by hand.
+
+    Attributes:
+        value: f.
+        derivative: f′ as a function of v. Not of h, which low precision rounds to where f′ is 0.
+    """
+
+    value: Callable[[Tensor], Tensor]
+    derivative: Callable[[Tensor], Tensor]
+
+
+@dataclass(frozen=True)
 class Cell:
     """One pointwise rule.
 
@@ -25,25 +38,33 @@ class Cell:
         name: what ``recurrence(cell=...)`` calls it.
         equation: the rule for readers, ``pre`` being the input's part and ``rec`` the operator's.
         step: ``(pre, rec, h) -> h``, each (B, H), in the dtype of ``pre``.
+        activation: f where the rule is ``h = f(pre + rec)``; None for a cell of another form.
     """
 
     name: str
     equation: str
     step: StepFunction
+    activation: Activation | None = None
 
 
-def _tanh(pre: Tensor, rec: Tensor, h: Tensor) -> Tensor:
-    return torch.tanh(pre + rec)
+def _additive(name: str, equation: str, activation: Activation) -> Cell:
+    return Cell(name, equation, lambda pre, rec, h: activation.value(pre + rec), activation)
 
 
-def _softsign(pre: Tensor, rec: Tensor, h: Tensor) -> Tensor:
-    return F.softsign(pre + rec)
+def _tanh_derivative(v: Tensor) -> Tensor:
+    """sech²(v) without the cancellation of 1 − tanh²(v)."""
+    e = torch.exp(-2 * v.abs())
+    return 4 * e / (1 + e).square()
+
+
+def _softsign_derivative(v: Tensor) -> Tensor:
+    return (1 + v.abs()).square().reciprocal()
 
 
 CELLS: dict[str, Cell] = {
     cell.name: cell
     for cell in (
-        Cell("tanh", "h = tanh(pre + rec)", _tanh),
-        Cell("softsign", "h = v / (1 + |v|), v = pre + rec", _softsign),
+        _additive("tanh", "h = tanh(pre + rec)", Activation(torch.tanh, _tanh_derivative)),
+        _additive("softsign", "h = v / (1 + |v|), v = pre + rec", Activation(F.softsign, _softsign_derivative)),
     )
 }

@@ -2,20 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import torch
 from torch import Tensor
 
 from elman.errors import UsageError
-from elman.ops import reference
-from elman.ops.cells import CELLS, Cell
-from elman.ops.operators import Operator, make_operator
-
-RunFunction = Callable[[Tensor, Operator, Tensor, Cell, Tensor | None], tuple[Tensor, Tensor]]
-
-#: Every backend by name, the fastest first: ``auto`` takes the first that can run the problem.
-BACKENDS: dict[str, RunFunction] = {"reference": reference.run}
+from elman.ops.backends import Problem, choose
+from elman.ops.cells import CELLS
+from elman.ops.operators import make_operator
 
 
 def recurrence(
@@ -38,29 +31,29 @@ def recurrence(
         h0: (B, H), the state before the first step; zeros if absent.
         cell: the pointwise rule f, one of ``elman.ops.cells.CELLS``.
         reset: (T, B) bool; where true, that row's state is zeroed *before* that step (h0 too, at step 0).
-        backend: one of ``BACKENDS``, or ``auto`` for the fastest that can run this problem.
+        backend: one of ``elman.ops.BACKENDS``, or ``auto``: the fastest that can run this problem, and on the CPU the
+            reference, the only one that can be differentiated twice.
 
     Returns:
         ``h`` (T, B, H), the state after every step, and ``h_last`` (B, H), the state to carry on with.
 
     Raises:
-        UsageError: (a ``ValueError``) wrong shape, dtype, device, cell or backend; the message names it.
+        UsageError: (a ``ValueError``) wrong shape, dtype, device, cell or backend, or a backend that cannot run
+            the problem; the message names it and the cure.
     """
     if cell not in CELLS:
         raise UsageError(f"cell={cell!r} is unknown: choose one of {', '.join(CELLS)}")
-    if backend != "auto" and backend not in BACKENDS:
-        raise UsageError(f"backend={backend!r} is unknown: choose auto or one of {', '.join(BACKENDS)}")
     if isinstance(pre, Tensor) and torch.is_autocast_enabled(pre.device.type):
         dtype = torch.get_autocast_dtype(pre.device.type)
         pre, weight = pre.to(dtype), weight.to(dtype)
         h0 = h0.to(dtype) if h0 is not None else None
     _check(pre, weight, h0, reset)
     operator = make_operator(weight, pre.shape[-1])
-    if h0 is None:
-        h0 = pre.new_zeros(pre.shape[1:])
-    run = next(iter(BACKENDS.values())) if backend == "auto" else BACKENDS[backend]
+    seq_len, batch, hidden = pre.shape
+    problem = Problem(seq_len, batch, hidden, pre.dtype, pre.device, type(operator), CELLS[cell])
+    chosen = choose(backend, problem)
     with torch.autocast(pre.device.type, enabled=False):
-        return run(pre, operator, h0, CELLS[cell], reset)
+        return chosen.run(pre, operator, h0, CELLS[cell], reset)
 
 
 def _check(pre: Tensor, weight: Tensor, h0: Tensor | None, reset: Tensor | None) -> None:

@@ -9,12 +9,12 @@ from elman.ops.cells import Cell
 from elman.ops.operators import Operator
 
 
-def run(pre: Tensor, operator: Operator, h0: Tensor, cell: Cell, reset: Tensor | None) -> tuple[Tensor, Tensor]:
+def run(pre: Tensor, operator: Operator, h0: Tensor | None, cell: Cell, reset: Tensor | None) -> tuple[Tensor, Tensor]:
     """All steps, one after the other. Arguments are as ``elman.ops.recurrence`` has checked them."""
     # Unbinding once keeps the backward pass linear in T: indexing pre[t] would make a gradient of pre's size a step.
     pre_steps = pre.unbind(0)
     reset_steps = reset.unsqueeze(-1).unbind(0) if reset is not None else None
-    h = h0
+    h = h0 if h0 is not None else pre.new_zeros(pre.shape[1:])
     states = []
     for t, pre_t in enumerate(pre_steps):
         if reset_steps is not None:

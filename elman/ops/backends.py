@@ -1,0 +1,81 @@
+"""The backends: how each runs the recurrence, and in words what it cannot run."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from elman.errors import UsageError
+from elman.ops import fused, loop, reference
+from elman.ops.cells import Cell
+from elman.ops.cuda.compiler import Module
+from elman.ops.operators import Operator
+
+
+@dataclass(frozen=True)
+class Problem:
+    """What decides whether a backend can run a recurrence."""
+
+    seq_len: int
+    batch_size: int
+    hidden_size: int
+    dtype: torch.dtype
+    device: torch.device
+    operator: type[Operator]
+    cell: Cell
+
+
+@dataclass(frozen=True)
+class Backend:
+    """One way to run the recurrence.
+
+    Attributes:
+        run: all steps, of arguments that have been checked: ``(pre, operator, h0, cell, reset) -> (h, h_last)``.
+        why_not: in words, why it cannot run a problem, the cure included; None if it can.
+        status: whether ``auto`` may use it on this machine, and how or why not.
+    """
+
+    run: Callable[[Tensor, Operator, Tensor | None, Cell, Tensor | None], tuple[Tensor, Tensor]]
+    why_not: Callable[[Problem], str | None]
+    status: Callable[[], tuple[bool, str]]
+
+
+#: Every backend by name, from the plainest to the fastest.
+BACKENDS: dict[str, Backend] = {
+    "reference": Backend(
+        reference.run, lambda problem: None, lambda: (True, "every cell, operator, dtype and device, in plain PyTorch")
+    ),
+    "loop": Backend(functools.partial(fused.run, "loop"), loop.why_not, loop.status),
+}
+
+
+def choose(name: str, problem: Problem) -> Backend:
+    """The backend of this name; for ``auto`` the fastest that can run the problem, on the CPU the reference.
+
+    Raises:
+        UsageError: there is no such backend, or it cannot run the problem; the message says why.
+    """
+    if name == "auto":
+        if problem.device.type != "cuda":
+            return BACKENDS["reference"]
+        return next(backend for backend in reversed(BACKENDS.values()) if backend.why_not(problem) is None)
+    if name not in BACKENDS:
+        raise UsageError(f"backend={name!r} is unknown: choose auto or one of {', '.join(BACKENDS)}")
+    reason = BACKENDS[name].why_not(problem)
+    if reason is not None:
+        raise UsageError(f"backend={name!r} cannot run this problem: {reason}")
+    return BACKENDS[name]
+
+
+def backend_status() -> list[tuple[str, bool, str]]:
+    """Every backend of this machine, as (name, whether ``auto`` may use it, how or why not)."""
+    return [(name, *backend.status()) for name, backend in BACKENDS.items()]
+
+
+def shipped_modules() -> list[Module]:
+    """Every module of CUDA kernels that a backend may compile, for tests without a GPU and for compiling ahead."""
+    return loop.shipped_modules()

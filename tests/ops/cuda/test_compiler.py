@@ -1,0 +1,173 @@
+"""Every shipped kernel compiles for every architecture with no GPU present, without spills; and the cache's key."""
+
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from elman.ops.backends import shipped_modules
+from elman.ops.cuda import cache, compiler
+from elman.ops.cuda.compiler import CompilerUnavailableError, Module
+
+ROOT = Path(__file__).parents[3]
+ARCHITECTURES = ["sm_80", "sm_86", "sm_89", "sm_90a"]
+MODULE = Module("steps.cuh", ("step_forward<Tanh, float, 1>",))
+
+
+def missing() -> str:
+    """Why kernels cannot be compiled here; empty where they can."""
+    try:
+        compiler.compiler_version()
+    except CompilerUnavailableError as error:
+        return str(error)
+    return ""
+
+
+needs_nvrtc = pytest.mark.skipif(bool(missing()), reason=missing())
+
+
+@pytest.fixture(autouse=True)
+def fresh_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("ELMAN_CACHE", str(tmp_path))
+    monkeypatch.setattr(cache, "_warned", False)
+    return tmp_path / "kernels"
+
+
+@needs_nvrtc
+@pytest.mark.parametrize("arch", ARCHITECTURES)
+@pytest.mark.parametrize("module", shipped_modules(), ids=lambda module: f"{module.source}:{module.kernels[0]}")
+def test_every_kernel_compiles_without_spills(module: Module, arch: str) -> None:
+    if module.architectures and arch not in module.architectures:
+        pytest.skip(f"made for {', '.join(module.architectures)}")
+    binary = compiler.compile_module(module, arch)
+    assert binary.cubin.startswith(b"\x7fELF")
+    assert "warning" not in binary.log
+    reports = binary.resources()
+    assert reports.keys() == set(module.kernels)
+    for name, report in reports.items():
+        assert report.spill_stores == report.spill_loads == 0, (name, report)
+        assert 0 < report.registers <= 255, (name, report)
+
+
+@needs_nvrtc
+def test_the_spill_check_can_fail(monkeypatch: pytest.MonkeyPatch) -> None:
+    """128 live numbers in 32 registers: ptxas must spill, and its report must say so."""
+    source = """
+    __global__ void __launch_bounds__(1024, 2) crowd(float* x) {
+        float y[128];
+        for (int i = 0; i < 128; ++i) y[i] = x[i * blockDim.x + threadIdx.x];
+        for (int i = 0; i < 128; ++i) for (int j = 0; j < 128; ++j) y[i] += y[j] * y[(i + j) % 128];
+        for (int i = 0; i < 128; ++i) x[i * blockDim.x + threadIdx.x] = y[i];
+    }"""
+    monkeypatch.setattr(compiler, "flatten", lambda name: source)
+    report = compiler.compile_module(Module("crowd.cuh", ("crowd",)), "sm_90a").resources()["crowd"]
+    assert report.spill_stores > 0
+    assert report.spill_loads > 0
+
+
+@needs_nvrtc
+def test_a_second_process_compiles_nothing(fresh_cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    compiled = compiler.compile_module(MODULE, "sm_80")
+    monkeypatch.setattr(compiler, "_compile", None)
+    assert compiler.compile_module(MODULE, "sm_80") == compiled
+    assert [path.name for path in fresh_cache.iterdir()] == [compiler.key(MODULE, "sm_80")]
+
+
+@needs_nvrtc
+def test_a_corrupt_entry_is_compiled_again(fresh_cache: Path) -> None:
+    compiled = compiler.compile_module(MODULE, "sm_80")
+    entry = fresh_cache / compiler.key(MODULE, "sm_80")
+    entry.write_bytes(entry.read_bytes()[:-1])
+    again = compiler.compile_module(MODULE, "sm_80")
+    assert again.symbols == compiled.symbols
+    assert cache.load(entry.name) == again.to_bytes()
+
+
+@needs_nvrtc
+def test_processes_that_start_together(fresh_cache: Path) -> None:
+    code = (
+        "from elman.ops.cuda.compiler import Module, compile_module\n"
+        f"assert compile_module(Module('steps.cuh', {MODULE.kernels!r}), 'sm_80').cubin.startswith(b'\\x7fELF')"
+    )
+    processes = [subprocess.Popen([sys.executable, "-c", code], cwd=ROOT) for _ in range(4)]
+    assert [process.wait() for process in processes] == [0] * 4
+    assert [path.name for path in fresh_cache.iterdir()] == [compiler.key(MODULE, "sm_80")]
+
+
+@needs_nvrtc
+def test_without_a_cache_it_compiles_all_the_same(fresh_cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ELMAN_CACHE", "off")
+    assert compiler.compile_module(MODULE, "sm_80").cubin
+    assert not fresh_cache.exists()
+
+
+@needs_nvrtc
+def test_what_a_training_run_needs_compiles_in_seconds() -> None:
+    """Issue's bar: 10 s cold. One cell in one dtype is what a run uses."""
+    start = time.perf_counter()
+    for module in shipped_modules():
+        if any("Tanh, bf16" in kernel for kernel in module.kernels):
+            compiler.compile_module(module, "sm_90a")
+    assert time.perf_counter() - start < 10
+
+
+@needs_nvrtc
+def test_the_key_holds_everything_that_decides(monkeypatch: pytest.MonkeyPatch) -> None:
+    keys = [
+        compiler.key(MODULE, "sm_80"),
+        compiler.key(MODULE, "sm_86"),
+        compiler.key(replace(MODULE, kernels=("step_forward<Tanh, float, 4>",)), "sm_80"),
+        compiler.key(replace(MODULE, defines=(("TILE", "64"),)), "sm_80"),
+    ]
+    monkeypatch.setitem(compiler._OPTIONS, "std", "c++20")
+    keys.append(compiler.key(MODULE, "sm_80"))
+    monkeypatch.setattr(compiler, "compiler_version", lambda: "99.0")
+    keys.append(compiler.key(MODULE, "sm_80"))
+    text = compiler.flatten("steps.cuh")
+    monkeypatch.setattr(compiler, "flatten", lambda source: text.replace("Real(4)", "Real(5)"))  # an included file's
+    keys.append(compiler.key(MODULE, "sm_80"))
+    assert len(set(keys)) == len(keys)
+
+
+@needs_nvrtc
+def test_each_include_is_taken_once_and_keeps_its_lines() -> None:
+    text = compiler.flatten("steps.cuh")
+    assert text.count("struct Tanh") == 1
+    assert "#include" not in text
+    assert '#line 1 "cells.cuh"' in text
+
+
+@needs_nvrtc
+def test_an_error_names_the_file_and_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    text = compiler.flatten("steps.cuh").replace("struct Tanh {", "struct Tanh { oops;")
+    monkeypatch.setattr(compiler, "flatten", lambda source: text)
+    with pytest.raises(Exception, match=r"cells\.cuh\(\d+\)"):
+        compiler.compile_module(MODULE, "sm_80")
+
+
+@needs_nvrtc
+def test_an_architecture_that_nvrtc_does_not_know() -> None:
+    with pytest.raises(CompilerUnavailableError, match="does not know sm_999: install a newer PyTorch"):
+        compiler.compile_module(MODULE, "sm_999")
+
+
+def test_without_cuda_core(monkeypatch: pytest.MonkeyPatch) -> None:
+    compiler.compiler_version.cache_clear()
+    monkeypatch.setitem(sys.modules, "cuda.core", None)
+    with pytest.raises(CompilerUnavailableError, match="pip install cuda-core"):
+        compiler.compiler_version()
+
+
+def test_import_elman_leaves_cuda_core_alone() -> None:
+    code = "import elman.ops, sys; assert 'cuda.core' not in sys.modules"
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)
+
+
+@pytest.mark.parametrize(
+    ("capability", "arch"), [((8, 0), "sm_80"), ((8, 9), "sm_89"), ((9, 0), "sm_90a"), ((10, 0), "sm_100a")]
+)
+def test_architecture_of_a_gpu(capability: tuple[int, int], arch: str) -> None:
+    assert compiler.architecture(capability) == arch

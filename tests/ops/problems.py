@@ -1,0 +1,94 @@
+"""Random recurrences, and how far a backend's answers may lie from the float64 reference."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from elman.ops import recurrence
+
+
+@dataclass(frozen=True)
+class Problem:
+    """Inputs of ``recurrence``, and the gradients of its two outputs; None for what is absent."""
+
+    pre: Tensor
+    weight: Tensor
+    h0: Tensor | None
+    reset: Tensor | None
+    dh: Tensor | None
+    dh_last: Tensor | None
+    cell: str = "tanh"
+
+    def to(self, dtype: torch.dtype) -> Problem:
+        names = ("pre", "weight", "h0", "dh", "dh_last")
+        return replace(self, **{n: None if getattr(self, n) is None else getattr(self, n).to(dtype) for n in names})
+
+
+def draw(
+    seq_len: int,
+    batch: int,
+    hidden: int,
+    *,
+    dtype: torch.dtype = torch.float64,
+    device: str = "cpu",
+    seed: int = 0,
+    with_h0: bool = True,
+    reset_rate: float | None = 0.2,
+    scale: float = 1.0,
+    cell: str = "tanh",
+) -> Problem:
+    """Standard normal inputs times ``scale``, a weight of spectral radius near 1; ``reset_rate`` None: no resets."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=generator, dtype=torch.float64).to(device, dtype)
+
+    return Problem(
+        pre=normal(seq_len, batch, hidden) * scale,
+        weight=normal(hidden, hidden) / hidden**0.5,
+        h0=normal(batch, hidden).tanh() if with_h0 else None,
+        reset=None if reset_rate is None else (torch.rand(seq_len, batch, generator=generator) < reset_rate).to(device),
+        dh=normal(seq_len, batch, hidden),
+        dh_last=normal(batch, hidden),
+        cell=cell,
+    )
+
+
+def solve(problem: Problem, backend: str) -> dict[str, Tensor]:
+    """Both outputs and the gradient of every input, by name."""
+    inputs = {
+        name: value.detach().clone(memory_format=torch.preserve_format).requires_grad_()
+        for name, value in (("pre", problem.pre), ("weight", problem.weight), ("h0", problem.h0))
+        if value is not None
+    }
+    h, h_last = recurrence(**inputs, cell=problem.cell, reset=problem.reset, backend=backend)
+    outputs = [(y, dy) for y, dy in ((h, problem.dh), (h_last, problem.dh_last)) if dy is not None]
+    gradients = torch.autograd.grad(
+        [y for y, _ in outputs], list(inputs.values()), [dy for _, dy in outputs], materialize_grads=True
+    )
+    named = {f"d{name}": gradient for name, gradient in zip(inputs, gradients, strict=True)}
+    return {"h": h.detach(), "h_last": h_last.detach(), **named}
+
+
+def assert_as_exact_as_reference(problem: Problem, backend: str) -> None:
+    """Every output and gradient errs at most 1.5 times as much as the reference in the same dtype.
+
+    Errors are in the Frobenius norm, against the reference in float64. As on a tiny problem the reference may be right
+    by luck, a relative error as small as that of a few roundings of float32 and one to the dtype passes too, and in
+    float64, where the truth itself is rounded, one of 1e-12.
+    """
+    truth = solve(problem.to(torch.float64), "reference")
+    reference = solve(problem, "reference")
+    ours = solve(problem, backend)
+    assert ours.keys() == truth.keys()
+    dtype = problem.pre.dtype
+    rounding = 1e-12 if dtype == torch.float64 else torch.finfo(dtype).eps / 2 + 4 * torch.finfo(torch.float32).eps
+    for name, exact in truth.items():
+        assert ours[name].shape == exact.shape
+        assert ours[name].dtype == dtype
+        norm = exact.norm()
+        error, allowed = ((x[name].double() - exact).norm() for x in (ours, reference))
+        assert error <= 1.5 * allowed + rounding * norm, f"{name}: {error / norm:.2e}, reference {allowed / norm:.2e}"

@@ -1,0 +1,372 @@
+"""Backends with a backward pass written by hand: right against float64, and as PyTorch's machinery wants them."""
+
+from collections.abc import Callable
+from dataclasses import replace
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+from elman.ops import recurrence
+from elman.ops.cells import CELLS
+from tests.ops.problems import Problem, assert_as_exact_as_reference, draw, solve
+
+ON_CPU = pytest.param("loop", "cpu", id="loop-cpu")
+ON_GPU = pytest.param("loop", "cuda", id="loop-cuda", marks=pytest.mark.gpu)
+
+everywhere = pytest.mark.parametrize(("backend", "device"), [ON_CPU, ON_GPU])
+on_gpu = pytest.mark.parametrize(("backend", "device"), [ON_GPU])
+CPU_DTYPES = [torch.float64, torch.float32, torch.bfloat16]
+
+
+@pytest.fixture
+def poison(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Memory that is asked for without a value is NaN, so that an element left unwritten shows."""
+
+    def poisoned(make: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        def empty(*args: object, **kwargs: object) -> Tensor:
+            x = make(*args, **kwargs)
+            return x.fill_(torch.nan) if x.is_floating_point() else x
+
+        return empty
+
+    for owner, name in ((torch.Tensor, "new_empty"), (torch, "empty"), (torch, "empty_like")):
+        monkeypatch.setattr(owner, name, poisoned(getattr(owner, name)))
+
+
+@everywhere
+@pytest.mark.parametrize("cell", CELLS)
+@pytest.mark.parametrize("with_h0", [False, True])
+@pytest.mark.parametrize("reset_rate", [None, 0.3])
+def test_gradcheck(backend: str, device: str, cell: str, with_h0: bool, reset_rate: float | None) -> None:
+    p = draw(5, 3, 4, device=device, with_h0=with_h0, reset_rate=reset_rate)
+    inputs = [x.requires_grad_() for x in (p.pre, p.weight, p.h0) if x is not None]
+    assert torch.autograd.gradcheck(
+        lambda *args: recurrence(*args, cell=cell, reset=p.reset, backend=backend), inputs, nondet_tol=0.0
+    )
+
+
+@everywhere
+@settings(max_examples=60, deadline=None, derandomize=True)
+@given(
+    shape=st.tuples(st.integers(1, 12), st.integers(1, 9), st.one_of(st.integers(1, 40), st.sampled_from([64, 256]))),
+    dtype=st.sampled_from(CPU_DTYPES),
+    cell=st.sampled_from(sorted(CELLS)),
+    with_h0=st.booleans(),
+    reset_rate=st.sampled_from([None, 0.0, 0.3, 1.0]),
+    wants=st.sampled_from(["h", "h_last", "both"]),
+    seed=st.integers(0, 2**16),
+)
+def test_errs_no_more_than_the_reference(
+    backend: str,
+    device: str,
+    shape: tuple[int, int, int],
+    dtype: torch.dtype,
+    cell: str,
+    with_h0: bool,
+    reset_rate: float | None,
+    wants: str,
+    seed: int,
+) -> None:
+    p = draw(*shape, dtype=dtype, device=device, seed=seed, with_h0=with_h0, reset_rate=reset_rate, cell=cell)
+    p = replace(p, dh=None) if wants == "h_last" else p
+    p = replace(p, dh_last=None) if wants == "h" else p
+    assert_as_exact_as_reference(p, backend)
+
+
+@on_gpu
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("shape", [(64, 16, 512), (32, 64, 1280), (16, 7, 1001), (512, 1, 8), (3, 300, 24)])
+def test_errs_no_more_than_the_reference_on_large_shapes(
+    backend: str, device: str, dtype: torch.dtype, shape: tuple[int, int, int]
+) -> None:
+    assert_as_exact_as_reference(draw(*shape, dtype=dtype, device=device, reset_rate=0.02), backend)
+
+
+@everywhere
+@pytest.mark.parametrize("cell", CELLS)
+def test_saturated_units_keep_their_gradient(backend: str, device: str, cell: str) -> None:
+    """From |v| = 3.5 bf16 rounds tanh(v) to ±1; the reference's f′ is 0 there, ours is not."""
+    p = draw(6, 4, 16, dtype=torch.bfloat16, device=device, reset_rate=None, scale=8.0, cell=cell)
+    p = replace(p, pre=p.pre.abs() + 4)
+    assert_as_exact_as_reference(p, backend)
+    assert (solve(p, backend)["dpre"] != 0).all()
+
+
+@everywhere
+@pytest.mark.parametrize("at", range(4))
+def test_resets_at_every_step(backend: str, device: str, at: int) -> None:
+    p = draw(4, 3, 8, device=device, reset_rate=0.0)
+    assert p.reset is not None
+    p.reset[at, 1] = True
+    assert_as_exact_as_reference(p, backend)
+
+
+@everywhere
+def test_every_element_is_written(poison: None, backend: str, device: str) -> None:
+    for hidden in (5, 64):
+        assert_as_exact_as_reference(draw(3, 5, hidden, device=device), backend)
+        assert_as_exact_as_reference(draw(1, 1, hidden, device=device, reset_rate=None, with_h0=False), backend)
+
+
+@everywhere
+def test_a_nan_spreads_until_a_reset(backend: str, device: str) -> None:
+    p = draw(6, 4, 8, device=device, reset_rate=0.0)
+    assert p.reset is not None
+    p.pre[2, 1, 3] = torch.nan
+    p.reset[4, 1] = True
+    result = solve(p, backend)
+    bad = torch.zeros(6, 4, dtype=torch.bool, device=device)
+    bad[3:4, 1] = True
+    assert torch.equal(result["h"].isnan().all(-1), bad)
+    assert torch.equal(result["h"].isnan().any(-1) ^ bad, bad.roll(-1, 0))
+    assert result["dpre"][:3, 1].isnan().any(-1).all()
+    assert result["dweight"].isnan().any()
+
+
+@everywhere
+def test_layouts_that_are_not_contiguous(backend: str, device: str) -> None:
+    p = draw(5, 4, 16, device=device)
+    expected = solve(p, backend)
+
+    def embed(x: Tensor) -> Tensor:
+        wide = x.new_full((*x.shape[:-1], 3 * x.shape[-1]), torch.nan)
+        part = wide[..., x.shape[-1] : 2 * x.shape[-1]]
+        part.copy_(x)
+        return part
+
+    def transpose(x: Tensor) -> Tensor:
+        return x.transpose(0, -1).contiguous().transpose(0, -1)
+
+    for change in (embed, transpose):
+        q = Problem(*(change(x) for x in (p.pre, p.weight, p.h0)), transpose(p.reset), change(p.dh), change(p.dh_last))
+        inputs = [x.detach().requires_grad_() for x in (q.pre, q.weight, q.h0)]
+        assert not inputs[0].is_contiguous()
+        h, h_last = recurrence(*inputs, reset=q.reset, backend=backend)
+        gradients = torch.autograd.grad([h, h_last], inputs, [q.dh, q.dh_last])
+        for ours, name in zip((h, h_last, *gradients), expected, strict=True):
+            torch.testing.assert_close(ours, expected[name], msg=f"{change.__name__}: {name}")
+
+    expanded = replace(p, dh=torch.ones((), dtype=p.dh.dtype, device=device).expand(p.dh.shape))
+    dense = replace(expanded, dh=expanded.dh.contiguous())
+    assert torch.equal(solve(expanded, backend)["dpre"], solve(dense, backend)["dpre"])
+
+
+@everywhere
+def test_only_the_gradients_asked_for(backend: str, device: str) -> None:
+    p = draw(4, 3, 8, device=device)
+    expected = solve(p, "reference")
+    for name in ("pre", "weight", "h0"):
+        inputs = {n: getattr(p, n).clone() for n in ("pre", "weight", "h0")}
+        inputs[name].requires_grad_()
+        h, h_last = recurrence(**inputs, reset=p.reset, backend=backend)
+        (gradient,) = torch.autograd.grad([h, h_last], [inputs[name]], [p.dh, p.dh_last])
+        torch.testing.assert_close(gradient, expected[f"d{name}"])
+
+
+@everywhere
+def test_every_run_gives_the_same_bits(backend: str, device: str) -> None:
+    p = draw(32, 8, 64, dtype=torch.bfloat16, device=device)
+    first = solve(p, backend)
+    for _ in range(3):
+        again = solve(p, backend)
+        assert all(torch.equal(first[name], again[name]) for name in first)
+
+
+@everywhere
+def test_chunks_with_carried_state_equal_one_piece(backend: str, device: str) -> None:
+    p = draw(9, 4, 16, device=device)
+    whole, whole_last = recurrence(p.pre, p.weight, p.h0, reset=p.reset, backend=backend)
+    first, carried = recurrence(p.pre[:4], p.weight, p.h0, reset=p.reset[:4], backend=backend)
+    second, last = recurrence(p.pre[4:], p.weight, carried, reset=p.reset[4:], backend=backend)
+    assert torch.equal(whole, torch.cat([first, second]))
+    assert torch.equal(whole_last, last)
+
+
+@everywhere
+@pytest.mark.parametrize("with_h0", [False, True])
+def test_opcheck(backend: str, device: str, with_h0: bool) -> None:
+    p = draw(3, 2, 4, device=device, with_h0=with_h0)
+    inputs = [None if x is None else x.clone().requires_grad_() for x in (p.pre, p.weight, p.h0)]
+    torch.library.opcheck(torch.ops.elman.recurrence.default, (*inputs, p.reset, "tanh", backend, True))
+    backward = (p.dh, None, p.dh, p.dh, p.weight, p.h0, p.reset, "tanh", backend, True, with_h0)
+    torch.library.opcheck(torch.ops.elman.recurrence_backward.default, backward)
+
+
+class Layer(torch.nn.Module):
+    """A recurrence with its input product, batch-major: what a model makes of the op."""
+
+    def __init__(self, hidden: int, backend: str) -> None:
+        super().__init__()
+        self.backend = backend
+        self.input = torch.nn.Linear(hidden, hidden)
+        self.weight = torch.nn.Parameter(torch.randn(hidden, hidden) / hidden**0.5)
+
+    def forward(self, x: Tensor, reset: Tensor | None = None) -> Tensor:
+        h, h_last = recurrence(self.input(x), self.weight, reset=reset, backend=self.backend)
+        return h.sum() + h_last.square().sum()
+
+
+def gradients(run: Callable[[Tensor], Tensor], layer: torch.nn.Module, x: Tensor) -> list[Tensor]:
+    layer.zero_grad()
+    loss = run(x)
+    loss.backward()
+    return [loss.detach(), *(parameter.grad for parameter in layer.parameters())]
+
+
+@pytest.fixture
+def layer_and_input(backend: str, device: str) -> tuple[Layer, Tensor]:
+    torch.manual_seed(0)
+    return Layer(32, backend).to(device), torch.randn(6, 3, 32, device=device)
+
+
+@everywhere
+def test_torch_compile_in_one_graph(layer_and_input: tuple[Layer, Tensor], device: str) -> None:
+    layer, x = layer_and_input
+    torch._dynamo.reset()
+    compiled = torch.compile(layer, fullgraph=True, backend="inductor" if device == "cuda" else "aot_eager")
+    torch.testing.assert_close(gradients(compiled, layer, x), gradients(layer, layer, x))
+    with torch.no_grad():
+        torch.testing.assert_close(compiled(x), layer(x))
+
+
+@everywhere
+def test_torch_compile_with_dynamic_shapes(layer_and_input: tuple[Layer, Tensor]) -> None:
+    layer, _ = layer_and_input
+    torch._dynamo.reset()
+    compiled = torch.compile(layer, fullgraph=True, dynamic=True, backend="aot_eager")
+    for seq_len, batch in ((5, 2), (9, 4)):
+        x = torch.randn(seq_len, batch, 32, device=layer.weight.device)
+        torch.testing.assert_close(gradients(compiled, layer, x), gradients(layer, layer, x))
+
+
+@everywhere
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_activation_checkpointing(layer_and_input: tuple[Layer, Tensor], reentrant: bool) -> None:
+    layer, x = layer_and_input
+    x.requires_grad_()
+    recomputed = gradients(lambda x: checkpoint(layer, x, use_reentrant=reentrant), layer, x)
+    for ours, expected in zip(recomputed, gradients(layer, layer, x), strict=True):
+        assert torch.equal(ours, expected)
+
+
+@everywhere
+def test_autocast_around_both_passes(layer_and_input: tuple[Layer, Tensor], device: str) -> None:
+    layer, x = layer_and_input
+    with torch.autocast(device, torch.bfloat16):
+        _, *inside = gradients(layer, layer, x)
+        layer.zero_grad()
+        loss = layer(x)
+    loss.backward()
+    outside = [parameter.grad for parameter in layer.parameters()]
+    exact = Layer(32, layer.backend).to(device)
+    exact.load_state_dict(layer.state_dict())
+    exact.double()
+    _, *expected = gradients(exact, exact, x.double())
+    for ours in (inside, outside):
+        for gradient, truth in zip(ours, expected, strict=True):
+            assert gradient.dtype == torch.float32
+            assert (gradient - truth).norm() < 0.02 * truth.norm()
+
+
+@everywhere
+def test_float32_stays_float32_when_backward_runs_under_autocast(backend: str, device: str) -> None:
+    p = draw(4, 3, 16, dtype=torch.float32, device=device)
+    inputs = [x.requires_grad_() for x in (p.pre, p.weight, p.h0)]
+    h, _ = recurrence(*inputs, reset=p.reset, backend=backend)
+    expected = torch.autograd.grad(h.sum(), inputs, retain_graph=True)
+    with torch.autocast(device, torch.bfloat16):
+        ours = torch.autograd.grad(h.sum(), inputs)
+    assert all(torch.equal(a, b) for a, b in zip(ours, expected, strict=True))
+
+
+@everywhere
+def test_saves_only_what_backward_needs(backend: str, device: str) -> None:
+    p = draw(8, 4, 16, device=device, reset_rate=None)
+    saved: dict[int, int] = {}
+
+    def pack(x: Tensor) -> Tensor:
+        saved[x.data_ptr()] = x.numel()
+        return x
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
+        recurrence(p.pre.requires_grad_(), p.weight, p.h0, backend=backend)
+    assert sum(saved.values()) == 2 * p.pre.numel() + p.weight.numel() + p.h0.numel()  # h, v and the small ones
+    with torch.no_grad():
+        assert torch.ops.elman.recurrence(p.pre, p.weight, None, None, "tanh", backend, False)[2].numel() == 0
+
+
+@everywhere
+def test_differentiating_twice_is_an_error(backend: str, device: str) -> None:
+    p = draw(2, 2, 4, device=device)
+    h, _ = recurrence(p.pre.requires_grad_(), p.weight, backend=backend)
+    (gradient,) = torch.autograd.grad(h.square().sum(), p.pre, create_graph=True)
+    with pytest.raises(RuntimeError, match="no autograd formula"):
+        torch.autograd.grad(gradient.sum(), p.pre)
+
+
+@on_gpu
+def test_cuda_graph_of_both_passes(layer_and_input: tuple[Layer, Tensor]) -> None:
+    layer, x = layer_and_input
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        gradients(layer, layer, x)
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    layer.zero_grad()
+    with torch.cuda.graph(graph):
+        loss = layer(x)
+        loss.backward()
+    captured = [loss, *(parameter.grad for parameter in layer.parameters())]
+    for seed in range(2):
+        x.copy_(torch.randn(x.shape, generator=torch.Generator().manual_seed(seed)))
+        for value in captured[1:]:
+            value.zero_()
+        graph.replay()
+        results = [value.clone() for value in captured]
+        twin = Layer(32, layer.backend).to(x.device)
+        twin.load_state_dict(layer.state_dict())
+        torch.testing.assert_close(results, gradients(twin, twin, x))
+
+
+@on_gpu
+def test_two_streams_at_once(backend: str, device: str) -> None:
+    problems = [draw(64, 16, 256, dtype=torch.bfloat16, device=device, seed=seed) for seed in range(2)]
+    expected = [solve(p, backend) for p in problems]
+    streams = [torch.cuda.Stream() for _ in problems]
+    torch.cuda.synchronize()
+    for _ in range(3):
+        results = []
+        for p, stream in zip(problems, streams, strict=True):
+            with torch.cuda.stream(stream):
+                results.append(solve(p, backend))
+        torch.cuda.synchronize()
+        for ours, theirs in zip(results, expected, strict=True):
+            for name, value in theirs.items():
+                torch.testing.assert_close(ours[name], value)
+
+
+@on_gpu
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+def test_another_device_than_the_current_one(backend: str, device: str) -> None:
+    with torch.cuda.device(0):
+        assert_as_exact_as_reference(draw(4, 3, 64, device="cuda:1"), backend)
+
+
+@on_gpu
+def test_peak_memory(backend: str, device: str) -> None:
+    """Beyond inputs, outputs and their gradients, both passes take at most 3 times (T, B, H)."""
+    p = draw(64, 64, 512, dtype=torch.bfloat16, device=device)
+    solve(p, backend)
+    inputs = [x.requires_grad_() for x in (p.pre, p.weight, p.h0)]
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    h, h_last = recurrence(*inputs, reset=p.reset, backend=backend)
+    results = torch.autograd.grad([h, h_last], inputs, [p.dh, p.dh_last])
+    outputs = sum(x.nbytes for x in (h, h_last, *results))
+    assert torch.cuda.max_memory_allocated() - before - outputs <= 3 * p.pre.nbytes
