@@ -11,6 +11,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from elman.errors import UsageError
 from elman.ops import loop
 from elman.ops.cells import CELLS, Cell
 from elman.ops.operators import Dense, Operator
@@ -45,11 +46,10 @@ def run(
     assert isinstance(operator, Dense)
     inputs = (pre, operator.weight) if h0 is None else (pre, operator.weight, h0)
     save = torch.is_grad_enabled() and any(x.requires_grad for x in inputs)
-    h, h_last, _ = _forward(pre, operator.weight, h0, reset, cell.name, backend, save)
+    h, h_last, _ = torch.ops.elman.recurrence(pre, operator.weight, h0, reset, cell.name, backend, save)
     return h, h_last
 
 
-@torch.library.custom_op("elman::recurrence", mutates_args=())
 def _forward(
     pre: Tensor, weight: Tensor, h0: Tensor | None, reset: Tensor | None, cell: str, backend: str, save: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -59,14 +59,12 @@ def _forward(
         return h, h[-1].clone(), v
 
 
-@_forward.register_fake
-def _(
+def _fake_forward(
     pre: Tensor, weight: Tensor, h0: Tensor | None, reset: Tensor | None, cell: str, backend: str, save: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
     return pre.new_empty(pre.shape), pre.new_empty(pre.shape[1:]), pre.new_empty(pre.shape if save else 0)
 
 
-@torch.library.custom_op("elman::recurrence_backward", mutates_args=())
 def _backward(
     dh: Tensor | None,
     dh_last: Tensor | None,
@@ -87,8 +85,7 @@ def _backward(
         return dpre, dweight, v.new_empty(0) if dh0 is None else dh0
 
 
-@_backward.register_fake
-def _(
+def _fake_backward(
     dh: Tensor | None,
     dh_last: Tensor | None,
     h: Tensor,
@@ -121,11 +118,26 @@ def _differentiate(ctx: Any, dh: Tensor | None, dh_last: Tensor | None, dv: None
     if dh is None and dh_last is None:
         return (None,) * 7
     _, need_weight, need_h0, *_ = ctx.needs_input_grad
-    dpre, dweight, dh0 = _backward(dh, dh_last, h, v, weight, h0, reset, ctx.cell, ctx.backend, need_weight, need_h0)
+    dpre, dweight, dh0 = torch.ops.elman.recurrence_backward(
+        dh, dh_last, h, v, weight, h0, reset, ctx.cell, ctx.backend, need_weight, need_h0
+    )
     return dpre, dweight if need_weight else None, dh0 if need_h0 else None, None, None, None, None
 
 
-_forward.register_autograd(_differentiate, setup_context=_setup_context)
+def _refuse_to_differentiate_twice(ctx: Any, *gradients: Tensor | None) -> None:
+    raise UsageError("this backend's backward pass cannot be differentiated itself: use backend='reference'")
+
+
+# Not torch.library.custom_op: its first call imports torch._dynamo, which takes seconds.
+for _name, _implementation, _fake in (
+    ("elman::recurrence", _forward, _fake_forward),
+    ("elman::recurrence_backward", _backward, _fake_backward),
+):
+    torch.library.define(_name, torch.library.infer_schema(_implementation, mutates_args=()))
+    torch.library.impl(_name, "default", _implementation)
+    torch.library.register_fake(_name, _fake)
+torch.library.register_autograd("elman::recurrence", _differentiate, setup_context=_setup_context)
+torch.library.register_autograd("elman::recurrence_backward", _refuse_to_differentiate_twice)
 
 
 def _weight_gradient(dpre: Tensor, h: Tensor, h0: Tensor | None, reset: Tensor | None) -> Tensor:

@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import functools
 import warnings
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Protocol
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -25,7 +27,8 @@ _NUMBERS = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "float
 _FUNCTORS = {"tanh": "Tanh", "softsign": "Softsign"}
 
 _THREADS = 256  # kStepThreads of steps.cuh
-_PACK_BYTES = 16
+#: Neighbouring columns a thread: a step is so short that more threads beat wider loads (measured, H200).
+_WIDTH = 2
 
 
 def why_not(problem: Problem) -> str | None:
@@ -57,25 +60,22 @@ def forward(
     Returns:
         The states h (T, B, H), and v = pre + rec (T, B, H) where it is to be saved, else an empty tensor.
     """
-    seq_len, *step_shape = pre.shape
     pre = _dense_rows(pre)
     h = pre.new_empty(pre.shape)
     v = pre.new_empty(pre.shape if save else 0)
-    rec = pre.new_empty(step_shape)
-    carry = pre.new_empty(step_shape) if reset is not None else None
-    steps = _make_steps(pre, cell, h, v, pre)
-    transposed = weight.t()
-
-    pre_steps, h_steps = pre.unbind(0), h.unbind(0)
-    v_steps = v.unbind(0) if save else [None] * seq_len
-    reset_next = [None] * seq_len if reset is None else [*reset.contiguous()[1:].unbind(0), None]
+    reset = None if reset is None else reset.contiguous()
     # None is the state zero, whose product is not computed.
     previous = h0 if h0 is None or reset is None else h0.masked_fill(reset[0, :, None], 0)
-    for t in range(seq_len):
+    rec = pre.new_empty(pre.shape[1:])
+    carry = None if reset is None else pre.new_empty(pre.shape[1:])
+    step = _steps(cell, pre).forward(pre, rec, previous is not None, reset, v if save else None, h, carry)
+
+    transposed = weight.t()
+    for t, h_t in enumerate(h.unbind(0)):
         if previous is not None:
             torch.mm(previous, transposed, out=rec)
-        steps.forward(pre_steps[t], None if previous is None else rec, reset_next[t], v_steps[t], h_steps[t], carry)
-        previous = h_steps[t] if carry is None else carry
+        step(t)
+        previous = h_t if carry is None else carry
     return h, v
 
 
@@ -93,23 +93,21 @@ def backward(
     Returns:
         dpre (T, B, H), and dh0 (B, H) where needed.
     """
-    seq_len, *step_shape = v.shape
     dh = None if dh is None else _dense_rows(dh)
     dpre = v.new_empty(v.shape)
-    buffer = v.new_empty(step_shape)
-    steps = _make_steps(v, cell, dpre, v, *(() if dh is None else (dh,)))
+    reset = None if reset is None else reset.contiguous()
+    drec = v.new_empty(v.shape[1:])
+    if dh_last is not None:
+        drec.copy_(dh_last)
+    step = _steps(cell, v).backward(dh, drec, dh_last is not None, reset, v, dpre)
 
-    dh_steps = [None] * seq_len if dh is None else dh.unbind(0)
-    v_steps, dpre_steps = v.unbind(0), dpre.unbind(0)
-    reset_next = [None] * seq_len if reset is None else [*reset.contiguous()[1:].unbind(0), None]
-    drec = None if dh_last is None else dh_last.clone(memory_format=torch.contiguous_format)
-    for t in reversed(range(seq_len)):
-        steps.backward(dh_steps[t], drec, reset_next[t], v_steps[t], dpre_steps[t])
+    for t, dpre_t in reversed(list(enumerate(dpre.unbind(0)))):
+        step(t)
         if t > 0 or need_h0:
-            drec = torch.mm(dpre_steps[t], weight, out=buffer)
+            torch.mm(dpre_t, weight, out=drec)
     if not need_h0:
         return dpre, None
-    return dpre, buffer if reset is None else buffer.masked_fill(reset[0, :, None], 0)
+    return dpre, drec if reset is None else drec.masked_fill(reset[0, :, None], 0)
 
 
 def _dense_rows(x: Tensor) -> Tensor:
@@ -118,21 +116,26 @@ def _dense_rows(x: Tensor) -> Tensor:
 
 
 class _Steps(Protocol):
-    """What a step does beside its product. Tensors are (B, H), ``reset_next`` (B,); see steps.cuh for the rules."""
+    """What a step does beside its product (steps.cuh has the rules), as a function of t over whole tensors.
+
+    ``rec``, ``carry`` and ``drec`` are (B, H) and shared by all steps; ``rec`` holds no product yet at step 0 unless
+    ``first``, nor ``drec`` at step T − 1 unless ``last``. What is None is not there, or not wanted.
+    """
 
     def forward(
         self,
         pre: Tensor,
-        rec: Tensor | None,
-        reset_next: Tensor | None,
+        rec: Tensor,
+        first: bool,
+        reset: Tensor | None,
         v: Tensor | None,
         h: Tensor,
         carry: Tensor | None,
-    ) -> None: ...
+    ) -> Callable[[int], object]: ...
 
     def backward(
-        self, dh: Tensor | None, drec: Tensor | None, reset_next: Tensor | None, v: Tensor, dpre: Tensor
-    ) -> None: ...
+        self, dh: Tensor | None, drec: Tensor, last: bool, reset: Tensor | None, v: Tensor, dpre: Tensor
+    ) -> Callable[[int], object]: ...
 
 
 class _TorchSteps:
@@ -146,103 +149,153 @@ class _TorchSteps:
     def forward(
         self,
         pre: Tensor,
-        rec: Tensor | None,
-        reset_next: Tensor | None,
+        rec: Tensor,
+        first: bool,
+        reset: Tensor | None,
         v: Tensor | None,
         h: Tensor,
         carry: Tensor | None,
-    ) -> None:
-        total = pre.to(self.real)
-        if rec is not None:
-            total = total + rec
-        if v is not None:
-            v.copy_(total)
-        h.copy_(self.activation.value(total))
-        if carry is not None:
-            carry.copy_(h if reset_next is None else h.masked_fill(reset_next[:, None], 0))
+    ) -> Callable[[int], object]:
+        def step(t: int) -> None:
+            total = pre[t].to(self.real)
+            if t > 0 or first:
+                total = total + rec
+            if v is not None:
+                v[t] = total
+            h[t] = self.activation.value(total)
+            if carry is not None and reset is not None and t + 1 < len(pre):
+                carry.copy_(h[t].masked_fill(reset[t + 1, :, None], 0))
+
+        return step
 
     def backward(
-        self, dh: Tensor | None, drec: Tensor | None, reset_next: Tensor | None, v: Tensor, dpre: Tensor
-    ) -> None:
-        if drec is not None and reset_next is not None:
-            drec = drec.masked_fill(reset_next[:, None], 0)
-        gradient = sum(part.to(self.real) for part in (dh, drec) if part is not None)
-        dpre.copy_(gradient * self.activation.derivative(v.to(self.real)))
+        self, dh: Tensor | None, drec: Tensor, last: bool, reset: Tensor | None, v: Tensor, dpre: Tensor
+    ) -> Callable[[int], object]:
+        def step(t: int) -> None:
+            gradient = torch.zeros_like(drec, dtype=self.real) if dh is None else dh[t].to(self.real)
+            if t + 1 < len(v):
+                gradient = gradient + (drec if reset is None else drec.masked_fill(reset[t + 1, :, None], 0))
+            elif last:
+                gradient = gradient + drec
+            dpre[t] = gradient * self.activation.derivative(v[t].to(self.real))
+
+        return step
 
 
 class _KernelSteps:
-    """In one kernel of steps.cuh, on the current stream of the tensors' device."""
+    """In one kernel of steps.cuh, on the current stream of the tensors' device.
 
-    def __init__(self, cell: Cell, like: Tensor, strided: tuple[Tensor, ...]) -> None:
-        from cuda.core import LaunchConfig, Stream, launch
+    Every argument of a kernel has 8 bytes, so the arguments of all steps are one table, made at once: a launch then
+    costs the host no more than a product's.
+    """
 
-        batch, hidden = like.shape[1:]
-        found = kernels(step_module(cell.name, like.dtype), torch.cuda.get_device_capability(like.device))
-        width = _PACK_BYTES // like.element_size()
-        packed = hidden % width == 0 and all(_allows_packs(x, width) for x in strided)
-        self.forward_kernel, self.backward_kernel = (
-            found[_kernel_name(direction, cell.name, like.dtype, width if packed else 1)]
-            for direction in ("forward", "backward")
-        )
-        columns = hidden // width if packed else hidden
-        threads = min(_THREADS, -(-columns // 32) * 32)
-        self.config = LaunchConfig(grid=(batch, -(-columns // threads)), block=threads)
-        self.stream = Stream.from_handle(torch.cuda.current_stream(like.device).cuda_stream)
-        self.hidden = hidden
-        self.launch = launch
+    def __init__(self, cell: Cell, like: Tensor) -> None:
+        from cuda.core import Device
+
+        self.cell, self.like = cell, like
+        self.kernels = kernels(step_module(cell.name, like.dtype), torch.cuda.get_device_capability(like.device))
+        # A thread of autograd's that has not run a kernel yet has no CUDA context.
+        Device(like.device.index).set_current()
 
     def forward(
         self,
         pre: Tensor,
-        rec: Tensor | None,
-        reset_next: Tensor | None,
+        rec: Tensor,
+        first: bool,
+        reset: Tensor | None,
         v: Tensor | None,
         h: Tensor,
         carry: Tensor | None,
-    ) -> None:
-        self.launch(
-            self.stream,
-            self.config,
-            self.forward_kernel,
-            pre.data_ptr(),
-            pre.stride(0),
-            _pointer(rec),
-            _pointer(reset_next),
-            _pointer(v),
-            h.data_ptr(),
-            _pointer(carry),
-            self.hidden,
-        )
+    ) -> Callable[[int], object]:
+        recs = _repeat(rec, len(pre))
+        if not first:
+            recs[0] = 0
+        arguments = [
+            _each_step(pre),
+            pre.stride(1),
+            recs,
+            _next_step(reset),
+            _each_step(v),
+            _each_step(h),
+            _repeat(carry, len(pre)),
+        ]
+        return self._launcher("forward", arguments, (pre,))
 
     def backward(
-        self, dh: Tensor | None, drec: Tensor | None, reset_next: Tensor | None, v: Tensor, dpre: Tensor
-    ) -> None:
-        self.launch(
-            self.stream,
-            self.config,
-            self.backward_kernel,
-            _pointer(dh),
-            0 if dh is None else dh.stride(0),
-            _pointer(drec),
-            _pointer(reset_next),
-            v.data_ptr(),
-            dpre.data_ptr(),
-            self.hidden,
-        )
+        self, dh: Tensor | None, drec: Tensor, last: bool, reset: Tensor | None, v: Tensor, dpre: Tensor
+    ) -> Callable[[int], object]:
+        drecs = _repeat(drec, len(v))
+        if not last:
+            drecs[-1] = 0
+        arguments = [
+            _each_step(dh),
+            0 if dh is None else dh.stride(1),
+            drecs,
+            _next_step(reset),
+            _each_step(v),
+            _each_step(dpre),
+        ]
+        return self._launcher("backward", arguments, () if dh is None else (dh,))
+
+    def _launcher(
+        self, direction: str, arguments: list[_Addresses | int], strided: tuple[Tensor, ...]
+    ) -> Callable[[int], object]:
+        """Launches the kernel of step t. ``strided`` are the tensors that are not ours, hence perhaps not aligned."""
+        from cuda.bindings import driver
+
+        seq_len, batch, hidden = self.like.shape
+        width = _WIDTH if hidden % _WIDTH == 0 and all(map(_allows_packs, strided)) else 1
+        kernel = self.kernels[_kernel_name(direction, self.cell.name, self.like.dtype, width)]
+        columns = hidden // width
+        threads = min(_THREADS, -(-columns // 32) * 32)
+        grid = (batch, -(-columns // threads), 1)
+
+        table = np.empty((seq_len, len(arguments) + 1), np.int64)
+        for column, argument in enumerate([*arguments, hidden]):
+            table[:, column] = argument
+        # What the driver takes is an array of pointers to the arguments.
+        pointers = table.ctypes.data + 8 * np.arange(table.size).reshape(table.shape)
+        addresses = (pointers.ctypes.data + pointers.strides[0] * np.arange(seq_len)).tolist()
+        function = driver.CUfunction(int(kernel.handle))
+        stream = torch.cuda.current_stream(self.like.device).cuda_stream
+
+        def step(t: int, keep: object = (table, pointers)) -> None:
+            (status,) = driver.cuLaunchKernel(function, *grid, threads, 1, 1, 0, stream, addresses[t], 0)
+            if status:
+                raise RuntimeError(f"cannot launch the {direction} kernel of the loop backend: {status.name}")
+
+        return step
 
 
-def _pointer(x: Tensor | None) -> int:
-    return 0 if x is None else x.data_ptr()
+_Addresses = np.ndarray[tuple[int], np.dtype[np.int64]]
 
 
-def _allows_packs(x: Tensor, width: int) -> bool:
-    return x.data_ptr() % _PACK_BYTES == 0 and x.stride(0) % width == 0 and x.stride(1) % width == 0
+def _repeat(x: Tensor | None, seq_len: int) -> _Addresses:
+    return np.full(seq_len, 0 if x is None else x.data_ptr(), np.int64)
 
 
-def _make_steps(like: Tensor, cell: Cell, *strided: Tensor) -> _Steps:
+def _each_step(x: Tensor | None) -> _Addresses | int:
+    """The addresses of x[0], x[1], …; 0 where there is no x."""
+    return 0 if x is None else x.data_ptr() + np.arange(len(x)) * (x.stride(0) * x.itemsize)
+
+
+def _next_step(reset: Tensor | None) -> _Addresses | int:
+    """The addresses of reset[1], reset[2], …; none follows the last."""
+    if reset is None:
+        return 0
+    addresses = reset.data_ptr() + np.arange(1, len(reset) + 1) * reset.stride(0)
+    addresses[-1] = 0
+    return addresses
+
+
+def _allows_packs(x: Tensor) -> bool:
+    return x.data_ptr() % (_WIDTH * x.itemsize) == 0 and x.stride(0) % _WIDTH == 0 and x.stride(1) % _WIDTH == 0
+
+
+def _steps(cell: Cell, like: Tensor) -> _Steps:
     if like.is_cuda:
         try:
-            return _KernelSteps(cell, like, strided)
+            return _KernelSteps(cell, like)
         except CompilerUnavailableError as error:
             _warn_of_slow_steps(str(error))
     return _TorchSteps(cell, like.dtype)
@@ -259,8 +312,8 @@ def _kernel_name(direction: str, cell: str, dtype: torch.dtype, width: int) -> s
 
 @functools.cache
 def step_module(cell: str, dtype: torch.dtype) -> Module:
-    """The kernels of this cell and dtype: forward and backward, for packs of 16 bytes and for single numbers."""
-    widths = (_PACK_BYTES // dtype.itemsize, 1)
+    """The kernels of this cell and dtype: forward and backward, for packs of columns and for single ones."""
+    widths = (_WIDTH, 1)
     names = tuple(_kernel_name(direction, cell, dtype, n) for direction in ("forward", "backward") for n in widths)
     return Module("steps.cuh", names)
 

@@ -210,6 +210,6 @@ def kernels(module: Module, capability: tuple[int, int]) -> dict[str, Kernel]:
             from cuda.core import ObjectCode
 
             binary = compile_module(module, arch)
-            code = ObjectCode.from_cubin(binary.cubin, name=module.source, symbol_mapping=binary.symbols)
-            found = _loaded[module, arch] = {name: code.get_kernel(name) for name in module.kernels}
+            code = ObjectCode.from_cubin(binary.cubin, name=module.source)
+            found = _loaded[module, arch] = {name: code.get_kernel(symbol) for name, symbol in binary.symbols.items()}
         return found

@@ -1,7 +1,7 @@
 // One step of the loop backend, all but its matrix product: a row of the batch is a row of blocks, a thread owns kWidth
 // neighbouring columns. Tensors are (B, H); their rows are dense, and only `pre` and `dh` may lie apart from each other.
 // A pointer that is not needed is null. With kWidth > 1, hidden and the row strides are its multiples, and all pointers
-// are aligned to 16 bytes.
+// are aligned to packs. Every argument has 8 bytes: the host writes them as one table.
 #pragma once
 
 #include "cells.cuh"
