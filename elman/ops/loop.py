@@ -259,7 +259,7 @@ class _KernelSteps:
         function = driver.CUfunction(int(kernel.handle))
         stream = torch.cuda.current_stream(self.like.device).cuda_stream
 
-        def step(t: int, keep: object = (table, pointers)) -> None:
+        def step(t: int, keep_alive: object = (table, pointers)) -> None:
             (status,) = driver.cuLaunchKernel(function, *grid, threads, 1, 1, 0, stream, addresses[t], 0)
             if status:
                 raise RuntimeError(f"cannot launch the {direction} kernel of the loop backend: {status.name}")

@@ -262,6 +262,20 @@ def test_activation_checkpointing(layer_and_input: tuple[Layer, Tensor], reentra
 
 
 @everywhere
+def test_distributed_data_parallel(layer_and_input: tuple[Layer, Tensor], device: str, tmp_path: Path) -> None:
+    layer, x = layer_and_input
+    torch.distributed.init_process_group(
+        "nccl" if device == "cuda" else "gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1
+    )
+    try:
+        parallel = torch.nn.parallel.DistributedDataParallel(layer, device_ids=[0] if device == "cuda" else None)
+        distributed = gradients(parallel, layer, x)
+    finally:
+        torch.distributed.destroy_process_group()
+    torch.testing.assert_close(distributed, gradients(layer, layer, x))
+
+
+@everywhere
 def test_autocast_around_both_passes(layer_and_input: tuple[Layer, Tensor], device: str) -> None:
     layer, x = layer_and_input
     with torch.autocast(device, torch.bfloat16):

@@ -1,10 +1,9 @@
 // Cells: the pointwise rule of a step and its derivative, apart from the product that feeds it. The same functors serve
 // every backend; their twins in Python are in elman/ops/cells.py.
 //
-// `forward` makes a unit's next state of its kGates pre-activations v and its previous state (zero where the sequence
-// was reset). `backward` takes the gradient of the next state to those of v and, for the part that does not pass
-// through the product, of the previous state. Both are functions of v, never of the stored state: bf16 rounds tanh to
-// ±1 from about |v| = 3.5, where 1 − h² would be 0 and the unit would never learn again.
+// `forward` makes a unit's next state of its kGates pre-activations v; `backward` takes the gradient of that state to
+// those of v. Both are functions of v, never of the stored state: bf16 rounds tanh to ±1 from about |v| = 3.5, where
+// 1 − h² would be 0 and the unit would never learn again.
 //
 // `Math` is the arithmetic: Precise<float> and Precise<double>, or Fast where the result is rounded to 16 bits anyway.
 #pragma once
@@ -35,18 +34,16 @@ struct Tanh {
     static constexpr int kGates = 1;
 
     template <class Math, class Real = typename Math::Real>
-    static __device__ __forceinline__ Real forward(const Real (&v)[kGates], Real) {
+    static __device__ __forceinline__ Real forward(const Real (&v)[kGates]) {
         return Math::tanh(v[0]);
     }
 
     // sech²(v) without the cancellation of 1 − tanh²(v).
     template <class Math, class Real = typename Math::Real>
-    static __device__ __forceinline__ void backward(const Real (&v)[kGates], Real, Real dh, Real (&dv)[kGates],
-                                                    Real& dprevious) {
+    static __device__ __forceinline__ void backward(const Real (&v)[kGates], Real dh, Real (&dv)[kGates]) {
         const Real e = Math::exp(Real(-2) * fabs(v[0]));
         const Real root = Real(1) / (Real(1) + e);
         dv[0] = dh * (Real(4) * e * root * root);
-        dprevious = Real(0);
     }
 };
 
@@ -54,15 +51,13 @@ struct Softsign {
     static constexpr int kGates = 1;
 
     template <class Math, class Real = typename Math::Real>
-    static __device__ __forceinline__ Real forward(const Real (&v)[kGates], Real) {
+    static __device__ __forceinline__ Real forward(const Real (&v)[kGates]) {
         return v[0] / (Real(1) + fabs(v[0]));
     }
 
     template <class Math, class Real = typename Math::Real>
-    static __device__ __forceinline__ void backward(const Real (&v)[kGates], Real, Real dh, Real (&dv)[kGates],
-                                                    Real& dprevious) {
+    static __device__ __forceinline__ void backward(const Real (&v)[kGates], Real dh, Real (&dv)[kGates]) {
         const Real root = Real(1) / (Real(1) + fabs(v[0]));
         dv[0] = dh * root * root;
-        dprevious = Real(0);
     }
 };

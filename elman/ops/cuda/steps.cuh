@@ -46,7 +46,7 @@ __global__ void __launch_bounds__(kStepThreads)
         RealOf<T> sum[1] = {to_real(pre_pack.at[i])};
         if (rec != nullptr) sum[0] += to_real(rec_pack.at[i]);
         from_real(sum[0], v_pack.at[i]);
-        from_real(Cell::template forward<MathOf<T>>(sum, RealOf<T>(0)), h_pack.at[i]);
+        from_real(Cell::template forward<MathOf<T>>(sum), h_pack.at[i]);
         carry_pack.at[i] = reset ? T{} : h_pack.at[i];
     }
     if (v != nullptr) store<kWidth>(v, index, v_pack);
@@ -76,8 +76,8 @@ __global__ void __launch_bounds__(kStepThreads)
         RealOf<T> gradient = dh != nullptr ? to_real(dh_pack.at[i]) : RealOf<T>(0);
         if (has_drec) gradient += to_real(drec_pack.at[i]);
         const RealOf<T> sum[1] = {to_real(v_pack.at[i])};
-        RealOf<T> dsum[1], dprevious;
-        Cell::template backward<MathOf<T>>(sum, RealOf<T>(0), gradient, dsum, dprevious);
+        RealOf<T> dsum[1];
+        Cell::template backward<MathOf<T>>(sum, gradient, dsum);
         from_real(dsum[0], dpre_pack.at[i]);
     }
     store<kWidth>(dpre, index, dpre_pack);
