@@ -1,5 +1,5 @@
 """Differentiable recurrences. Nothing in here knows of language models."""
 
-from elman.ops.recurrence import BACKENDS, recurrence
+from elman.ops.recurrence import BACKENDS, record_backends, recurrence
 
-__all__ = ["BACKENDS", "recurrence"]
+__all__ = ["BACKENDS", "record_backends", "recurrence"]

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import contextlib
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor
@@ -16,6 +17,19 @@ RunFunction = Callable[[Tensor, Operator, Tensor, Cell, Tensor | None], tuple[Te
 
 #: Every backend by name, the fastest first: ``auto`` takes the first that can run the problem.
 BACKENDS: dict[str, RunFunction] = {"reference": reference.run}
+
+_used: list[str] | None = None
+
+
+@contextlib.contextmanager
+def record_backends() -> Iterator[list[str]]:
+    """The backends that ``recurrence`` takes inside the ``with`` block, in the order of the calls."""
+    global _used
+    before, _used = _used, []
+    try:
+        yield _used
+    finally:
+        _used = before
 
 
 def recurrence(
@@ -58,9 +72,11 @@ def recurrence(
     operator = make_operator(weight, pre.shape[-1])
     if h0 is None:
         h0 = pre.new_zeros(pre.shape[1:])
-    run = next(iter(BACKENDS.values())) if backend == "auto" else BACKENDS[backend]
+    chosen = next(iter(BACKENDS)) if backend == "auto" else backend
+    if _used is not None:
+        _used.append(chosen)
     with torch.autocast(pre.device.type, enabled=False):
-        return run(pre, operator, h0, CELLS[cell], reset)
+        return BACKENDS[chosen](pre, operator, h0, CELLS[cell], reset)
 
 
 def _check(pre: Tensor, weight: Tensor, h0: Tensor | None, reset: Tensor | None) -> None:
