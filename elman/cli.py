@@ -113,7 +113,10 @@ class Info:
 class Data:
     """Make a raw file of text, or look into one."""
 
-    command: Annotated[Pack, tyro.conf.subcommand("pack")] | Annotated[Info, tyro.conf.subcommand("info")]
+    command: Annotated[
+        Annotated[Pack, tyro.conf.subcommand("pack")] | Annotated[Info, tyro.conf.subcommand("info")],
+        tyro.conf.arg(name=""),
+    ]
 
     def run_command(self, console: Console) -> int:
         return self.command.run_command(console)
@@ -183,7 +186,7 @@ def main(argv: list[str] | None = None) -> int:
             | Annotated[Doctor, tyro.conf.subcommand("doctor")]
             | Annotated[Data, tyro.conf.subcommand("data")]
         )
-        config = (tyro.conf.OmitSubcommandPrefixes, tyro.conf.OmitArgPrefixes, tyro.conf.FlagCreatePairsOff)
+        config = (tyro.conf.OmitSubcommandPrefixes, tyro.conf.FlagCreatePairsOff)
         command: Any = tyro.cli(
             commands,
             args=argv,

@@ -67,7 +67,11 @@ def models(params: str, depth: int, seq_len: int, console: Console) -> int:
         table.add_column(column, justify="right")
     for name in mixer_names():
         mixer = mixer_config(name)()
-        config = size_model((mixer,), params=target, depth=depth)
+        try:
+            config = size_model((mixer,), params=target, depth=depth)
+        except UsageError:
+            table.add_row(name, mixer.equation, "-", "no width within 2%", "-", "-")
+            continue
         counts = (num_params(config), flops_per_token(config, seq_len), state_size(config, seq_len))
         table.add_row(name, mixer.equation, str(config.dim), *(format_count(count) for count in counts))
     console.print(table)

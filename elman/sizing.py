@@ -15,7 +15,7 @@ from elman.units import format_count
 #: How far the counted parameters may lie from the ones asked for.
 TOLERANCE = 0.02
 #: Widths are multiples of the first of these that meets the tolerance; wide multiples suit the hardware better.
-_GRANULARITY = (64, 32, 16, 8)
+_GRANULARITY = (64, 32, 16, 8, 4, 2, 1)
 _DEFAULT_DEPTH = 6
 _MAX_DIM = 1 << 17
 _MAX_DEPTH = 1 << 10

@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import pickle
 import re
 import shutil
 from dataclasses import dataclass
@@ -99,10 +100,10 @@ def load_checkpoint(path: Path, *, with_trainer: bool = True) -> Checkpoint:
     except FileNotFoundError as error:
         missing = Path(error.filename).name if error.filename else "a file"
         raise UsageError(f"checkpoint {path} is damaged: {missing} is missing; {cure}") from None
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, pickle.UnpicklingError) as error:
         if isinstance(error, UsageError):
             raise
-        raise UsageError(f"checkpoint {path} is damaged: {_MANIFEST} cannot be read ({error}); {cure}") from None
+        raise UsageError(f"checkpoint {path} is damaged: it cannot be read ({error}); {cure}") from None
 
 
 def _fingerprint(path: Path) -> dict[str, Any]:

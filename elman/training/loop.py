@@ -73,7 +73,7 @@ class Trainer:
         self.seconds = checkpoint.trainer["seconds"]
         self.step = checkpoint.step
         self._first_step, self._first_second = self.step, self.seconds
-        rows = self.run.rewind_metrics(self.step)
+        rows = [row for row in self.run.read_metrics() if row["step"] <= self.step]
         self.recent_losses.extend(row["loss"] for row in rows if "loss" in row)
 
     @property

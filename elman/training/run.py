@@ -107,13 +107,12 @@ class RunFolder:
                     rows.append(json.loads(line))
         return rows
 
-    def rewind_metrics(self, step: int) -> list[dict[str, Any]]:
-        """Drop the lines of later steps, which a resumed run does again; returns what is left."""
+    def rewind_metrics(self, step: int) -> None:
+        """Drop the lines of later steps, which a resumed run does again."""
         rows = [row for row in self.read_metrics() if row["step"] <= step]
         partial = self.path / ".metrics.jsonl.partial"
         partial.write_text("".join(json.dumps(row) + "\n" for row in rows))
         partial.replace(self.metrics_file)
-        return rows
 
 
 def create(path: Path) -> RunFolder:

@@ -33,11 +33,11 @@ def start_run(config: TrainConfig, mixers: tuple[MixerConfig, ...], console: Con
     model_config = size_model(mixers, params=config.param_count, dim=config.dim, depth=config.depth)
     data = config.data if config.data is not None else demo_data(console)
     out = config.out if config.out is not None else default_out(config.model)
-    config = replace(config, data=data.absolute(), out=out)
+    config = replace(config, data=data, out=out)
     trainer = Trainer(config, model_config, RunFolder(out), console)
     run = create(out)
     with run.lock():
-        run.write_config(config, model_config)
+        run.write_config(replace(config, data=data.absolute()), model_config)
         return _train(trainer)
 
 
@@ -47,6 +47,8 @@ def resume_run(config: TrainConfig, mixers: tuple[MixerConfig, ...], console: Co
     run = open_run(config.resume, "--resume")
     with run.lock():
         before, model_config = run.read_config()
+        if config.data is not None:
+            config = replace(config, data=config.data.absolute())
         changed = [name for name in vars(before) if getattr(before, name) != getattr(config, name)]
         foreign = [name for name in changed if name not in RESUMABLE]
         if foreign or mixers != model_config.mixers:
@@ -63,6 +65,7 @@ def resume_run(config: TrainConfig, mixers: tuple[MixerConfig, ...], console: Co
                 f"--resume {run.path}: this run has reached its end (step {trainer.step}): "
                 f"give more --steps or a longer --time-limit"
             )
+        run.rewind_metrics(trainer.step)
         run.write_config(replace(config, resume=None), model_config)
         console.print(f"going on from step {trainer.step}")
         return _train(trainer)
