@@ -71,5 +71,6 @@ def readable(text: bytes) -> str:
     return text.decode("utf-8", "replace").translate(_PICTURES)
 
 
-# Control characters but for tab and newline move the cursor or worse: show their pictures.
-_PICTURES = {code: 0x2400 + code for code in range(32) if code not in (9, 10)} | {127: 0x2421}
+# Control characters but for tab and newline move the cursor or worse: show their pictures. C1 controls have none.
+_PICTURES = {code: 0x2400 + code for code in range(32) if code not in (9, 10)}
+_PICTURES |= {127: 0x2421} | dict.fromkeys(range(128, 160), 0xFFFD)

@@ -82,6 +82,8 @@ class TrainConfig:
             value = getattr(self, name)
             if value is not None and not (math.isfinite(value) and value >= least):
                 raise UsageError(f"{_flag(name)} {value} is out of range: give a number of at least {least}")
+        if self.seed >= 2**63:
+            raise UsageError(f"--seed {self.seed} is out of range: give a number below 2^63")
         if not 0 < self.lr < 100:
             raise UsageError(f"--lr {self.lr} is out of range: give a number above 0, such as 1e-3")
         if self.batch_size % self.grad_accum:

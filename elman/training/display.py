@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Iterable
 from types import TracebackType
 from typing import Any
 
-from rich.console import Console
+from rich.console import Console, RenderableType
 from rich.panel import Panel
-from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 from rich.table import Table
 from rich.text import Text
 
@@ -18,15 +19,25 @@ from elman.units import bits, format_bytes, format_count, format_duration
 _LINE_EVERY = 10.0
 
 
+class _TwoLines(Progress):
+    """The numbers above the bar, so that both fit a terminal of 80 columns."""
+
+    def get_renderables(self) -> Iterable[RenderableType]:
+        for task in self.tasks:
+            yield Text(task.fields["status"])
+        yield self.make_tasks_table(self.tasks)
+
+
 class TrainingDisplay:
     """A live bar on a terminal; a line every ten seconds elsewhere, as in a log file."""
 
     def __init__(self, console: Console) -> None:
         self.console = console
-        self._progress = Progress(
+        self._progress = _TwoLines(
             TextColumn("{task.fields[head]}"),
-            BarColumn(bar_width=12),
-            TextColumn("{task.fields[status]} [cyan]ETA"),
+            BarColumn(bar_width=30),
+            TaskProgressColumn(),
+            TextColumn("[cyan]ETA"),
             TimeRemainingColumn(compact=True),
             console=console,
             disable=not console.is_terminal,

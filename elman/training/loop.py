@@ -48,7 +48,7 @@ class Trainer:
         data = open_bytes(config.data, config.heldout)
         self.heldout = data.heldout
         self.sampler = WindowSampler(data.train, config.seq_len, config.batch_size, config.seed)
-        heldout_starts(data.heldout, config.seq_len, config.eval_byte_count)
+        heldout_starts(data.heldout, config.seq_len, config.eval_byte_count)  # an error now, not at the end
         _check_memory(model_config, self.device)
         torch.manual_seed(config.seed)
         self.model = LanguageModel(model_config).to(self.device)
@@ -67,6 +67,12 @@ class Trainer:
         path = newest_checkpoint(self.run)
         checkpoint = load_checkpoint(path)
         assert checkpoint.trainer is not None
+        before = checkpoint.trainer["data_bytes"]
+        if before != self._data_bytes:
+            raise UsageError(
+                f"--data {self.config.data} has changed: the run began with {before} bytes "
+                f"(to train on, held out), now there are {self._data_bytes}; put the old file back or start a new run"
+            )
         load_weights(self.model, checkpoint.model, path)
         self.optimizer.load_state_dict(checkpoint.trainer["optimizer"])
         torch.set_rng_state(checkpoint.trainer["rng"])
@@ -105,8 +111,9 @@ class Trainer:
         """Steps up to the next evaluation, save or end. Only these count as training time."""
         before, started = self.seconds, time.perf_counter()
         while True:
-            self._train_step()
+            rate, loss, norm = self._train_step()
             self.seconds = before + time.perf_counter() - started
+            self._pending.append(({"step": self.step, "lr": rate, "seconds": self.seconds}, loss, norm))
             due = _due(self.step, self.config.eval_every) or _due(self.step, self.config.save_every)
             last = due or stop or self.progress >= 1
             if last or self.step % self.fetch_every == 0:
@@ -115,7 +122,8 @@ class Trainer:
             if last:
                 return
 
-    def _train_step(self) -> None:
+    def _train_step(self) -> tuple[float, torch.Tensor, torch.Tensor]:
+        """One step of the optimiser: learning rate, loss and norm of the gradient, the last two not waited for."""
         rate = learning_rate(self.config, self.step, self.progress)
         for group in self.optimizer.param_groups:
             group["lr"] = rate
@@ -135,7 +143,7 @@ class Trainer:
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         self.step += 1
-        self._pending.append(({"step": self.step, "lr": rate, "seconds": self.seconds}, loss, norm))
+        return rate, loss, norm
 
     def _fetch_losses(self, display: TrainingDisplay) -> None:
         if not self._pending:
@@ -191,6 +199,7 @@ class Trainer:
             "optimizer": self.optimizer.state_dict(),
             "rng": torch.get_rng_state(),
             "seconds": self.seconds,
+            "data_bytes": self._data_bytes,
         }
         try:
             save_checkpoint(self.run.checkpoints, Checkpoint(self.step, self.model.state_dict(), trainer))
@@ -229,6 +238,10 @@ class Trainer:
     def autocast(self) -> AbstractContextManager[None]:
         """The precision of the forward pass."""
         return torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16)
+
+    @property
+    def _data_bytes(self) -> list[int]:
+        return [len(self.sampler.data), len(self.heldout)]
 
     @property
     def _tokens_per_step(self) -> int:

@@ -14,7 +14,7 @@ from rich.text import Text
 
 from elman.data.stdlib import pack_stdlib, stdlib_files, stdlib_path
 from elman.environment import describe_environment
-from elman.errors import UsageError
+from elman.errors import TrainingError, UsageError
 from elman.mixers import MixerConfig
 from elman.model import ModelConfig
 from elman.ops import record_backends
@@ -32,7 +32,7 @@ def start_run(config: TrainConfig, mixers: tuple[MixerConfig, ...], console: Con
     """Train a new run. Returns the exit code: 0, or 130 if it was stopped and saved."""
     model_config = size_model(mixers, params=config.param_count, dim=config.dim, depth=config.depth)
     data = config.data if config.data is not None else demo_data(console)
-    out = config.out if config.out is not None else default_out(config.model)
+    out = config.out if config.out is not None else default_out(model_config.pattern)
     config = replace(config, data=data, out=out)
     trainer = Trainer(config, model_config, RunFolder(out), console)
     run = create(out)
@@ -83,9 +83,9 @@ def demo_data(console: Console) -> Path:
     return path
 
 
-def default_out(model: str) -> Path:
+def default_out(pattern: str) -> Path:
     """A name that no other run has."""
-    stem = f"{model.replace(',', '-')}-{datetime.datetime.now():%Y%m%d-%H%M%S}"
+    stem = f"{pattern.replace(',', '-')}-{datetime.datetime.now():%Y%m%d-%H%M%S}"
     path, n = Path("runs", stem), 1
     while path.exists():
         n += 1
@@ -96,15 +96,28 @@ def default_out(model: str) -> Path:
 def _train(trainer: Trainer) -> int:
     run, console = trainer.run, trainer.console
     _print_head(trainer)
-    sessions = run.read_json("env.json") or []
-    run.write_json("env.json", [*sessions, _environment(trainer)])
-    finished = trainer.train()
+    try:
+        sessions = run.read_json("env.json") or []
+        run.write_json("env.json", [*sessions, _environment(trainer)])
+        finished = trainer.train()
+    except (MemoryError, RuntimeError) as error:
+        if not _is_out_of_memory(error):
+            raise
+        raise TrainingError(
+            f"out of memory at step {trainer.step} ({str(error).splitlines()[0]}): give a smaller --batch-size, "
+            f"--seq-len or --params, or a larger --grad-accum, which splits a step's batch into parts"
+        ) from None
     if finished:
         _say(console, f"results in {run.path}: summary.json, metrics.jsonl, loss.png, sample.txt, checkpoints/")
         _say(console, f"write with it: elman generate {run.path} --prompt 'def '")
         return 0
     _say(console, f"stopped at step {trainer.step}, saved in {run.path}; go on with: elman train --resume {run.path}")
     return 130
+
+
+def _is_out_of_memory(error: Exception) -> bool:
+    # On a CPU torch raises a plain RuntimeError.
+    return isinstance(error, MemoryError | torch.OutOfMemoryError) or "can't allocate memory" in str(error)
 
 
 def _environment(trainer: Trainer) -> dict[str, Any]:

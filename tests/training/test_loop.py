@@ -109,10 +109,11 @@ def test_a_resumed_run_equals_an_uninterrupted_one_bit_for_bit(
     start(replace(config, out=tmp_path / "whole"))
     train_step = Trainer._train_step
 
-    def step_then_signal(trainer: Trainer) -> None:
-        train_step(trainer)
+    def step_then_signal(trainer: Trainer) -> Any:
+        result = train_step(trainer)
         if trainer.step == stop_at:
             os.kill(os.getpid(), signal.SIGINT)
+        return result
 
     with monkeypatch.context() as patch:
         patch.setattr(Trainer, "_train_step", step_then_signal)
@@ -152,6 +153,20 @@ def test_a_finished_run_goes_on_only_with_more_steps(config: TrainConfig) -> Non
         resume(config, lr=0.5)
 
 
+def test_a_changed_data_file_is_refused_on_resume(config: TrainConfig) -> None:
+    start(config)
+    with config.data.open("ab") as file:  # type: ignore[union-attr]
+        file.write(b"more\x1e")
+    with pytest.raises(UsageError, match=r"--data .* has changed"):
+        resume(config, steps=20)
+
+
+def test_running_out_of_memory_tells_what_to_lower(config: TrainConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Trainer, "_train_step", lambda trainer: torch.empty(2**60))
+    with pytest.raises(TrainingError, match=r"out of memory at step 0 .*--batch-size.*--grad-accum"):
+        start(config)
+
+
 def test_time_limit_ends_the_run(config: TrainConfig) -> None:
     assert start(replace(config, steps=None, time_limit="0.5s"))[0] == 0
     seconds = RunFolder(config.out).read_json("summary.json")["train_seconds"]  # type: ignore[arg-type]
@@ -181,11 +196,11 @@ def test_two_processes_cannot_write_to_one_run(config: TrainConfig) -> None:
 def test_divergence_stops_the_run_and_saves_no_nan(config: TrainConfig, monkeypatch: pytest.MonkeyPatch) -> None:
     train_step = Trainer._train_step
 
-    def poison(trainer: Trainer) -> None:
+    def poison(trainer: Trainer) -> Any:
         if trainer.step == 9:
             with torch.no_grad():
                 trainer.model.embedding.weight.fill_(float("nan"))
-        train_step(trainer)
+        return train_step(trainer)
 
     monkeypatch.setattr(Trainer, "_train_step", poison)
     with pytest.raises(TrainingError, match=r"the loss is nan at step 10: try a lower --lr"):
