@@ -3,7 +3,8 @@
 
 PYTHON ?= python3
 VENV ?= .venv
-DEMO_FLAGS ?=
+DEMO_FLAGS ?= --model e1 --params 1m --depth 2 --seq-len 128 --batch-size 32 --lr 3e-3 --warmup 20 \
+	--time-limit 100s --eval-every 200 --eval-bytes 200k
 TEST_FLAGS ?=
 
 ifdef PY
@@ -16,7 +17,7 @@ endif
 .PHONY: demo test check format install clean
 
 demo: $(INSTALLED)
-	$(PY) -m elman train --demo $(DEMO_FLAGS)
+	$(PY) -m elman train $(DEMO_FLAGS)
 
 test: $(INSTALLED)
 	$(PY) -m pytest $(TEST_FLAGS)

@@ -53,22 +53,22 @@ BACKENDS: dict[str, Backend] = {
 }
 
 
-def choose(name: str, problem: Problem) -> Backend:
-    """The backend of this name; for ``auto`` the fastest that can run the problem, on the CPU the reference.
+def choose(name: str, problem: Problem) -> str:
+    """The name itself where that backend can run the problem; for ``auto`` the fastest that can, on the CPU reference.
 
     Raises:
         UsageError: there is no such backend, or it cannot run the problem; the message says why.
     """
     if name == "auto":
         if problem.device.type != "cuda":
-            return BACKENDS["reference"]
-        return next(backend for backend in reversed(BACKENDS.values()) if backend.why_not(problem) is None)
+            return "reference"
+        return next(name for name, backend in reversed(BACKENDS.items()) if backend.why_not(problem) is None)
     if name not in BACKENDS:
         raise UsageError(f"backend={name!r} is unknown: choose auto or one of {', '.join(BACKENDS)}")
     reason = BACKENDS[name].why_not(problem)
     if reason is not None:
         raise UsageError(f"backend={name!r} cannot run this problem: {reason}")
-    return BACKENDS[name]
+    return name
 
 
 def backend_status() -> list[tuple[str, bool, str]]:

@@ -2,13 +2,29 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor
 
 from elman.errors import UsageError
-from elman.ops.backends import Problem, choose
+from elman.ops.backends import BACKENDS, Problem, choose
 from elman.ops.cells import CELLS
 from elman.ops.operators import make_operator
+
+_used: list[str] | None = None
+
+
+@contextlib.contextmanager
+def record_backends() -> Iterator[list[str]]:
+    """The backends that ``recurrence`` takes inside the ``with`` block, in the order of the calls."""
+    global _used
+    before, _used = _used, []
+    try:
+        yield _used
+    finally:
+        _used = before
 
 
 def recurrence(
@@ -52,8 +68,10 @@ def recurrence(
     seq_len, batch, hidden = pre.shape
     problem = Problem(seq_len, batch, hidden, pre.dtype, pre.device, type(operator), CELLS[cell])
     chosen = choose(backend, problem)
+    if _used is not None:
+        _used.append(chosen)
     with torch.autocast(pre.device.type, enabled=False):
-        return chosen.run(pre, operator, h0, CELLS[cell], reset)
+        return BACKENDS[chosen].run(pre, operator, h0, CELLS[cell], reset)
 
 
 def _check(pre: Tensor, weight: Tensor, h0: Tensor | None, reset: Tensor | None) -> None:

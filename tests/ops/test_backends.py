@@ -15,7 +15,7 @@ def problem(device: str = "cuda", dtype: torch.dtype = torch.bfloat16) -> backen
 
 
 def test_auto_on_the_cpu_is_the_reference() -> None:
-    assert backends.choose("auto", problem("cpu")) is BACKENDS["reference"]
+    assert backends.choose("auto", problem("cpu")) == "reference"
     p = draw(3, 2, 4)
     h, _ = recurrence(p.pre.requires_grad_(), p.weight)
     (first,) = torch.autograd.grad(h.square().sum(), p.pre, create_graph=True)
@@ -24,8 +24,8 @@ def test_auto_on_the_cpu_is_the_reference() -> None:
 
 def test_auto_on_a_gpu_is_the_last_that_can() -> None:
     chosen = backends.choose("auto", problem())
-    assert chosen is next(backend for backend in reversed(BACKENDS.values()) if backend.why_not(problem()) is None)
-    assert chosen is not BACKENDS["reference"]
+    assert chosen == [name for name, backend in BACKENDS.items() if backend.why_not(problem()) is None][-1]
+    assert chosen != "reference"
 
 
 def test_a_backend_that_cannot_run_says_why(monkeypatch: pytest.MonkeyPatch) -> None:

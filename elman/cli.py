@@ -1,0 +1,211 @@
+"""The command line: parses and calls."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import signal
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+import tyro
+from rich.console import Console
+
+from elman.errors import TrainingError, UsageError
+from elman.mixers import MixerConfig, mixer_config, parse_pattern
+from elman.training.config import TrainConfig
+
+
+@dataclass(frozen=True)
+class Generate:
+    """Write on from a prompt with a trained model, in constant memory."""
+
+    run: tyro.conf.Positional[Path]
+    """Run folder of elman train."""
+    prompt: str = ""
+    """Text to go on from; none starts a document."""
+    bytes: int = 500
+    """How many to write."""
+    temperature: float = 0.8
+    """0 always takes the likeliest byte."""
+    top_p: float = 0.95
+    """Draw from the likeliest bytes that hold this much probability."""
+    seed: int = 0
+    """Of the draws."""
+    device: str = "auto"
+    """cpu, cuda, cuda:1, ...; auto takes a GPU where there is one."""
+
+    def run_command(self, console: Console) -> int:
+        from elman.commands import generate
+
+        return generate(
+            self.run, self.prompt, self.bytes, self.temperature, self.top_p, self.seed, self.device, sys.stdout
+        )
+
+
+@dataclass(frozen=True)
+class Models:
+    """Table of the variants: equation, parameters, FLOPs a token, state."""
+
+    params: str = "50m"
+    """Size to compare them at."""
+    depth: int = 6
+    """Layers."""
+    seq_len: int = 512
+    """Context that FLOPs and state are counted for, where they depend on it."""
+
+    def run_command(self, console: Console) -> int:
+        from elman.commands import models
+
+        return models(self.params, self.depth, self.seq_len, console)
+
+
+@dataclass(frozen=True)
+class Doctor:
+    """What this machine can run, and why not where it cannot."""
+
+    def run_command(self, console: Console) -> int:
+        from elman.commands import doctor
+
+        return doctor(console)
+
+
+@dataclass(frozen=True)
+class Pack:
+    """Pack files and folders into one raw file of documents, each ended by the byte 0x1e.
+
+    Text and source files are one document each, .jsonl and .ndjson one a line; all of them may be gzipped (.gz).
+    Binary and hidden files are left out. Files come in an order fixed by a hash of their paths, so that the tail of
+    the file, which training holds out, is a fair sample.
+    """
+
+    paths: tyro.conf.Positional[list[Path]]
+    """Files and folders."""
+    out: Path
+    """File to make; it must not exist yet."""
+    field: str = "text"
+    """Field of a JSON line that holds the text."""
+    skip_bad: bool = False
+    """Leave out lines without text and count them, instead of stopping."""
+
+    def run_command(self, console: Console) -> int:
+        from elman.commands import pack
+
+        return pack(self.paths, self.out, self.field, self.skip_bad, console)
+
+
+@dataclass(frozen=True)
+class Info:
+    """Size, documents, their lengths and the byte histogram of a raw file."""
+
+    file: tyro.conf.Positional[Path]
+    """Raw text file."""
+
+    def run_command(self, console: Console) -> int:
+        from elman.commands import info
+
+        return info(self.file, console)
+
+
+@dataclass(frozen=True)
+class Data:
+    """Make a raw file of text, or look into one."""
+
+    command: Annotated[
+        Annotated[Pack, tyro.conf.subcommand("pack")] | Annotated[Info, tyro.conf.subcommand("info")],
+        tyro.conf.arg(name=""),
+    ]
+
+    def run_command(self, console: Console) -> int:
+        return self.command.run_command(console)
+
+
+def _train_command(argv: list[str]) -> Any:
+    """The ``train`` command's type: the options of training, and those of the mixers that ``argv`` names.
+
+    Which options a mixer has is known only once it is chosen, so ``--model`` and ``--resume`` are read ahead.
+    """
+
+    @dataclass
+    class Choice:
+        model: Annotated[str | None, tyro.conf.arg(aliases=["--level"])] = None
+        resume: Path | None = None
+
+    choice, _ = tyro.cli(Choice, args=argv, return_unknown_args=True, add_help=False, console_outputs=False)
+    base: TrainConfig | None = None
+    if choice.resume is not None:
+        from elman.training.run import open_run
+
+        saved, model = open_run(choice.resume, "--resume").read_config()
+        base = dataclasses.replace(saved, resume=choice.resume)
+        mixers: list[MixerConfig] = list(model.mixers)
+        names = tuple(mixer.name for mixer in mixers)
+    else:
+        names = parse_pattern(choice.model if choice.model is not None else "e1")
+        mixers = [mixer_config(name)() for name in names]
+    distinct = {mixer.name: mixer for mixer in mixers}
+
+    def run_command(self: Any, console: Console) -> int:
+        from elman.training.start import resume_run, start_run
+
+        chosen = tuple(getattr(self, name) for name in names)
+        return (start_run if self.config.resume is None else resume_run)(self.config, chosen, console)
+
+    def prefix(name: str) -> Any:
+        return tyro.conf.arg(name="" if len(distinct) == 1 else name)
+
+    config_field = dataclasses.field(default=base) if base is not None else dataclasses.field()
+    command = dataclasses.make_dataclass(
+        "Train",
+        [
+            ("config", Annotated[TrainConfig, tyro.conf.arg(name="")], config_field),
+            *(
+                (name, Annotated[type(mixer), prefix(name)], dataclasses.field(default=mixer))
+                for name, mixer in distinct.items()
+            ),
+        ],
+        namespace={"run_command": run_command},
+        frozen=True,
+    )
+    command.__doc__ = f"Train a language model ({','.join(names)}): --model NAME --help shows that variant's options."
+    return command
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run one command. Returns its exit code: 0, 1 (training failed), 2 (wrong use), 130 (stopped)."""
+    argv = sys.argv[1:] if argv is None else argv
+    console = Console(highlight=False)
+    try:
+        train: Any = _train_command(argv[1:] if argv[:1] == ["train"] else [])
+        commands = (
+            Annotated[train, tyro.conf.subcommand("train")]
+            | Annotated[Generate, tyro.conf.subcommand("generate")]
+            | Annotated[Models, tyro.conf.subcommand("models")]
+            | Annotated[Doctor, tyro.conf.subcommand("doctor")]
+            | Annotated[Data, tyro.conf.subcommand("data")]
+        )
+        config = (tyro.conf.OmitSubcommandPrefixes, tyro.conf.FlagCreatePairsOff)
+        command: Any = tyro.cli(
+            commands,
+            args=argv,
+            prog="elman",
+            description="How far can simple nonlinear RNNs go with modern engineering?",
+            config=config,
+        )
+        code: int = command.run_command(console)
+        return code
+    except UsageError as error:
+        print(f"elman: {error}", file=sys.stderr)
+        return 2
+    except TrainingError as error:
+        print(f"elman: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("elman: stopped", file=sys.stderr)
+        return 128 + signal.SIGINT
+    except BrokenPipeError:
+        # The reader of our output has gone (| head): that is no error, but Python would complain at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 128 + signal.SIGPIPE

@@ -1,0 +1,175 @@
+"""The small commands: what they show, and in which order."""
+
+from __future__ import annotations
+
+import codecs
+import os
+import sys
+from pathlib import Path
+from typing import TextIO
+
+import torch
+from rich.console import Console
+from rich.progress import Progress
+from rich.table import Table
+
+from elman.cache import cache_folder
+from elman.data import bytes as raw
+from elman.data.info import QUANTILES, describe
+from elman.data.pack import find_files
+from elman.data.pack import pack as pack_files
+from elman.environment import driver_version, package_versions, resolve_device, supports_bf16, total_memory, why_no_cuda
+from elman.errors import UsageError
+from elman.generation import generate as generate_bytes
+from elman.generation import readable
+from elman.mixers import mixer_config, mixer_names
+from elman.ops import BACKENDS
+from elman.sizing import flops_per_token, num_params, size_model, state_size
+from elman.training.run import load_model
+from elman.units import format_bytes, format_count, parse_count
+
+
+def generate(
+    run: Path, prompt: str, num_bytes: int, temperature: float, top_p: float, seed: int, device: str, out: TextIO
+) -> int:
+    """Write the prompt and what follows it to ``out``: raw bytes to a file or pipe, readable text to a terminal."""
+    where = resolve_device(device)
+    model = load_model(run).to(where)
+    start = os.fsencode(prompt)
+    drawn = generate_bytes(model, start, num_bytes, temperature=temperature, top_p=top_p, seed=seed)
+    if not out.isatty():
+        sink = out.buffer
+        sink.write(start)
+        for byte in drawn:
+            sink.write(bytes([byte]))
+            sink.flush()
+        return 0
+    # UTF-8 characters arrive in pieces: an incremental decoder shows each once it is whole.
+    decoder = codecs.getincrementaldecoder("utf-8")("replace")
+    out.write(readable(start))
+    for byte in drawn:
+        out.write(readable(decoder.decode(bytes([byte])).encode()))
+        out.flush()
+    out.write("\n")
+    return 0
+
+
+def models(params: str, depth: int, seq_len: int, console: Console) -> int:
+    """Print every variant at one size."""
+    target = parse_count(params, "--params")
+    if depth < 1 or seq_len < 1:
+        name, value = ("--depth", depth) if depth < 1 else ("--seq-len", seq_len)
+        raise UsageError(f"{name} {value} is out of range: give a number of at least 1")
+    table = Table(title=f"variants at --params {params} --depth {depth}", title_justify="left")
+    for column in ("model", "equation"):
+        table.add_column(column)
+    for column in ("width", "parameters", "FLOPs/token", "state"):
+        table.add_column(column, justify="right")
+    for name in mixer_names():
+        mixer = mixer_config(name)()
+        try:
+            config = size_model((mixer,), params=target, depth=depth)
+        except UsageError:
+            table.add_row(name, mixer.equation, "-", "no width within 2%", "-", "-")
+            continue
+        counts = (num_params(config), flops_per_token(config, seq_len), state_size(config, seq_len))
+        table.add_row(name, mixer.equation, str(config.dim), *(format_count(count) for count in counts))
+    console.print(table)
+    console.print("FLOPs: forward, 2 a multiply-add; training costs 3 times that. State: numbers a sequence.")
+    return 0
+
+
+def doctor(console: Console) -> int:
+    """Print what this machine can run."""
+    table = Table(show_header=False, box=None, padding=(0, 2))
+    table.add_column(style="cyan")
+    table.add_column()
+    table.add_row("python", f"{sys.version.split()[0]}, {sys.executable}")
+    table.add_row("packages", ", ".join(f"{n} {v or '(absent)'}" for n, v in package_versions().items()))
+    cpu = torch.device("cpu")
+    table.add_row("cpu", f"{os.cpu_count()} cores, {format_bytes(total_memory(cpu))}")
+    devices = [torch.device("cuda", i) for i in range(torch.cuda.device_count())]
+    for device in devices:
+        name, capability = torch.cuda.get_device_name(device), torch.cuda.get_device_capability(device)
+        precision = "bf16" if supports_bf16(device) else "no bf16, so trains in fp32"
+        memory = format_bytes(total_memory(device))
+        table.add_row(str(device), f"{name}, sm_{capability[0]}{capability[1]}, {memory}, {precision}")
+    table.add_row(
+        "gpu", f"driver {driver_version()}, CUDA {torch.version.cuda}" if devices else f"none: {why_no_cuda()}"
+    )
+    table.add_row("recurrence", f"backends {', '.join(BACKENDS)}: run on every device and dtype")
+    table.add_row("cache", _cache_state())
+    table.add_row("trains on", f"{resolve_device('auto')} by default")
+    console.print(table)
+    return 0
+
+
+def _cache_state() -> str:
+    folder = cache_folder()
+    existing = next(path for path in (folder, *folder.parents) if path.exists())
+    if os.access(existing, os.W_OK) and existing.is_dir():
+        return f"{folder}"
+    return f"{folder} cannot be written; set ELMAN_CACHE to a folder that can"
+
+
+def pack(paths: list[Path], out: Path, field: str, skip_bad: bool, console: Console) -> int:
+    """Pack with a progress bar, then tell what went in and what was left out."""
+    files = find_files(paths)
+    total = sum(file.stat().st_size for file in files)
+    with Progress(console=console, disable=not console.is_terminal) as progress:
+        task = progress.add_task(f"packing {len(files)} files", total=total)
+        summary = pack_files(
+            files,
+            out,
+            text_field=field,
+            skip_bad=skip_bad,
+            open_file=lambda file: progress.open(file, "rb", task_id=task, total=total),
+        )
+    console.print(f"{out}: {summary.documents:,} documents, {summary.bytes:,} bytes", soft_wrap=True)
+    if summary.replaced:
+        console.print(f"{summary.replaced:,} delimiter bytes (0x1e) inside documents became spaces")
+    for reason, count in summary.skipped.items():
+        console.print(f"left out: {count:,} {reason}")
+    return 0
+
+
+def info(file: Path, console: Console) -> int:
+    """Read a raw file once and print what it holds."""
+    data = raw.map_bytes(file, "FILE")
+    with Progress(console=console, disable=not console.is_terminal, transient=True) as progress:
+        task = progress.add_task("reading", total=len(data))
+        facts = describe(data, lambda read: progress.advance(task, read))
+    parts = raw.open_bytes(file)
+    table = Table(title=str(file), title_justify="left", show_header=False, box=None, padding=(0, 2))
+    table.add_column(style="cyan")
+    table.add_column(justify="right")
+    table.add_row("size", f"{facts.size:,} bytes")
+    table.add_row("documents", f"{facts.documents:,}{' (the last without a delimiter)' * facts.unterminated}")
+    table.add_row("to train on", f"{len(parts.train):,} bytes")
+    table.add_row("held out", f"{len(parts.heldout):,} bytes")
+    for quantile, length in zip(QUANTILES, facts.length_quantiles, strict=True):
+        name = {0.0: "shortest", 0.5: "median", 1.0: "longest"}.get(quantile, f"{quantile:.0%} quantile")
+        table.add_row(f"document, {name}", f"{length:,} bytes")
+    table.add_row("entropy of byte counts", f"{facts.entropy:.3f} bits/byte")
+    console.print(table)
+    histogram = Table(title="bytes", title_justify="left")
+    for column in ("byte", "", "share"):
+        histogram.add_column(column, justify="right" if column == "share" else "left")
+    groups = [(f"0x{byte:02x}", _show(byte), int(facts.histogram[byte])) for byte in range(256)]
+    groups.sort(key=lambda group: -group[2])
+    shown = [group for group in groups[:20] if group[2]]
+    others = [group for group in groups[20:] if group[2]]
+    if others:
+        shown.append((f"{len(others)} others", "", sum(group[2] for group in others)))
+    largest = max(group[2] for group in shown)
+    for code, character, count in shown:
+        bar = "█" * round(30 * count / largest)
+        histogram.add_row(f"{code} {character}".strip(), bar, f"{count / facts.size:.2%}")
+    console.print(histogram)
+    return 0
+
+
+def _show(byte: int) -> str:
+    if byte == 32:
+        return "space"
+    return repr(chr(byte)).strip("'") if byte < 127 else ""

@@ -1,0 +1,129 @@
+"""A raw file as training data: memory-mapped, split into a training part and a held-out tail, sampled without state."""
+
+from __future__ import annotations
+
+import mmap
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+
+from elman.errors import UsageError
+
+Bytes = npt.NDArray[np.uint8]
+
+#: The byte that ends every document: ASCII "record separator".
+DELIMITER = 0x1E
+#: The held-out tail starts at most this far from the end of the file, before it is moved to a document's start.
+MAX_HELDOUT = 10_000_000
+# How far back from there a document's start is looked for. A file without delimiters is cut where it falls.
+_SEARCH = 4 << 20
+
+
+@dataclass(frozen=True)
+class ByteData:
+    """A raw file in two parts that share no byte. Both are views of one memory map: nothing is read before use."""
+
+    path: Path
+    train: Bytes
+    heldout: Bytes
+
+
+def open_bytes(path: Path, heldout_fraction: float = 0.05) -> ByteData:
+    """Map a raw file and split off its tail.
+
+    The tail is the last ``heldout_fraction`` of the file or its last 10 MB, whichever is less, moved back to just
+    after a delimiter where there is one within 4 MiB, so that no document lies in both parts.
+
+    Raises:
+        UsageError: no such file, a folder, empty, compressed or unreadable, or a fraction outside (0, 0.5].
+    """
+    if not 0 < heldout_fraction <= 0.5:
+        raise UsageError(f"--heldout {heldout_fraction} is out of range: give a fraction above 0 and up to 0.5")
+    data = map_bytes(path)
+    target = len(data) - min(int(len(data) * heldout_fraction), MAX_HELDOUT)
+    start = max(0, target - _SEARCH)
+    delimiters = np.flatnonzero(data[start:target] == DELIMITER)
+    cut = start + int(delimiters[-1]) + 1 if len(delimiters) else target
+    return ByteData(path, data[:cut], data[cut:])
+
+
+def map_bytes(path: Path, option: str = "--data") -> Bytes:
+    """The whole file as a read-only memory map. Raises as ``open_bytes``."""
+    try:
+        with path.open("rb") as file:
+            if not file.seek(0, 2):
+                raise UsageError(f"{option} {path} is empty: give a file of raw text, or make one by `elman data pack`")
+            file.seek(0)
+            if file.read(6).startswith((b"\x1f\x8b", b"\xfd7zXZ\x00", b"\x28\xb5\x2f\xfd", b"BZh", b"PK\x03\x04")):
+                raise UsageError(f"{option} {path} is compressed: unpack it first, or gzip by `elman data pack`")
+            mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+    except FileNotFoundError:
+        raise UsageError(
+            f"{option} {path}: no such file; check the path, or make the file by `elman data pack`"
+        ) from None
+    except IsADirectoryError:
+        raise UsageError(
+            f"{option} {path} is a folder: make one file of it first, `elman data pack {path} --out FILE`"
+        ) from None
+    except OSError as error:
+        raise UsageError(f"{option} {path} cannot be read: {error.strerror or error}") from None
+    if hasattr(mmap, "MADV_RANDOM"):
+        # Windows are read from anywhere in the file: reading ahead would only fill memory.
+        mapped.madvise(mmap.MADV_RANDOM)
+    return np.frombuffer(mapped, dtype=np.uint8)
+
+
+@dataclass(frozen=True)
+class WindowSampler:
+    """Random windows of the training part: a pure function of (seed, step, rank).
+
+    The windows of a step depend on the seed, the step and the global batch alone. Ranks take consecutive rows of that
+    batch, so a run resumed, or resumed on another number of ranks, reads the same bytes in the same order.
+    """
+
+    data: Bytes
+    seq_len: int
+    batch_size: int
+    seed: int
+
+    def __post_init__(self) -> None:
+        if len(self.data) < self.seq_len + 1:
+            raise UsageError(
+                f"--seq-len {self.seq_len} needs windows of {self.seq_len + 1} bytes, but the training part has "
+                f"{len(self.data)}: give a shorter --seq-len or a larger --data"
+            )
+
+    def batch(self, step: int, rank: int = 0, world_size: int = 1) -> Bytes:
+        """The rows of a step's batch that fall to a rank: (batch_size / world_size, seq_len + 1)."""
+        assert self.batch_size % world_size == 0
+        # A counter-based generator: the step is a place in its stream, not the outcome of the steps before.
+        generator = np.random.Generator(np.random.Philox(key=self.seed, counter=[0, 0, 0, step]))
+        starts = generator.integers(0, len(self.data) - self.seq_len, size=self.batch_size)
+        rows = self.batch_size // world_size
+        return gather(self.data, starts[rank * rows : (rank + 1) * rows], self.seq_len)
+
+
+def gather(data: Bytes, starts: npt.NDArray[np.int64], seq_len: int) -> Bytes:
+    """The windows of ``seq_len + 1`` bytes that begin at ``starts``: (len(starts), seq_len + 1)."""
+    out = np.empty((len(starts), seq_len + 1), dtype=np.uint8)
+    for row, start in zip(out, starts, strict=True):
+        row[:] = data[start : start + seq_len + 1]
+    return out
+
+
+def heldout_starts(data: Bytes, seq_len: int, max_bytes: int) -> npt.NDArray[np.int64]:
+    """Starts of windows that cover the held-out part end to end, thinned evenly to at most ``max_bytes`` predictions.
+
+    Raises:
+        UsageError: not one window fits.
+    """
+    available = (len(data) - 1) // seq_len
+    if available < 1:
+        raise UsageError(
+            f"--seq-len {seq_len} needs windows of {seq_len + 1} bytes, but the held-out part has {len(data)}: "
+            f"give a shorter --seq-len, a larger --heldout or a larger --data"
+        )
+    count = min(available, max(1, max_bytes // seq_len))
+    return np.linspace(0, available - 1, count).astype(np.int64) * seq_len

@@ -1,0 +1,49 @@
+"""The variants, one file each, and the registry that names them.
+
+To add one: write its file (config, module, counts), then add its line to ``_REGISTRY``.
+"""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+
+from elman.errors import UsageError
+from elman.mixers.base import Mixer, MixerConfig, State
+
+__all__ = ["Mixer", "MixerConfig", "State", "mixer_config", "mixer_names", "parse_pattern"]
+
+_REGISTRY = {
+    "e0": "elman.mixers.e0:E0Config",
+    "e1": "elman.mixers.e1:E1Config",
+}
+
+
+def mixer_names() -> list[str]:
+    """Every registered variant."""
+    return list(_REGISTRY)
+
+
+def mixer_config(name: str) -> type[MixerConfig]:
+    """The config class of a registered variant. Its file is imported only now.
+
+    Raises:
+        UsageError: no variant has this name; the nearest are named.
+    """
+    if name not in _REGISTRY:
+        near = difflib.get_close_matches(name, _REGISTRY, n=3, cutoff=0.4) or list(_REGISTRY)
+        raise UsageError(
+            f"--model {name!r} is unknown: did you mean {' or '.join(near)}? `elman models` lists every variant"
+        )
+    module, _, attribute = _REGISTRY[name].partition(":")
+    config: type[MixerConfig] = getattr(importlib.import_module(module), attribute)
+    return config
+
+
+def parse_pattern(text: str) -> tuple[str, ...]:
+    """``"e1"`` or ``"e1,e1,e0"``: the variants of successive layers, repeated over the depth. ``"1"`` means ``e1``."""
+    names = [name.strip().lower() for name in text.split(",")]
+    names = [f"e{name}" if name.isdigit() else name for name in names]
+    for name in names:
+        mixer_config(name)
+    return tuple(names)

@@ -1,0 +1,136 @@
+"""The one language-model shell that every variant hangs in.
+
+    embedding -> depth x [x = x + mixer(norm(x))] -> norm -> head tied to the embedding
+
+Batch-major outside, time-major inside: the tokens are transposed once, and no activation ever is.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from elman.errors import UsageError
+from elman.mixers import MixerConfig, State, mixer_config
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """A whole model.
+
+    Attributes:
+        dim: D, the width of the residual stream.
+        depth: layers.
+        mixers: the pattern of variants, repeated over the depth.
+        vocab_size: 256 for raw bytes.
+    """
+
+    dim: int
+    depth: int
+    mixers: tuple[MixerConfig, ...]
+    vocab_size: int = 256
+
+    def __post_init__(self) -> None:
+        for name in ("dim", "depth", "vocab_size"):
+            value = getattr(self, name)
+            if not isinstance(value, int) or value < 1:
+                raise UsageError(
+                    f"--{name.replace('_', '-')} {value} is out of range: give a whole number of at least 1"
+                )
+        if not self.mixers:
+            raise UsageError("a model needs at least one mixer")
+
+    def layers(self) -> Iterator[MixerConfig]:
+        """The mixer of each layer, from the first to the last."""
+        for i in range(self.depth):
+            yield self.mixers[i % len(self.mixers)]
+
+    @property
+    def pattern(self) -> str:
+        """The variants' names, as ``--model`` takes them."""
+        return ",".join(mixer.name for mixer in self.mixers)
+
+    def to_dict(self) -> dict[str, Any]:
+        """A JSON-ready form; ``from_dict`` reads it back."""
+        mixers = [{"name": mixer.name, **dataclasses.asdict(mixer)} for mixer in self.mixers]
+        return {"dim": self.dim, "depth": self.depth, "vocab_size": self.vocab_size, "mixers": mixers}
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> ModelConfig:
+        """Read what ``to_dict`` wrote."""
+        mixers = []
+        for options in values["mixers"]:
+            options = dict(options)
+            mixers.append(mixer_config(options.pop("name"))(**options))
+        return cls(**{**values, "mixers": tuple(mixers)})
+
+
+class Layer(nn.Module):
+    """``x + mixer(norm(x))``."""
+
+    def __init__(self, dim: int, mixer: MixerConfig) -> None:
+        super().__init__()
+        self.norm = nn.RMSNorm(dim)
+        self.mixer = mixer.build(dim)
+
+    def forward(self, x: Tensor, state: State, reset: Tensor | None) -> tuple[Tensor, State]:
+        y, state = self.mixer(self.norm(x), state, reset)
+        return x + y, state
+
+
+class LanguageModel(nn.Module):
+    """A byte-level (or token-level) language model with explicit state.
+
+    Matrices start as N(0, 0.02) but for those that a mixer initialises itself (orthogonal recurrent weights, say).
+    """
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.embedding = nn.Embedding(config.vocab_size, config.dim)
+        self.layers = nn.ModuleList(Layer(config.dim, mixer) for mixer in config.layers())
+        self.norm = nn.RMSNorm(config.dim)
+        for module in self.modules():
+            if isinstance(module, nn.Linear | nn.Embedding):
+                nn.init.normal_(module.weight, std=0.02)
+            if isinstance(module, nn.Linear) and module.bias is not None:
+                nn.init.zeros_(module.bias)
+
+    def forward(
+        self, tokens: Tensor, state: State | None = None, reset: Tensor | None = None
+    ) -> tuple[Tensor, tuple[State, ...]]:
+        """Logits of the token after each one.
+
+        Args:
+            tokens: (B, T), any integer dtype.
+            state: what the last call returned, to go on where it ended; None starts at rest.
+            reset: (B, T) bool; where true, that row starts anew at that token.
+
+        Returns:
+            Logits (B, T, V) in the dtype of the head's product, and the state: one entry a layer.
+        """
+        if tokens.ndim != 2:
+            raise UsageError(f"tokens has shape {tuple(tokens.shape)}: give (B, T)")
+        if reset is not None:
+            if reset.shape != tokens.shape:
+                raise UsageError(f"reset has shape {tuple(reset.shape)}: give that of tokens, {tuple(tokens.shape)}")
+            reset = reset.t().contiguous()
+        x = self.embedding(tokens.t().long())
+        new_state = []
+        for i, layer in enumerate(self.layers):
+            x, layer_state = layer(x, None if state is None else state[i], reset)
+            new_state.append(layer_state)
+        logits = F.linear(self.norm(x), self.embedding.weight)
+        return logits.transpose(0, 1), tuple(new_state)
+
+
+def next_token_loss(logits: Tensor, targets: Tensor, reduction: str = "mean") -> Tensor:
+    """Cross-entropy in nats, in float32. logits (B, T, V) as the model returns them, targets (B, T)."""
+    # The model's logits are time-major underneath, so flattening them that way round is free of a copy.
+    flat = logits.transpose(0, 1).flatten(0, 1).float()
+    return F.cross_entropy(flat, targets.t().flatten().long(), reduction=reduction)

@@ -1,0 +1,114 @@
+"""Parameters to width and depth and back; FLOPs and state sizes. Formulas only: no model is built."""
+
+from __future__ import annotations
+
+import bisect
+from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
+
+from elman.errors import UsageError
+from elman.mixers import MixerConfig
+from elman.model import ModelConfig
+from elman.units import format_count
+
+#: How far the counted parameters may lie from the ones asked for.
+TOLERANCE = 0.02
+#: Widths are multiples of the first of these that meets the tolerance; wide multiples suit the hardware better.
+_GRANULARITY = (64, 32, 16, 8, 4, 2, 1)
+_DEFAULT_DEPTH = 6
+_MAX_DIM = 1 << 17
+_MAX_DEPTH = 1 << 10
+
+
+def num_params(config: ModelConfig) -> int:
+    """Learned numbers of the model, the tied head counted once."""
+    mixers = sum(mixer.num_params(config.dim) for mixer in config.layers())
+    norms = (config.depth + 1) * config.dim
+    return config.vocab_size * config.dim + mixers + norms
+
+
+def flops_per_token(config: ModelConfig, seq_len: int) -> int:
+    """Forward FLOPs a token: 2 a multiply-add of every matrix product, the head's too. Training costs 3 times that."""
+    mixers = sum(mixer.flops_per_token(config.dim, seq_len) for mixer in config.layers())
+    return mixers + 2 * config.dim * config.vocab_size
+
+
+def state_size(config: ModelConfig, seq_len: int) -> int:
+    """Numbers carried a sequence from one token to the next. ``seq_len`` matters for attention only."""
+    return sum(mixer.state_size(config.dim, seq_len) for mixer in config.layers())
+
+
+def size_model(
+    mixers: tuple[MixerConfig, ...],
+    *,
+    params: int | None = None,
+    dim: int | None = None,
+    depth: int | None = None,
+    vocab_size: int = 256,
+) -> ModelConfig:
+    """The model that the given sizes ask for.
+
+    With ``params``, the missing one of width and depth is solved for (depth defaults to 6); without it, both sizes
+    are taken as they are. Whatever is given, the counted parameters lie within 2% of ``params`` or it is an error.
+
+    Raises:
+        UsageError: nothing to go by, or no size within the tolerance; the nearest ones are named.
+    """
+    if params is None and dim is None:
+        raise UsageError("no size was given: give --params, such as --params 10m, or --dim")
+    config = ModelConfig(
+        dim if dim is not None else 64, depth if depth is not None else _DEFAULT_DEPTH, mixers, vocab_size
+    )
+    if config.dim > _MAX_DIM or config.depth > _MAX_DEPTH:
+        raise UsageError(
+            f"--dim {config.dim} with --depth {config.depth} is out of range: "
+            f"the width goes up to {_MAX_DIM} and the depth up to {_MAX_DEPTH}"
+        )
+    if params is None:
+        return config
+    if dim is None:
+        return _solve_dim(config, params)
+    if depth is None:
+        return _solve_depth(config, params)
+    if not _near(config, params):
+        raise _off_target([config], params, "drop one of --params, --dim and --depth")
+    return config
+
+
+def _near(config: ModelConfig, params: int) -> bool:
+    return abs(num_params(config) - params) <= TOLERANCE * params
+
+
+def _solve_dim(config: ModelConfig, params: int) -> ModelConfig:
+    nearest: list[ModelConfig] = []
+    for granularity in _GRANULARITY:
+        nearest = _nearest(partial(_with_width, config, granularity), _MAX_DIM // granularity, params)
+        if _near(nearest[0], params):
+            return nearest[0]
+    raise _off_target(nearest, params, "give another --params or --depth, or the width itself by --dim")
+
+
+def _solve_depth(config: ModelConfig, params: int) -> ModelConfig:
+    nearest = _nearest(lambda n: replace(config, depth=n), _MAX_DEPTH, params)
+    if _near(nearest[0], params):
+        return nearest[0]
+    raise _off_target(nearest, params, "give another --params or --dim")
+
+
+def _with_width(config: ModelConfig, granularity: int, n: int) -> ModelConfig:
+    return replace(config, dim=n * granularity)
+
+
+def _nearest(make: Callable[[int], ModelConfig], upper: int, params: int) -> list[ModelConfig]:
+    """The one or two of ``make(1 ... upper)`` around the target, the nearer first. More n is more parameters."""
+    above = bisect.bisect_right(range(1, upper), params, key=lambda n: num_params(make(n))) + 1
+    around = [make(n) for n in (above - 1, above) if n > 0]
+    return sorted(around, key=lambda config: abs(num_params(config) - params))
+
+
+def _off_target(nearest: list[ModelConfig], params: int, cure: str) -> UsageError:
+    options = " and ".join(f"{format_count(num_params(c))} (--dim {c.dim} --depth {c.depth})" for c in nearest)
+    return UsageError(
+        f"--params {format_count(params)} cannot be met within {TOLERANCE:.0%}: the nearest is {options}; {cure}"
+    )

@@ -1,0 +1,1 @@
+"""Runs: the loop, its optimiser, checkpoints and run folders."""

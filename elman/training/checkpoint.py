@@ -1,0 +1,119 @@
+"""Checkpoints: folders that are whole or absent, and are checked when they are read.
+
+A checkpoint holds the weights (safetensors), the rest of the trainer's state (a tensors-only pickle, read with
+``weights_only``), and a manifest with the size and SHA-256 of both. Reading one executes no code.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import pickle
+import re
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import safetensors.torch
+import torch
+from torch import Tensor
+
+from elman.errors import UsageError
+
+_FORMAT = "elman-checkpoint-1"
+_MODEL, _TRAINER, _MANIFEST = "model.safetensors", "trainer.pt", "manifest.json"
+_NAME = re.compile(r"step-(\d{8,})")
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A step's state.
+
+    Attributes:
+        step: optimiser steps done.
+        model: the model's ``state_dict``.
+        trainer: what the trainer needs beyond that; None where only the weights were asked for.
+    """
+
+    step: int
+    model: dict[str, Tensor]
+    trainer: dict[str, Any] | None
+
+
+def save_checkpoint(folder: Path, checkpoint: Checkpoint, keep: int = 2) -> Path:
+    """Write a checkpoint into ``folder`` under its step's name, then remove all but the newest ``keep``."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for leftover in folder.glob(".partial-*"):
+        shutil.rmtree(leftover)
+    final = folder / f"step-{checkpoint.step:08d}"
+    if final.exists():
+        return final
+    partial = folder / f".partial-{os.getpid()}"
+    partial.mkdir()
+    try:
+        model = {name: tensor.detach().cpu().contiguous() for name, tensor in checkpoint.model.items()}
+        safetensors.torch.save_file(model, partial / _MODEL)
+        torch.save(checkpoint.trainer, partial / _TRAINER)
+        files = {name: _fingerprint(partial / name) for name in (_MODEL, _TRAINER)}
+        manifest = {"format": _FORMAT, "step": checkpoint.step, "files": files}
+        (partial / _MANIFEST).write_text(json.dumps(manifest, indent=2))
+        for name in (_MODEL, _TRAINER, _MANIFEST):
+            _sync(partial / name)
+        _sync(partial)
+        partial.rename(final)
+        _sync(folder)
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
+    for old in list_checkpoints(folder)[:-keep]:
+        shutil.rmtree(old)
+    return final
+
+
+def list_checkpoints(folder: Path) -> list[Path]:
+    """The checkpoints in ``folder``, the oldest first."""
+    found = [path for path in folder.glob("step-*") if _NAME.fullmatch(path.name)]
+    return sorted(found, key=lambda path: int(path.name.removeprefix("step-")))
+
+
+def load_checkpoint(path: Path, *, with_trainer: bool = True) -> Checkpoint:
+    """Read a checkpoint, every byte checked first.
+
+    Raises:
+        UsageError: missing, truncated, changed or foreign; the message says which file and what to do.
+    """
+    cure = f"remove {path} to fall back to the checkpoint before it, if there is one"
+    try:
+        manifest = json.loads((path / _MANIFEST).read_text())
+        if not isinstance(manifest, dict) or manifest.get("format") != _FORMAT:
+            raise UsageError(
+                f"checkpoint {path} is not one of elman's ({_FORMAT}): give a run folder made by elman train"
+            )
+        for name in (_MODEL, _TRAINER):
+            if _fingerprint(path / name) != manifest["files"][name]:
+                raise UsageError(f"checkpoint {path} is damaged: {name} was cut short or changed; {cure}")
+        model = safetensors.torch.load_file(path / _MODEL)
+        trainer = torch.load(path / _TRAINER, map_location="cpu", weights_only=True) if with_trainer else None
+        return Checkpoint(int(manifest["step"]), model, trainer)
+    except FileNotFoundError as error:
+        missing = Path(error.filename).name if error.filename else "a file"
+        raise UsageError(f"checkpoint {path} is damaged: {missing} is missing; {cure}") from None
+    except (OSError, ValueError, KeyError, TypeError, pickle.UnpicklingError) as error:
+        if isinstance(error, UsageError):
+            raise
+        raise UsageError(f"checkpoint {path} is damaged: it cannot be read ({error}); {cure}") from None
+
+
+def _fingerprint(path: Path) -> dict[str, Any]:
+    with path.open("rb") as file:
+        return {"bytes": os.fstat(file.fileno()).st_size, "sha256": hashlib.file_digest(file, "sha256").hexdigest()}
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,117 @@
+"""The options of a training run, as on the command line."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Literal
+
+import tyro
+
+from elman.errors import UsageError
+from elman.units import parse_count, parse_duration
+
+# Options that may be absent: their help tells what that means, so tyro need not say "None".
+_Int = Annotated[int | None, tyro.conf.arg(metavar="INT", help_behavior_hint="")]
+_Str = Annotated[str | None, tyro.conf.arg(metavar="STR", help_behavior_hint="")]
+_Path = Annotated[Path | None, tyro.conf.arg(metavar="PATH", help_behavior_hint="")]
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """Everything that a run is, but for the options of its mixers."""
+
+    model: Annotated[str, tyro.conf.arg(aliases=["--level"])] = "e1"
+    """Variant by name or number (1 means e1), or a pattern repeated over the depth, such as e0,e1."""
+    params: _Str = None
+    """Parameters to size the model for, such as 50m; within 2%. The default is 10m where no --dim is given."""
+    dim: _Int = None
+    """Width of the residual stream; solved for from --params if absent."""
+    depth: _Int = None
+    """Layers; 6 if absent, or solved for where --params and --dim are given."""
+
+    data: _Path = None
+    """Raw text file, documents ended by 0x1e; Python's standard library if absent."""
+    heldout: float = 0.05
+    """Part of the file, at its end, kept for evaluation (at most 10 MB)."""
+    seq_len: int = 512
+    """Bytes a training window."""
+    batch_size: int = 32
+    """Windows a step."""
+    grad_accum: int = 1
+    """Parts that a step's batch is split into, to save memory; the step stays the same."""
+
+    steps: _Int = None
+    """Stop after this many steps."""
+    time_limit: _Str = None
+    """Stop after this much training time, such as 10m; evaluation and saving do not count."""
+    lr: float = 1e-3
+    """Peak learning rate of AdamW."""
+    warmup: int = 100
+    """Steps of linear warm-up."""
+    schedule: Literal["cosine", "constant"] = "cosine"
+    """What the learning rate does after the warm-up: falls to zero at the end, or stays."""
+    weight_decay: float = 0.1
+    """Of matrices; vectors are not decayed."""
+    grad_clip: float = 1.0
+    """Largest norm of the gradient; 0 does not clip."""
+    seed: int = 0
+    """Of the initial weights and of the order of the data."""
+
+    device: str = "auto"
+    """cpu, cuda, cuda:1, ...; auto takes a GPU where there is one."""
+    precision: Literal["auto", "bf16", "fp32"] = "auto"
+    """Of the products; weights stay float32. auto is bf16 on a GPU, fp32 on a CPU."""
+    eval_every: int = 500
+    """Steps between evaluations on the held-out part; 0 evaluates only at the end."""
+    eval_bytes: str = "1m"
+    """Held-out bytes an evaluation reads, evenly spread."""
+    save_every: int = 1000
+    """Steps between checkpoints; 0 saves only at the end."""
+    out: _Path = None
+    """Run folder to make; runs/MODEL-DATE-TIME if absent. An existing run is never overwritten."""
+    resume: _Path = None
+    """Run folder to go on with, from its newest checkpoint and with its own options."""
+
+    def __post_init__(self) -> None:
+        for name, least in (
+            ("seq_len", 1), ("batch_size", 1), ("grad_accum", 1), ("steps", 1), ("dim", 1), ("depth", 1),
+            ("warmup", 0), ("eval_every", 0), ("save_every", 0), ("weight_decay", 0), ("grad_clip", 0), ("seed", 0),
+        ):  # fmt: skip
+            value = getattr(self, name)
+            if value is not None and not (math.isfinite(value) and value >= least):
+                raise UsageError(f"{_flag(name)} {value} is out of range: give a number of at least {least}")
+        if self.seed >= 2**63:
+            raise UsageError(f"--seed {self.seed} is out of range: give a number below 2^63")
+        if not 0 < self.lr < 100:
+            raise UsageError(f"--lr {self.lr} is out of range: give a number above 0, such as 1e-3")
+        if self.batch_size % self.grad_accum:
+            raise UsageError(
+                f"--grad-accum {self.grad_accum} does not divide --batch-size {self.batch_size}: give a divisor of it"
+            )
+        if self.steps is None and self.time_limit is None:
+            raise UsageError("a run needs an end: give --steps N, --time-limit 10m, or both")
+        # Parsed here for its errors alone, before anything is made.
+        _ = self.time_limit_s, self.param_count, self.eval_byte_count
+
+    @property
+    def time_limit_s(self) -> float | None:
+        """``--time-limit`` in seconds."""
+        return None if self.time_limit is None else parse_duration(self.time_limit, "--time-limit")
+
+    @property
+    def param_count(self) -> int | None:
+        """``--params`` as a number."""
+        if self.params is None:
+            return 10_000_000 if self.dim is None else None
+        return parse_count(self.params, "--params")
+
+    @property
+    def eval_byte_count(self) -> int:
+        """``--eval-bytes`` as a number."""
+        return parse_count(self.eval_bytes, "--eval-bytes")
+
+
+def _flag(name: str) -> str:
+    return "--" + name.replace("_", "-")

@@ -1,0 +1,102 @@
+"""What a person sees of a run while it goes, and at its end."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable
+from types import TracebackType
+from typing import Any
+
+from rich.console import Console, RenderableType
+from rich.panel import Panel
+from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
+from rich.table import Table
+from rich.text import Text
+
+from elman.units import bits, format_bytes, format_count, format_duration
+
+#: Seconds between lines where there is no terminal to redraw.
+_LINE_EVERY = 10.0
+
+
+class _TwoLines(Progress):
+    """The numbers above the bar, so that both fit a terminal of 80 columns."""
+
+    def get_renderables(self) -> Iterable[RenderableType]:
+        for task in self.tasks:
+            yield Text(task.fields["status"])
+        yield self.make_tasks_table(self.tasks)
+
+
+class TrainingDisplay:
+    """A live bar on a terminal; a line every ten seconds elsewhere, as in a log file."""
+
+    def __init__(self, console: Console) -> None:
+        self.console = console
+        self._progress = _TwoLines(
+            TextColumn("{task.fields[head]}"),
+            BarColumn(bar_width=30),
+            TaskProgressColumn(),
+            TextColumn("[cyan]ETA"),
+            TimeRemainingColumn(compact=True),
+            console=console,
+            disable=not console.is_terminal,
+        )
+        self._task = self._progress.add_task("train", total=1.0, head="step 0", status="")
+        self._last_line = -_LINE_EVERY
+
+    def __enter__(self) -> TrainingDisplay:
+        self._progress.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self._progress.stop()
+
+    def update(
+        self,
+        *,
+        step: int,
+        steps: int | None,
+        progress: float,
+        loss: float,
+        mean: float,
+        tokens_per_second: float,
+        seconds: float,
+        memory: int,
+    ) -> None:
+        """Show where the run stands. ``mean`` is that of the last 100 losses; ``progress`` goes from 0 to 1."""
+        head = f"step {step}" + (f"/{steps}" if steps else "")
+        status = (
+            f"loss {loss:.3f}  mean {mean:.3f}  {bits(mean):.3f} bits/byte  "
+            f"{format_count(tokens_per_second)} tok/s  {format_bytes(memory)}"
+        )
+        self._progress.update(self._task, completed=min(progress, 1.0), head=head, status=status)
+        if not self.console.is_terminal and time.monotonic() - self._last_line >= _LINE_EVERY:
+            self._last_line = time.monotonic()
+            eta = format_duration(seconds * (1 - progress) / progress) if 0 < progress < 1 else "0s"
+            self.say(f"{head}  {progress:.0%}  {status}  ETA {eta}")
+
+    def say(self, line: str) -> None:
+        """A line that stays, above the bar."""
+        self._progress.console.print(Text(line), soft_wrap=True)
+
+
+def print_summary(console: Console, summary: dict[str, Any], sample: str) -> None:
+    """The table that a run ends with, and a sample of what it writes."""
+    heldout = summary["heldout"]
+    table = Table(title=f"{summary['model']}: {summary['steps']} steps", show_header=False, title_justify="left")
+    table.add_column(style="cyan")
+    table.add_column(justify="right")
+    table.add_row("parameters", f"{summary['params']:,}")
+    table.add_row("tokens", f"{summary['tokens']:,}")
+    table.add_row("training time", format_duration(summary["train_seconds"]))
+    table.add_row("speed", f"{format_count(summary['tokens_per_second'])} tokens/s")
+    table.add_row("peak memory", format_bytes(summary["peak_memory_bytes"]))
+    table.add_row("loss, mean of the last 100 steps", f"{summary['last_100_loss']:.4f} nats/byte")
+    table.add_row("held-out loss", f"{heldout['nats_per_byte']:.4f} nats/byte")
+    table.add_row("", f"{heldout['bits_per_byte']:.4f} bits/byte")
+    table.add_row("held-out bytes read", f"{heldout['bytes']:,}")
+    console.print(Panel(Text(sample), title="sample", title_align="left"))
+    console.print(table)

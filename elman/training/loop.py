@@ -1,0 +1,289 @@
+"""The training loop."""
+
+from __future__ import annotations
+
+import signal
+import time
+from collections import deque
+from contextlib import AbstractContextManager
+from dataclasses import asdict
+from types import FrameType
+from typing import Any
+
+import torch
+from rich.console import Console
+
+from elman.data.bytes import WindowSampler, heldout_starts, open_bytes
+from elman.environment import peak_memory, resolve_device, supports_bf16, total_memory
+from elman.errors import TrainingError, UsageError
+from elman.evaluation.heldout import HeldoutLoss, evaluate
+from elman.generation import generate, readable
+from elman.model import LanguageModel, ModelConfig, next_token_loss
+from elman.sizing import flops_per_token, num_params, state_size
+from elman.training.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
+from elman.training.config import TrainConfig
+from elman.training.display import TrainingDisplay, print_summary
+from elman.training.optim import build_optimizer, learning_rate
+from elman.training.plot import plot_losses
+from elman.training.run import RunFolder, load_weights, newest_checkpoint
+from elman.units import format_bytes, format_count
+
+_SAMPLE_BYTES = 300
+
+
+class Trainer:
+    """One run: the model, its optimiser and its place in the data, all of which a checkpoint holds.
+
+    Batches are a function of the step, so the place in the data is the step itself.
+    """
+
+    def __init__(self, config: TrainConfig, model_config: ModelConfig, run: RunFolder, console: Console) -> None:
+        assert config.data is not None
+        self.config = config
+        self.model_config = model_config
+        self.run = run
+        self.console = console
+        self.device = resolve_device(config.device)
+        self.bf16 = config.precision == "bf16" or (config.precision == "auto" and supports_bf16(self.device))
+        data = open_bytes(config.data, config.heldout)
+        self.heldout = data.heldout
+        self.sampler = WindowSampler(data.train, config.seq_len, config.batch_size, config.seed)
+        heldout_starts(data.heldout, config.seq_len, config.eval_byte_count)  # an error now, not at the end
+        _check_memory(model_config, self.device)
+        torch.manual_seed(config.seed)
+        self.model = LanguageModel(model_config).to(self.device)
+        self.optimizer = build_optimizer(self.model, config)
+        self.step = 0
+        self.seconds = 0.0
+        # Where this process took over: speed is shown for its own steps.
+        self._first_step, self._first_second = 0, 0.0
+        self.recent_losses: deque[float] = deque(maxlen=100)
+        # Reading a loss from a GPU waits for it, so losses are fetched several at a time.
+        self.fetch_every = 1 if self.device.type == "cpu" else 10
+        self._pending: list[tuple[dict[str, Any], torch.Tensor, torch.Tensor]] = []
+
+    def restore(self) -> None:
+        """Go back to the run's newest checkpoint."""
+        path = newest_checkpoint(self.run)
+        checkpoint = load_checkpoint(path)
+        assert checkpoint.trainer is not None
+        before = checkpoint.trainer["data_bytes"]
+        if before != self._data_bytes:
+            raise UsageError(
+                f"--data {self.config.data} has changed: the run began with {before} bytes "
+                f"(to train on, held out), now there are {self._data_bytes}; put the old file back or start a new run"
+            )
+        load_weights(self.model, checkpoint.model, path)
+        self.optimizer.load_state_dict(checkpoint.trainer["optimizer"])
+        torch.set_rng_state(checkpoint.trainer["rng"])
+        self.seconds = checkpoint.trainer["seconds"]
+        self.step = checkpoint.step
+        self._first_step, self._first_second = self.step, self.seconds
+        rows = [row for row in self.run.read_metrics() if row["step"] <= self.step]
+        self.recent_losses.extend(row["loss"] for row in rows if "loss" in row)
+
+    @property
+    def progress(self) -> float:
+        """The part of the run that is done: of its steps or of its time, whichever is further."""
+        by_steps = self.step / self.config.steps if self.config.steps else 0.0
+        by_time = self.seconds / self.config.time_limit_s if self.config.time_limit_s else 0.0
+        return max(by_steps, by_time)
+
+    def train(self) -> bool:
+        """Train to the end. Returns False if a signal ended it before, with everything saved."""
+        with _StopSignal() as stop, TrainingDisplay(self.console) as display:
+            while self.progress < 1 and not stop:
+                self._train_until_due(display, stop)
+                if self.progress >= 1 or stop:
+                    break
+                if _due(self.step, self.config.eval_every):
+                    self._evaluate(display, stop)
+                if _due(self.step, self.config.save_every):
+                    self._save()
+            self._save()
+            heldout = None if stop else self._evaluate(display, stop)
+        if heldout is None:
+            return False
+        self._finish(heldout)
+        return True
+
+    def _train_until_due(self, display: TrainingDisplay, stop: _StopSignal) -> None:
+        """Steps up to the next evaluation, save or end. Only these count as training time."""
+        before, started = self.seconds, time.perf_counter()
+        while True:
+            rate, loss, norm = self._train_step()
+            self.seconds = before + time.perf_counter() - started
+            self._pending.append(({"step": self.step, "lr": rate, "seconds": self.seconds}, loss, norm))
+            due = _due(self.step, self.config.eval_every) or _due(self.step, self.config.save_every)
+            last = due or stop or self.progress >= 1
+            if last or self.step % self.fetch_every == 0:
+                self._fetch_losses(display)
+                self.seconds = before + time.perf_counter() - started
+            if last:
+                return
+
+    def _train_step(self) -> tuple[float, torch.Tensor, torch.Tensor]:
+        """One step of the optimiser: learning rate, loss and norm of the gradient, the last two not waited for."""
+        rate = learning_rate(self.config, self.step, self.progress)
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate
+        windows = torch.from_numpy(self.sampler.batch(self.step))
+        if self.device.type == "cuda":
+            windows = windows.pin_memory().to(self.device, non_blocking=True)
+        else:
+            windows = windows.to(self.device)
+        loss = torch.zeros((), device=self.device)
+        for part in windows.chunk(self.config.grad_accum):
+            with self.autocast():
+                logits, _ = self.model(part[:, :-1])
+            part_loss = next_token_loss(logits, part[:, 1:]) / self.config.grad_accum
+            part_loss.backward()  # type: ignore[no-untyped-call]
+            loss += part_loss.detach()
+        norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.config.grad_clip or float("inf"))
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        self.step += 1
+        return rate, loss, norm
+
+    def _fetch_losses(self, display: TrainingDisplay) -> None:
+        if not self._pending:
+            return
+        values = torch.stack([torch.stack((loss, norm)) for _, loss, norm in self._pending]).tolist()
+        rows = []
+        for (row, _, _), (loss, norm) in zip(self._pending, values, strict=True):
+            rows.append({**row, "loss": loss, "grad_norm": norm, "tokens": row["step"] * self._tokens_per_step})
+            self.recent_losses.append(loss)
+        self._pending.clear()
+        self.run.append_metrics(rows)
+        if not all(row["loss"] == row["loss"] and abs(row["loss"]) != float("inf") for row in rows):
+            raise TrainingError(
+                f"the loss is {rows[-1]['loss']} at step {self.step}: try a lower --lr (it was {self.config.lr}), "
+                f"a longer --warmup or a lower --grad-clip"
+            )
+        display.update(
+            step=self.step,
+            steps=self.config.steps,
+            progress=self.progress,
+            loss=rows[-1]["loss"],
+            mean=self._last_100_loss,
+            tokens_per_second=(self.step - self._first_step)
+            * self._tokens_per_step
+            / (self.seconds - self._first_second),
+            seconds=self.seconds,
+            memory=peak_memory(self.device),
+        )
+
+    def _evaluate(self, display: TrainingDisplay, stop: _StopSignal) -> HeldoutLoss | None:
+        heldout = evaluate(
+            self.model,
+            self.heldout,
+            seq_len=self.config.seq_len,
+            batch_size=max(1, self.config.batch_size // self.config.grad_accum),
+            max_bytes=self.config.eval_byte_count,
+            device=self.device,
+            autocast=self.autocast,
+            stop=lambda: bool(stop),
+        )
+        if heldout is not None:
+            self.run.append_metrics(
+                [{"step": self.step, "seconds": self.seconds, "heldout_loss": heldout.nats_per_byte}]
+            )
+            display.say(
+                f"step {self.step}  held-out loss {heldout.nats_per_byte:.4f} nats/byte  "
+                f"{heldout.bits_per_byte:.4f} bits/byte"
+            )
+        return heldout
+
+    def _save(self) -> None:
+        trainer = {
+            "optimizer": self.optimizer.state_dict(),
+            "rng": torch.get_rng_state(),
+            "seconds": self.seconds,
+            "data_bytes": self._data_bytes,
+        }
+        try:
+            save_checkpoint(self.run.checkpoints, Checkpoint(self.step, self.model.state_dict(), trainer))
+        except OSError as error:
+            raise TrainingError(
+                f"the checkpoint of step {self.step} cannot be written to {self.run.checkpoints}: "
+                f"{error.strerror or error}; the one before it is whole"
+            ) from None
+
+    def _finish(self, heldout: HeldoutLoss) -> None:
+        tokens = self.step * self._tokens_per_step
+        summary = {
+            "model": self.model_config.pattern,
+            "params": num_params(self.model_config),
+            "dim": self.model_config.dim,
+            "depth": self.model_config.depth,
+            "flops_per_token": flops_per_token(self.model_config, self.config.seq_len),
+            "state_size": state_size(self.model_config, self.config.seq_len),
+            "seq_len": self.config.seq_len,
+            "batch_size": self.config.batch_size,
+            "steps": self.step,
+            "tokens": tokens,
+            "train_seconds": self.seconds,
+            "tokens_per_second": tokens / self.seconds,
+            "peak_memory_bytes": peak_memory(self.device),
+            "last_100_loss": self._last_100_loss,
+            "heldout": {**asdict(heldout), "bits_per_byte": heldout.bits_per_byte},
+        }
+        self.run.write_json("summary.json", summary)
+        sample = readable(bytes(generate(self.model.eval(), b"", _SAMPLE_BYTES, seed=self.config.seed)))
+        (self.run.path / "sample.txt").write_text(sample)
+        title = f"{self.model_config.pattern}, {format_count(num_params(self.model_config))} parameters"
+        plot_losses(self.run.read_metrics(), title, self.run.path / "loss.png")
+        print_summary(self.console, summary, sample)
+
+    def autocast(self) -> AbstractContextManager[None]:
+        """The precision of the forward pass."""
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16)
+
+    @property
+    def _data_bytes(self) -> list[int]:
+        return [len(self.sampler.data), len(self.heldout)]
+
+    @property
+    def _tokens_per_step(self) -> int:
+        return self.config.batch_size * self.config.seq_len
+
+    @property
+    def _last_100_loss(self) -> float:
+        return sum(self.recent_losses) / len(self.recent_losses)
+
+
+def _check_memory(config: ModelConfig, device: torch.device) -> None:
+    # Weights, gradients and AdamW's two moments, 4 bytes each; activations come on top.
+    needed, there = 16 * num_params(config), total_memory(device)
+    if needed > there:
+        raise UsageError(
+            f"--params {format_count(num_params(config))} needs {format_bytes(needed)} for weights and optimiser, "
+            f"but {device} has {format_bytes(there)}: give fewer --params"
+        )
+
+
+def _due(step: int, every: int) -> bool:
+    return every > 0 and step % every == 0
+
+
+class _StopSignal:
+    """Turns SIGINT and SIGTERM into a flag that the loop reads between steps. A second SIGINT ends at once."""
+
+    def __init__(self) -> None:
+        self.received: int | None = None
+
+    def __bool__(self) -> bool:
+        return self.received is not None
+
+    def __enter__(self) -> _StopSignal:
+        self._before = {number: signal.signal(number, self._receive) for number in (signal.SIGINT, signal.SIGTERM)}
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def _receive(self, number: int, frame: FrameType | None) -> None:
+        if self.received is not None and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        self.received = number

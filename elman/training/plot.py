@@ -1,0 +1,38 @@
+"""loss.png: the training curve against steps and against time, from the run folder alone."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+
+
+def plot_losses(rows: list[dict[str, Any]], title: str, path: Path) -> None:
+    """Draw the losses in ``rows``, the lines of a metrics.jsonl, into a PNG."""
+    training = [row for row in rows if "loss" in row]
+    heldout = [row for row in rows if "heldout_loss" in row]
+    losses = np.array([row["loss"] for row in training])
+    means = np.array([losses[max(0, i - 99) : i + 1].mean() for i in range(len(losses))])
+    figure = Figure(figsize=(11, 4.2), layout="constrained")
+    FigureCanvasAgg(figure)
+    figure.suptitle(title)
+    panels = figure.subplots(1, 2, sharey=True)
+    for axes, key, label in ((panels[0], "step", "step"), (panels[1], "seconds", "training time, s")):
+        x = [row[key] for row in training]
+        axes.plot(x, losses, color="tab:blue", alpha=0.25, linewidth=0.8, label="training loss")
+        axes.plot(x, means, color="tab:blue", label="mean of the last 100")
+        axes.plot(
+            [row[key] for row in heldout],
+            [row["heldout_loss"] for row in heldout],
+            color="tab:orange", marker="o", markersize=4, label="held-out loss",
+        )  # fmt: skip
+        axes.set_xlabel(label)
+        axes.grid(alpha=0.3)
+    panels[0].set_ylabel("nats per byte")
+    panels[1].legend()
+    # The first steps fall from ln 256; the interesting part is what follows.
+    panels[0].set_ylim(max(0.0, float(losses.min()) - 0.15), min(float(losses.max()), float(means[-1]) * 2) + 0.15)
+    figure.savefig(path, dpi=120)

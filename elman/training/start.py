@@ -1,0 +1,160 @@
+"""From options to a run: makes or reopens its folder, trains, and says how it ended."""
+
+from __future__ import annotations
+
+import datetime
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.progress import Progress
+from rich.text import Text
+
+from elman.data.stdlib import pack_stdlib, stdlib_files, stdlib_path
+from elman.environment import describe_environment
+from elman.errors import TrainingError, UsageError
+from elman.mixers import MixerConfig
+from elman.model import ModelConfig
+from elman.ops import record_backends
+from elman.sizing import flops_per_token, num_params, size_model, state_size
+from elman.training.config import TrainConfig
+from elman.training.loop import Trainer
+from elman.training.run import RunFolder, create, open_run
+from elman.units import format_count
+
+#: What may be given anew when a run goes on; anything else would make it another run.
+RESUMABLE = {"steps", "time_limit", "device", "eval_every", "save_every", "resume"}
+
+
+def start_run(config: TrainConfig, mixers: tuple[MixerConfig, ...], console: Console) -> int:
+    """Train a new run. Returns the exit code: 0, or 130 if it was stopped and saved."""
+    model_config = size_model(mixers, params=config.param_count, dim=config.dim, depth=config.depth)
+    data = config.data if config.data is not None else demo_data(console)
+    out = config.out if config.out is not None else default_out(model_config.pattern)
+    config = replace(config, data=data, out=out)
+    trainer = Trainer(config, model_config, RunFolder(out), console)
+    run = create(out)
+    with run.lock():
+        run.write_config(replace(config, data=data.absolute()), model_config)
+        return _train(trainer)
+
+
+def resume_run(config: TrainConfig, mixers: tuple[MixerConfig, ...], console: Console) -> int:
+    """Go on with ``config.resume``; ``config`` is that run's own but for what may be given anew."""
+    assert config.resume is not None
+    run = open_run(config.resume, "--resume")
+    with run.lock():
+        before, model_config = run.read_config()
+        if config.data is not None:
+            config = replace(config, data=config.data.absolute())
+        changed = [name for name in vars(before) if getattr(before, name) != getattr(config, name)]
+        foreign = [name for name in changed if name not in RESUMABLE]
+        if foreign or mixers != model_config.mixers:
+            name = foreign[0] if foreign else "model"
+            allowed = ", ".join(sorted("--" + name.replace("_", "-") for name in RESUMABLE - {"resume"}))
+            raise UsageError(
+                f"--{name.replace('_', '-')} cannot change when a run goes on: drop it, or start a new run "
+                f"({allowed} may be given anew)"
+            )
+        trainer = Trainer(config, model_config, run, console)
+        trainer.restore()
+        if trainer.progress >= 1 and run.read_json("summary.json") is not None:
+            raise UsageError(
+                f"--resume {run.path}: this run has reached its end (step {trainer.step}): "
+                f"give more --steps or a longer --time-limit"
+            )
+        run.rewind_metrics(trainer.step)
+        run.write_config(replace(config, resume=None), model_config)
+        console.print(f"going on from step {trainer.step}")
+        return _train(trainer)
+
+
+def demo_data(console: Console) -> Path:
+    """The standard library's sources, packed at the first call."""
+    path = stdlib_path()
+    if not path.exists():
+        files = stdlib_files()
+        total = sum(file.stat().st_size for file in files)
+        with Progress(console=console, disable=not console.is_terminal) as progress:
+            task = progress.add_task("packing Python's standard library", total=total)
+            pack_stdlib(files, lambda file: progress.open(file, "rb", task_id=task, total=total))
+    return path
+
+
+def default_out(pattern: str) -> Path:
+    """A name that no other run has."""
+    stem = f"{pattern.replace(',', '-')}-{datetime.datetime.now():%Y%m%d-%H%M%S}"
+    path, n = Path("runs", stem), 1
+    while path.exists():
+        n += 1
+        path = Path("runs", f"{stem}-{n}")
+    return path
+
+
+def _train(trainer: Trainer) -> int:
+    run, console = trainer.run, trainer.console
+    _print_head(trainer)
+    try:
+        sessions = run.read_json("env.json") or []
+        run.write_json("env.json", [*sessions, _environment(trainer)])
+        finished = trainer.train()
+    except (MemoryError, RuntimeError) as error:
+        if not _is_out_of_memory(error):
+            raise
+        raise TrainingError(
+            f"out of memory at step {trainer.step} ({str(error).splitlines()[0]}): give a smaller --batch-size, "
+            f"--seq-len or --params, or a larger --grad-accum, which splits a step's batch into parts"
+        ) from None
+    if finished:
+        _say(console, f"results in {run.path}: summary.json, metrics.jsonl, loss.png, sample.txt, checkpoints/")
+        _say(console, f"write with it: elman generate {run.path} --prompt 'def '")
+        return 0
+    _say(console, f"stopped at step {trainer.step}, saved in {run.path}; go on with: elman train --resume {run.path}")
+    return 130
+
+
+def _is_out_of_memory(error: Exception) -> bool:
+    # On a CPU torch raises a plain RuntimeError.
+    return isinstance(error, MemoryError | torch.OutOfMemoryError) or "can't allocate memory" in str(error)
+
+
+def _environment(trainer: Trainer) -> dict[str, Any]:
+    """The machine's facts, and the backend that each recurrence of the model takes on this shape."""
+    config = trainer.config
+    rows = config.batch_size // config.grad_accum
+    tokens = torch.zeros(rows, 1, dtype=torch.long, device=trainer.device)
+    with record_backends() as backends, torch.no_grad(), trainer.autocast():
+        trainer.model(tokens)
+    return {
+        "time": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "from_step": trainer.step,
+        "precision": "bf16" if trainer.bf16 else "fp32",
+        "backends": backends,
+        **describe_environment(trainer.device),
+    }
+
+
+def _print_head(trainer: Trainer) -> None:
+    model, config = trainer.model_config, trainer.config
+    _say(trainer.console, model_line(model, config.seq_len))
+    where = torch.cuda.get_device_name(trainer.device) if trainer.device.type == "cuda" else str(trainer.device)
+    _say(
+        trainer.console,
+        f"{config.data}: {len(trainer.sampler.data):,} bytes to train on, {len(trainer.heldout):,} held out; "
+        f"{where}, {'bf16' if trainer.bf16 else 'fp32'}; run folder {trainer.run.path}",
+    )
+
+
+def model_line(model: ModelConfig, seq_len: int) -> str:
+    """A model in one line: what it is and its counts."""
+    return (
+        f"{model.pattern}: width {model.dim}, depth {model.depth}, {num_params(model):,} parameters, "
+        f"{format_count(flops_per_token(model, seq_len))} forward FLOPs a token, "
+        f"{format_count(state_size(model, seq_len))} numbers of state"
+    )
+
+
+def _say(console: Console, line: str) -> None:
+    console.print(Text(line), soft_wrap=True)

@@ -1,0 +1,250 @@
+"""The commands as a user types them: what they print, and one clear line for every mistake."""
+
+import io
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from elman.cli import main
+
+TINY = ["--dim", "16", "--depth", "2", "--seq-len", "32", "--batch-size", "4", "--eval-bytes", "200", "--device", "cpu"]
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("COLUMNS", "200")
+    Path("text").write_bytes(b"".join(b"line %d of a text\n\x1e" % i for i in range(500)))
+    Path("short").write_bytes(b"too short")
+    Path("empty").touch()
+    Path("folder").mkdir()
+    return tmp_path
+
+
+def run(*argv: object) -> int:
+    try:
+        return main([str(argument) for argument in argv])
+    except SystemExit as end:
+        return int(end.code or 0)
+
+
+@pytest.fixture
+def trained(folder: Path) -> Path:
+    assert run("train", "--data", "text", "--steps", 3, *TINY, "--out", "trained") == 0
+    return folder / "trained"
+
+
+BAD_INPUT = {
+    "missing data": (["--data", "nowhere", "--steps", "1"], "--data nowhere: no such file"),
+    "empty data": (["--data", "empty", "--steps", "1"], "--data empty is empty"),
+    "folder for data": (["--data", "folder", "--steps", "1"], "--data folder is a folder: .*elman data pack folder"),
+    "short data": (["--data", "short", "--steps", "1"], "--seq-len 32 needs windows of 33 bytes"),
+    "long window": (["--data", "text", "--steps", "1", "--seq-len", "20000"], "--seq-len 20000 needs windows"),
+    "long held-out window": (["--data", "text", "--steps", "1", "--seq-len", "900"], "the held-out part has"),
+    "unknown model": (["--model", "e01", "--steps", "1"], "'e01' is unknown: did you mean e1 or e0"),
+    "unknown level": (["--level", "77", "--steps", "1"], "'e77' is unknown"),
+    "bad params": (["--params", "50x", "--steps", "1"], "--params '50x' is no count"),
+    "zero params": (["--params", "0", "--steps", "1"], "--params '0' is no count"),
+    "params beyond memory": (["--params", "100b", "--data", "text", "--steps", "1"], "needs .*TiB for weights"),
+    "params no width fits": (["--params", "100", "--data", "text", "--steps", "1"], "cannot be met within 2%"),
+    "zero width": (["--dim", "0", "--steps", "1"], "--dim 0 is out of range"),
+    "zero depth": (["--depth", "0", "--steps", "1"], "--depth 0 is out of range"),
+    "no end": (["--data", "text"], "a run needs an end: give --steps N"),
+    "zero steps": (["--steps", "0"], "--steps 0 is out of range"),
+    "negative steps": (["--steps", "-3"], "--steps -3 is out of range"),
+    "zero time": (["--time-limit", "0s"], "--time-limit '0s' is no duration"),
+    "absurd time": (["--time-limit", "soon"], "--time-limit 'soon' is no duration"),
+    "zero lr": (["--lr", "0", "--steps", "1"], "--lr 0.0 is out of range"),
+    "nan lr": (["--lr", "nan", "--steps", "1"], "--lr nan is out of range"),
+    "nan decay": (["--weight-decay", "nan", "--steps", "1"], "--weight-decay nan is out of range"),
+    "zero batch": (["--batch-size", "0", "--steps", "1"], "--batch-size 0 is out of range"),
+    "uneven parts": (["--grad-accum", "3", "--steps", "1"], "--grad-accum 3 does not divide --batch-size 4"),
+    "negative seed": (["--seed", "-1", "--steps", "1"], "--seed -1 is out of range"),
+    "huge seed": (["--seed", "99999999999999999999", "--steps", "1"], "--seed 9+ is out of range"),
+    "bad heldout": (["--heldout", "2", "--data", "text", "--steps", "1"], "--heldout 2.0 is out of range"),
+    "bad eval bytes": (["--eval-bytes", "many", "--steps", "1"], "--eval-bytes 'many' is no count"),
+    "bad expansion": (["--expansion", "-1", "--steps", "1"], "--expansion -1.0 is out of range"),
+    "unknown device": (["--device", "tpu", "--data", "text", "--steps", "1"], "--device 'tpu' is unknown"),
+    "missing device": (["--device", "cuda:99", "--data", "text", "--steps", "1"], "--device cuda:99: "),
+    "out is a file": (["--data", "text", "--steps", "1", "--out", "short"], "--out short is a file"),
+    "out under a file": (["--data", "text", "--steps", "1", "--out", "short/run"], "--out short/run cannot be made"),
+    "resume nothing": (["--resume", "nowhere"], "--resume nowhere: no such folder"),
+    "resume no run": (["--resume", "folder"], "--resume folder is no run folder"),
+}
+
+
+@pytest.mark.parametrize("name", BAD_INPUT)
+def test_a_mistake_in_train_is_one_clear_line(name: str, folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    argv, message = BAD_INPUT[name]
+    before = sorted(folder.rglob("*"))
+    defaults = (
+        []
+        if "--resume" in argv
+        else [TINY[i] for k in range(0, len(TINY), 2) if TINY[k] not in argv for i in (k, k + 1)]
+    )
+    if "--params" in argv:
+        defaults = defaults[4:]
+    assert run("train", *defaults, *argv) == 2
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    (line,) = captured.err.splitlines()
+    assert re.search(message, line), line
+    assert sorted(folder.rglob("*")) == before
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["generate", "nowhere"], "RUN nowhere: no such folder"),
+        (["generate", "folder"], "is no run folder"),
+        (["generate", "trained", "--bytes", "-1"], "--bytes -1 is out of range"),
+        (["generate", "trained", "--temperature", "-1"], "--temperature -1.0 is out of range"),
+        (["generate", "trained", "--top-p", "0"], "--top-p 0.0 is out of range"),
+        (["train", "--resume", "trained", "--seed", "5"], "--seed cannot change when a run goes on"),
+        (["train", "--resume", "trained", "--gate", "hx"], "--model cannot change when a run goes on"),
+        (["train", "--resume", "trained"], "has reached its end"),
+        (["train", "--data", "text", "--steps", "1", *TINY, "--out", "trained"], "holds another run"),
+        (["data", "info", "nowhere"], "FILE nowhere: no such file"),
+        (["data", "info", "empty"], "FILE empty is empty"),
+        (["data", "pack", "nowhere", "--out", "new"], "PATH nowhere: no such file"),
+        (["data", "pack", "text", "--out", "short"], "--out short exists already"),
+        (["data", "pack", "text", "--out", "short/new"], "--out short/new cannot be written"),
+        (["models", "--params", "50x"], "--params '50x' is no count"),
+        (["models", "--depth", "0"], "--depth 0 is out of range"),
+    ],
+)
+def test_a_mistake_elsewhere_is_one_clear_line(
+    argv: list[str], message: str, trained: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    capsys.readouterr()
+    before = {
+        path: path.stat().st_mtime_ns for path in trained.parent.rglob("*") if path.is_file() and path.name != ".lock"
+    }
+    assert run(*argv) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert re.search(message, line), line
+    assert before == {path: path.stat().st_mtime_ns for path in before}
+
+
+@pytest.mark.parametrize(
+    "argv", [["train", "--stepz", "3"], ["train", "--steps", "x"], ["train", "--gate", "foo"], ["fly"], ["data"], []]
+)
+def test_options_that_do_not_parse_exit_with_2(argv: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(*argv) == 2
+    assert "Traceback" not in capsys.readouterr().err
+
+
+def test_damaged_checkpoints_are_one_clear_line(trained: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    weights = trained / "checkpoints" / "step-00000003" / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-10])
+    for argv in (["generate", trained], ["train", "--resume", trained, "--steps", 9]):
+        capsys.readouterr()
+        assert run(*argv) == 2
+        (line,) = capsys.readouterr().err.splitlines()
+        assert "model.safetensors was cut short or changed; remove" in line
+    (trained / "config.json").write_text('{"train": {}}')
+    assert run("generate", trained) == 2
+    assert "is not the config of a run" in capsys.readouterr().err
+
+
+def test_train_ladder_is_train(folder: Path) -> None:
+    script = Path(__file__).parent.parent / "train_ladder.py"
+    command = [
+        sys.executable,
+        script,
+        "--level",
+        1,
+        "--params",
+        "100k",
+        "--depth",
+        2,
+        "--data",
+        "text",
+        "--steps",
+        2,
+        *TINY[4:],
+    ]
+    finished = subprocess.run(list(map(str, command)), capture_output=True, text=True, cwd=folder)
+    assert finished.returncode == 0, finished.stderr
+    assert "held-out loss" in finished.stdout
+    (made,) = (folder / "runs").iterdir()
+    assert made.name.startswith("e1-")
+
+
+def test_each_variant_shows_its_own_options(capsys: pytest.CaptureFixture[str]) -> None:
+    for model, options in (("e0", "{none,input}"), ("e1", "{split,hx,sigmoid}")):
+        assert run("train", "--model", model, "--help") == 0
+        assert options in capsys.readouterr().out
+    assert run("train", "--model", "e0,e1", "--help") == 0
+    shown = capsys.readouterr().out
+    assert "--e0.gate" in shown
+    assert "--e1.gate" in shown
+
+
+def test_a_pattern_of_variants_trains_and_resumes(folder: Path) -> None:
+    argv = ["--model", "e0,e1", "--e0.gate", "input", "--data", "text", *TINY, "--out", "mixed"]
+    assert run("train", *argv, "--steps", 2) == 0
+    assert run("train", "--resume", "mixed", "--steps", 3) == 0
+
+
+def test_models_and_doctor(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run("models", "--params", "50m") == 0
+    shown = capsys.readouterr().out
+    assert re.search(r"e1 .*1280 .*49.5M .*99M .*7.68K", shown)
+    assert run("models", "--params", "300") == 0
+    assert "no width within 2%" in capsys.readouterr().out
+    assert run("doctor") == 0
+    assert "reference" in capsys.readouterr().out
+
+
+def test_data_pack_and_info(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run("data", "pack", "text", "short", "--out", "packed") == 0
+    assert "2 documents" in capsys.readouterr().out
+    assert run("data", "info", "packed") == 0
+    shown = capsys.readouterr().out
+    assert re.search(r"documents +2\b", shown)
+    assert "bits/byte" in shown
+
+
+def test_generate_writes_raw_bytes_to_a_pipe(trained: Path) -> None:
+    prompt = "é\x1e".encode()
+    command = [sys.executable.encode(), b"-m", b"elman", b"generate", os.fsencode(trained), b"--prompt", prompt]
+    finished = subprocess.run([*command, b"--bytes", b"64"], capture_output=True)
+    assert finished.returncode == 0, finished.stderr
+    assert finished.stdout.startswith(prompt)
+    assert len(finished.stdout) == len(prompt) + 64
+
+
+def test_a_closed_pipe_is_no_error(trained: Path) -> None:
+    command = f"{sys.executable} -m elman generate {trained} --bytes 20000 | head -c 10 >&2; exit ${{PIPESTATUS[0]}}"
+    finished = subprocess.run(["bash", "-c", command], capture_output=True)
+    assert finished.returncode == 141
+    assert len(finished.stderr) == 10
+
+
+def test_import_is_light() -> None:
+    code = """
+import sys, torch
+before = set(sys.modules)
+import elman
+added = set(sys.modules) - before
+print(sorted(name for name in added if not name.startswith("elman")))
+"""
+    finished = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert not {"matplotlib", "rich", "tyro", "safetensors"} & set(eval(finished.stdout))
+
+
+def test_the_terminal_shows_readable_text(trained: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from elman.commands import generate
+
+    class Terminal(io.StringIO):
+        def isatty(self) -> bool:
+            return True
+
+    terminal = Terminal()
+    generate(trained, "caf\u00e9\x1b[2J", 50, 1.0, 1.0, 0, "cpu", terminal)
+    assert terminal.getvalue().startswith("café␛[2J")

@@ -1,0 +1,145 @@
+"""Every registered variant, by being registered: the shell, its state, its counts, its gradients."""
+
+import itertools
+from dataclasses import replace
+
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from elman.errors import UsageError
+from elman.mixers import MixerConfig, mixer_config, mixer_names
+from elman.model import LanguageModel, ModelConfig, next_token_loss
+from elman.sizing import flops_per_token, num_params, state_size
+
+#: Options beside the defaults that change what a variant computes; every variant needs no more than its name here.
+OPTIONS = {
+    "e0": [{"gate": "input"}, {"expansion": 1.5}],
+    "e1": [{"gate": "hx"}, {"gate": "sigmoid"}, {"expansion": 0.5, "gate": "hx"}],
+}
+VARIANTS = [mixer_config(name)(**options) for name in mixer_names() for options in ({}, *OPTIONS.get(name, []))]
+B, T = 3, 11
+
+
+def build(*mixers: MixerConfig, dim: int = 16, depth: int = 2) -> LanguageModel:
+    torch.manual_seed(0)
+    model = LanguageModel(ModelConfig(dim, depth, mixers)).double()
+    # As initialised, the matrices are so small that a wrong state would hardly show.
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.2 * torch.randn_like(parameter))
+    return model
+
+
+def tokens(seed: int = 1) -> torch.Tensor:
+    return torch.randint(256, (B, T), generator=torch.Generator().manual_seed(seed), dtype=torch.uint8)
+
+
+variants = pytest.mark.parametrize("mixer", VARIANTS, ids=str)
+
+
+@variants
+def test_chunks_with_carried_state_equal_one_piece(mixer: MixerConfig) -> None:
+    model, text = build(mixer), tokens()
+    whole, last = model(text)
+    for cuts in ((1,), (4, 5), tuple(range(1, T))):
+        state, pieces = None, []
+        for start, end in itertools.pairwise((0, *cuts, T)):
+            logits, state = model(text[:, start:end], state)
+            pieces.append(logits)
+        torch.testing.assert_close(torch.cat(pieces, dim=1), whole)
+        torch.testing.assert_close(state, last)
+
+
+@variants
+def test_the_state_matters(mixer: MixerConfig) -> None:
+    """Without this, the test above would pass for a model that ignores its state."""
+    model, text = build(mixer), tokens()
+    whole, _ = model(text)
+    cold, _ = model(text[:, 5:])
+    assert (whole[:, 5:] - cold).abs().max() > 1e-3
+
+
+@variants
+def test_resets_equal_separate_sequences(mixer: MixerConfig) -> None:
+    model, text = build(mixer), tokens()
+    reset = torch.zeros(B, T, dtype=torch.bool)
+    reset[0, 4] = reset[1, 0] = reset[1, 7] = reset[2, T - 1] = True
+    _, warm = model(tokens(2))
+    logits, _ = model(text, warm, reset)
+    for row in range(B):
+        bounds = [0, *reset[row].nonzero().flatten().tolist(), T]
+        for start, end in itertools.pairwise(bounds):
+            if start == end:
+                continue
+            at_rest = bool(reset[row, start])
+            state = None if at_rest else torch.utils._pytree.tree_map(lambda leaf: leaf[row : row + 1], warm)  # noqa: B023
+            expected, _ = model(text[row : row + 1, start:end], state)
+            torch.testing.assert_close(logits[row : row + 1, start:end], expected)
+
+
+@variants
+@pytest.mark.parametrize(("dim", "depth"), [(16, 2), (40, 3)])
+def test_counts_are_those_of_the_module(mixer: MixerConfig, dim: int, depth: int) -> None:
+    config = ModelConfig(dim, depth, (mixer,))
+    model = LanguageModel(config)
+    assert num_params(config) == sum(parameter.numel() for parameter in model.parameters())
+    with FlopCounterMode(display=False) as counter:
+        _, state = model(tokens())
+    assert flops_per_token(config, T) * B * T == counter.get_total_flops()
+    assert state_size(config, T) * B == sum(leaf.numel() for leaf in torch.utils._pytree.tree_leaves(state))
+
+
+@variants
+def test_every_parameter_learns(mixer: MixerConfig) -> None:
+    model = build(mixer)
+    logits, _ = model(tokens())
+    next_token_loss(logits, tokens(3)).backward()
+    for name, parameter in model.named_parameters():
+        assert parameter.grad is not None, name
+        assert parameter.grad.isfinite().all(), name
+        assert parameter.grad.abs().max() > 0, name
+
+
+@variants
+def test_bf16_autocast_is_near_float32(mixer: MixerConfig) -> None:
+    model, text = build(mixer).float(), tokens()
+    exact, _ = model(text)
+    with torch.autocast("cpu", torch.bfloat16):
+        rounded, _ = model(text)
+    assert rounded.dtype == torch.bfloat16
+    error = (rounded.float() - exact).norm() / exact.norm()
+    assert 0 < error < 0.1
+
+
+def test_a_pattern_repeats_over_the_depth() -> None:
+    a, b = mixer_config("e0")(), mixer_config("e1")()
+    config = ModelConfig(16, 5, (a, b))
+    assert [mixer.name for mixer in config.layers()] == ["e0", "e1", "e0", "e1", "e0"]
+    assert config.pattern == "e0,e1"
+    assert num_params(config) == sum(parameter.numel() for parameter in LanguageModel(config).parameters())
+
+
+@variants
+def test_config_survives_json(mixer: MixerConfig) -> None:
+    config = ModelConfig(16, 2, (mixer,))
+    assert ModelConfig.from_dict(config.to_dict()) == config
+
+
+def test_loss_is_that_of_plain_cross_entropy() -> None:
+    logits = torch.randn(B, T, 256, dtype=torch.float64)
+    targets = tokens()
+    expected = torch.nn.functional.cross_entropy(logits.reshape(-1, 256), targets.reshape(-1).long())
+    torch.testing.assert_close(next_token_loss(logits, targets), expected.float())
+
+
+def test_bad_input_is_named() -> None:
+    model = build(mixer_config("e1")())
+    with pytest.raises(UsageError, match=r"give \(B, T\)"):
+        model(torch.zeros(4, dtype=torch.long))
+    with pytest.raises(UsageError, match=r"reset has shape \(3, 4\)"):
+        model(tokens(), reset=torch.zeros(3, 4, dtype=torch.bool))
+    with pytest.raises(UsageError, match="--dim 0"):
+        replace(model.config, dim=0)
+    with pytest.raises(UsageError, match="--expansion 0"):
+        mixer_config("e1")(expansion=0.0)

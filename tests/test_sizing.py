@@ -1,0 +1,59 @@
+import pytest
+
+from elman.errors import UsageError
+from elman.mixers import mixer_config, mixer_names, parse_pattern
+from elman.sizing import TOLERANCE, num_params, size_model
+
+E1 = (mixer_config("e1")(),)
+
+
+@pytest.mark.parametrize("name", mixer_names())
+@pytest.mark.parametrize("params", [10**6, 10**7, 5 * 10**7, 10**8, 4 * 10**8])
+def test_every_variant_meets_its_target(name: str, params: int) -> None:
+    config = size_model((mixer_config(name)(),), params=params)
+    assert abs(num_params(config) / params - 1) <= TOLERANCE
+    assert config.depth == 6
+
+
+def test_the_published_size_of_e1() -> None:
+    config = size_model(E1, params=50_000_000)
+    assert (config.dim, config.depth) == (1280, 6)
+    assert 49.4e6 < num_params(config) < 49.6e6
+
+
+def test_depth_is_solved_for_a_width() -> None:
+    config = size_model(E1, params=50_000_000, dim=768)
+    assert config.dim == 768
+    assert abs(num_params(config) / 50e6 - 1) <= TOLERANCE
+    assert config.depth == 17
+
+
+def test_sizes_without_a_target_are_taken_as_they_are() -> None:
+    config = size_model(E1, dim=100, depth=3)
+    assert (config.dim, config.depth) == (100, 3)
+
+
+@pytest.mark.parametrize(
+    ("sizes", "message"),
+    [
+        ({}, "give --params"),
+        ({"params": 100}, r"--params 100 cannot be met within 2%: the nearest is .*--dim 1 --depth 6"),
+        ({"params": 50_000_000, "dim": 4096}, r"the nearest is .*--dim 4096 --depth 1"),
+        ({"params": 50_000_000, "dim": 64, "depth": 2}, "drop one of --params, --dim and --depth"),
+        ({"dim": 0}, "--dim 0"),
+        ({"dim": 10**9}, "--dim 1000000000 .* out of range"),
+        ({"dim": 64, "depth": 10**6}, "--depth 1000000 is out of range"),
+    ],
+)
+def test_bad_sizes_are_named(sizes: dict[str, int], message: str) -> None:
+    with pytest.raises(UsageError, match=message):
+        size_model(E1, **sizes)
+
+
+def test_names() -> None:
+    assert parse_pattern("1") == parse_pattern("E1") == ("e1",)
+    assert parse_pattern("e1, e1,0") == ("e1", "e1", "e0")
+    with pytest.raises(UsageError, match=r"'e11' is unknown: did you mean e1"):
+        parse_pattern("e11")
+    with pytest.raises(UsageError, match="`elman models`"):
+        parse_pattern("")

@@ -1,0 +1,258 @@
+"""Whole runs, small."""
+
+import io
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from rich.console import Console
+
+from elman.errors import TrainingError, UsageError
+from elman.generation import generate
+from elman.mixers import mixer_config
+from elman.training.config import TrainConfig
+from elman.training.loop import Trainer
+from elman.training.run import RunFolder, load_model, open_run
+from elman.training.start import resume_run, start_run
+
+E1 = (mixer_config("e1")(),)
+
+
+@pytest.fixture
+def text(tmp_path: Path) -> Path:
+    path = tmp_path / "text"
+    path.write_bytes(
+        b"".join(b"the quick brown fox %d jumps over the lazy dog %d\n\x1e" % (i, i * i) for i in range(800))
+    )
+    return path
+
+
+@pytest.fixture
+def config(tmp_path: Path, text: Path) -> TrainConfig:
+    return TrainConfig(
+        data=text, out=tmp_path / "run", dim=16, depth=2, seq_len=32, batch_size=8, steps=12, warmup=2, lr=1e-2,
+        device="cpu", eval_every=5, save_every=4, eval_bytes="500",
+    )  # fmt: skip
+
+
+def start(config: TrainConfig) -> tuple[int, str]:
+    output = io.StringIO()
+    return start_run(config, E1, Console(file=output, width=100)), output.getvalue()
+
+
+def resume(config: TrainConfig, **changes: Any) -> tuple[int, str]:
+    saved, model = open_run(config.out).read_config()  # type: ignore[arg-type]
+    output = io.StringIO()
+    code = resume_run(replace(saved, resume=config.out, **changes), model.mixers, Console(file=output, width=100))
+    return code, output.getvalue()
+
+
+def losses(path: Path) -> dict[int, float]:
+    return {row["step"]: row["loss"] for row in RunFolder(path).read_metrics() if "loss" in row}
+
+
+def test_a_run_leaves_a_whole_folder(config: TrainConfig) -> None:
+    code, output = start(config)
+    assert code == 0
+    out = config.out
+    assert out is not None
+    summary = json.loads((out / "summary.json").read_text())
+    assert summary["steps"] == 12
+    assert summary["tokens"] == 12 * 8 * 32
+    assert summary["last_100_loss"] == pytest.approx(sum(losses(out).values()) / 12)
+    assert summary["heldout"]["bits_per_byte"] == pytest.approx(
+        summary["heldout"]["nats_per_byte"] / 0.693147, rel=1e-4
+    )
+    rows = RunFolder(out).read_metrics()
+    assert [row["step"] for row in rows if "heldout_loss" in row] == [5, 10, 12]
+    assert sorted(path.name for path in (out / "checkpoints").iterdir()) == ["step-00000008", "step-00000012"]
+    (session,) = json.loads((out / "env.json").read_text())
+    assert session["backends"] == ["reference", "reference"]
+    assert (out / "loss.png").read_bytes().startswith(b"\x89PNG")
+    assert len((out / "sample.txt").read_text()) > 100
+    assert f"{summary['heldout']['nats_per_byte']:.4f}" in output
+    assert str(out) in output.splitlines()[-2]
+
+
+def test_training_learns(config: TrainConfig) -> None:
+    start(replace(config, steps=150, eval_every=0, save_every=0))
+    history = losses(config.out)  # type: ignore[arg-type]
+    assert history[1] > 4.5
+    assert history[150] < 1.5
+
+
+def test_the_same_seed_gives_the_same_losses(config: TrainConfig, tmp_path: Path) -> None:
+    for name, seed in (("a", 1), ("b", 1), ("c", 2)):
+        start(replace(config, out=tmp_path / name, seed=seed))
+    assert losses(tmp_path / "a") == losses(tmp_path / "b") != losses(tmp_path / "c")
+
+
+def test_gradient_accumulation_does_not_change_the_step(config: TrainConfig, tmp_path: Path) -> None:
+    start(replace(config, out=tmp_path / "whole"))
+    start(replace(config, out=tmp_path / "parts", grad_accum=4))
+    whole, parts = losses(tmp_path / "whole"), losses(tmp_path / "parts")
+    assert list(parts.values()) == pytest.approx(list(whole.values()), rel=1e-4)
+
+
+@pytest.mark.parametrize("stop_at", [8, 9])
+def test_a_resumed_run_equals_an_uninterrupted_one_bit_for_bit(
+    config: TrainConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stop_at: int
+) -> None:
+    start(replace(config, out=tmp_path / "whole"))
+    train_step = Trainer._train_step
+
+    def step_then_signal(trainer: Trainer) -> Any:
+        result = train_step(trainer)
+        if trainer.step == stop_at:
+            os.kill(os.getpid(), signal.SIGINT)
+        return result
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Trainer, "_train_step", step_then_signal)
+        code, output = start(config)
+    assert code == 130
+    assert f"stopped at step {stop_at}" in output
+    assert f"elman train --resume {config.out}" in output
+    code, output = resume(config)
+    assert code == 0
+    assert f"going on from step {stop_at}" in output
+    assert losses(config.out) == losses(tmp_path / "whole")  # type: ignore[arg-type]
+    assert len(RunFolder(config.out).read_json("env.json")) == 2  # type: ignore[arg-type]
+
+
+def test_steps_after_the_last_save_are_done_again(config: TrainConfig, tmp_path: Path) -> None:
+    """As after kill -9: metrics ahead of the checkpoint, their last line cut short."""
+    start(replace(config, out=tmp_path / "whole"))
+    start(config)
+    assert config.out is not None
+    for path in (config.out / "checkpoints" / "step-00000012").iterdir():
+        path.unlink()
+    (config.out / "checkpoints" / "step-00000012").rmdir()
+    (config.out / "summary.json").unlink()
+    with (config.out / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 13, "lo')
+    assert resume(config)[0] == 0
+    assert losses(config.out) == losses(tmp_path / "whole")
+
+
+def test_a_finished_run_goes_on_only_with_more_steps(config: TrainConfig) -> None:
+    start(config)
+    with pytest.raises(UsageError, match=r"has reached its end \(step 12\): give more --steps"):
+        resume(config)
+    assert resume(config, steps=15)[0] == 0
+    assert max(losses(config.out)) == 15  # type: ignore[arg-type]
+    with pytest.raises(UsageError, match=r"--lr cannot change when a run goes on"):
+        resume(config, lr=0.5)
+
+
+def test_a_changed_data_file_is_refused_on_resume(config: TrainConfig) -> None:
+    start(config)
+    with config.data.open("ab") as file:  # type: ignore[union-attr]
+        file.write(b"more\x1e")
+    with pytest.raises(UsageError, match=r"--data .* has changed"):
+        resume(config, steps=20)
+
+
+def test_running_out_of_memory_tells_what_to_lower(config: TrainConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Trainer, "_train_step", lambda trainer: torch.empty(2**60))
+    with pytest.raises(TrainingError, match=r"out of memory at step 0 .*--batch-size.*--grad-accum"):
+        start(config)
+
+
+def test_time_limit_ends_the_run(config: TrainConfig) -> None:
+    assert start(replace(config, steps=None, time_limit="0.5s"))[0] == 0
+    seconds = RunFolder(config.out).read_json("summary.json")["train_seconds"]  # type: ignore[arg-type]
+    assert 0.5 <= seconds < 5
+
+
+def test_a_run_never_overwrites_another(config: TrainConfig, tmp_path: Path) -> None:
+    start(config)
+    before = sorted((path, path.stat().st_mtime_ns) for path in config.out.rglob("*"))  # type: ignore[union-attr]
+    with pytest.raises(UsageError, match=r"holds another run and is left as it is.*--resume"):
+        start(config)
+    assert before == sorted((path, path.stat().st_mtime_ns) for path in config.out.rglob("*"))  # type: ignore[union-attr]
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "thesis.tex").touch()
+    with pytest.raises(UsageError, match="is not empty"):
+        start(replace(config, out=tmp_path / "full"))
+    with pytest.raises(UsageError, match="is a file"):
+        start(replace(config, out=tmp_path / "full" / "thesis.tex"))
+
+
+def test_two_processes_cannot_write_to_one_run(config: TrainConfig) -> None:
+    start(config)
+    with open_run(config.out).lock(), pytest.raises(UsageError, match="being written by another process"):  # type: ignore[arg-type]
+        resume(config, steps=20)
+
+
+def test_divergence_stops_the_run_and_saves_no_nan(config: TrainConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    train_step = Trainer._train_step
+
+    def poison(trainer: Trainer) -> Any:
+        if trainer.step == 9:
+            with torch.no_grad():
+                trainer.model.embedding.weight.fill_(float("nan"))
+        return train_step(trainer)
+
+    monkeypatch.setattr(Trainer, "_train_step", poison)
+    with pytest.raises(TrainingError, match=r"the loss is nan at step 10: try a lower --lr"):
+        start(config)
+    assert load_model(config.out).embedding.weight.isfinite().all()  # type: ignore[arg-type]
+
+
+def test_another_models_checkpoint_is_refused(config: TrainConfig, tmp_path: Path) -> None:
+    start(config)
+    start(replace(config, out=tmp_path / "wide", dim=24))
+    (config.out / "config.json").write_text((tmp_path / "wide" / "config.json").read_text())  # type: ignore[operator]
+    with pytest.raises(
+        UsageError, match=r"belongs to another model: .*\(256, 16\) but config.json asks for \(256, 24\)"
+    ):
+        load_model(config.out)  # type: ignore[arg-type]
+
+
+def test_generation_is_repeatable_and_carries_state(config: TrainConfig) -> None:
+    start(replace(config, steps=60))
+    model = load_model(config.out)  # type: ignore[arg-type]
+    first = bytes(generate(model, b"the ", 40, seed=1))
+    assert first == bytes(generate(model, b"the ", 40, seed=1)) != bytes(generate(model, b"the ", 40, seed=2))
+    greedy = bytes(generate(model, b"the ", 20, temperature=0))
+    # One byte at a time through the state is what the whole text in one piece predicts.
+    logits, _ = model(torch.tensor([list(b"the " + greedy)], dtype=torch.uint8))
+    assert bytes(logits[0, 3:-1].argmax(-1).tolist()) == greedy
+    assert bytes(generate(model, b"the ", 20, top_p=1e-9, temperature=5.0)) == greedy
+    assert list(generate(model, b"", 0)) == []
+
+
+def test_sigterm_to_a_real_process_ends_in_a_checkpoint(config: TrainConfig, tmp_path: Path) -> None:
+    command = [
+        sys.executable, "-m", "elman", "train", "--data", config.data, "--out", config.out, "--dim", "16",
+        "--depth", "2", "--seq-len", "32", "--batch-size", "8", "--steps", "1000000",
+        "--eval-bytes", "500", "--device", "cpu",
+    ]  # fmt: skip
+    process = subprocess.Popen(list(map(str, command)), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    metrics = config.out / "metrics.jsonl"  # type: ignore[operator]
+    deadline = time.monotonic() + 60
+    while not metrics.exists() and time.monotonic() < deadline:
+        time.sleep(0.05)
+    process.send_signal(signal.SIGTERM)
+    output, _ = process.communicate(timeout=60)
+    assert process.returncode == 130, output
+    assert "go on with: elman train --resume" in output
+    assert load_model(config.out) is not None  # type: ignore[arg-type]
+
+
+@pytest.mark.gpu
+def test_a_run_on_the_gpu_learns_in_bf16_and_resumes(config: TrainConfig) -> None:
+    config = replace(config, device="cuda", steps=100, lr=5e-3)
+    assert start(config)[0] == 0
+    assert RunFolder(config.out).read_json("env.json")[0]["precision"] == "bf16"  # type: ignore[arg-type]
+    assert losses(config.out)[100] < 2.0  # type: ignore[arg-type]
+    assert resume(config, steps=110)[0] == 0
