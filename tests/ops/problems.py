@@ -73,12 +73,25 @@ def solve(problem: Problem, backend: str) -> dict[str, Tensor]:
     return {"h": h.detach(), "h_last": h_last.detach(), **named}
 
 
-def assert_as_exact_as_reference(problem: Problem, backend: str) -> None:
-    """Every output and gradient errs at most 1.5 times as much as the reference in the same dtype.
+@dataclass(frozen=True)
+class Errors:
+    """Errors of one result against float64, relative to its norm: the backend's and the reference's in its dtype."""
 
-    Errors are in the Frobenius norm, against the reference in float64. A relative error as small as that of a few
-    roundings of float32 and one to the dtype passes too; a larger one on a tiny problem, where a sum may cancel and the
-    reference may be right by luck. In float64 the truth itself is rounded: 1e-12 passes.
+    ours: float
+    reference: float
+    allowed: float
+
+    @property
+    def ratio(self) -> float:
+        return self.ours / self.reference if self.reference else float("nan")
+
+
+def errors(problem: Problem, backend: str) -> dict[str, Errors]:
+    """How far every output and gradient lies from the reference in float64, in the Frobenius norm.
+
+    Allowed is 1.5 times the error of the reference in the same dtype, or one as small as that of a few roundings of
+    float32 and one to the dtype; more on a tiny problem, where a sum may cancel and the reference may be right by luck.
+    In float64 the truth itself is rounded: 1e-12 is allowed.
     """
     truth = solve(problem.to(torch.float64), "reference")
     reference = solve(problem, "reference")
@@ -87,9 +100,17 @@ def assert_as_exact_as_reference(problem: Problem, backend: str) -> None:
     dtype = problem.pre.dtype
     luck = 1e-5 if problem.pre[0].numel() < 64 else 5e-7
     rounding = 1e-12 if dtype == torch.float64 else torch.finfo(dtype).eps / 2 + luck
+    found = {}
     for name, exact in truth.items():
         assert ours[name].shape == exact.shape
         assert ours[name].dtype == dtype
-        norm = exact.norm()
-        error, allowed = ((x[name].double() - exact).norm() for x in (ours, reference))
-        assert error <= 1.5 * allowed + rounding * norm, f"{name}: {error / norm:.2e}, reference {allowed / norm:.2e}"
+        norm = exact.norm().clamp_min(torch.finfo(torch.float64).tiny)
+        of_ours, of_reference = (float((x[name].double() - exact).norm() / norm) for x in (ours, reference))
+        found[name] = Errors(of_ours, of_reference, 1.5 * of_reference + rounding)
+    return found
+
+
+def assert_as_exact_as_reference(problem: Problem, backend: str) -> None:
+    """No result errs more than ``errors`` allows."""
+    for name, error in errors(problem, backend).items():
+        assert error.ours <= error.allowed, f"{name}: {error}"

@@ -1,0 +1,108 @@
+"""Is the recurrence right on this GPU? Prints one table: every result's error beside that of plain PyTorch.
+
+A number is the backend's error against float64, as a multiple of the error that the reference makes in the same dtype
+(in the Frobenius norm; 1.5 is allowed). "bits" says whether three runs gave the same ones. The exit code is 1 if any
+case fails. ``--sanitizer`` runs small cases under compute-sanitizer's memcheck, racecheck and synccheck instead.
+Needs a GPU; run it from the repository's root: ``python -m benchmarks.correctness``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from dataclasses import replace
+
+import torch
+
+from elman.errors import UsageError
+from elman.ops import BACKENDS, recurrence
+from tests.ops.problems import Problem, draw, errors, solve
+
+NAMES = ["h", "h_last", "dpre", "dweight", "dh0"]
+LONG = 65_536
+
+
+def cases(dtype: torch.dtype, small: bool) -> Iterator[tuple[str, Problem]]:
+    """The problems, each with its words for the table."""
+    shapes = [(5, 3, 8), (4, 9, 72), (1, 1, 16)]
+    if not small:
+        shapes += [(64, 64, 512), (64, 64, 1024), (33, 250, 1280), (17, 48, 1760), (12, 256, 2048), (9, 128, 3584)]
+    for seq_len, batch, hidden in shapes:
+        yield f"{seq_len} × {batch} × {hidden}", draw(seq_len, batch, hidden, dtype=dtype, device="cuda")
+    bare = draw(7, 5, 64, dtype=dtype, device="cuda", with_h0=False, reset_rate=None)
+    yield "7 × 5 × 64, no h0, no resets", bare
+    yield "7 × 5 × 64, softsign", draw(7, 5, 64, dtype=dtype, device="cuda", cell="softsign")
+    saturated = draw(16, 8, 64, dtype=dtype, device="cuda", scale=8.0)
+    yield "16 × 8 × 64, saturated", replace(saturated, weight=saturated.weight * 3)
+
+
+def table_row(words: str, problem: Problem, backend: str) -> tuple[str, bool]:
+    """A line of the table, and whether all of it is right."""
+    try:
+        found = errors(problem, backend)
+    except UsageError as error:
+        return f"| {words} | {backend} | – | – | – | – | – | {error} |", True
+    runs = [solve(problem, backend) for _ in range(3)]
+    same = all(torch.equal(run[name], runs[0][name]) for run in runs[1:] for name in run)
+    right = same and all(error.ours <= error.allowed for error in found.values())
+    cells = [f"{found[name].ratio:.2f}" if name in found else "" for name in NAMES]
+    return f"| {words} | {backend} | {' | '.join(cells)} | {'same' if same else 'DIFFER'} |", right
+
+
+@torch.no_grad()
+def long_row(backend: str) -> tuple[str, bool]:
+    """65,536 steps forward: the error of the last hundred, which drift would enlarge."""
+    problem = draw(LONG, 4, 64, dtype=torch.bfloat16, device="cuda", reset_rate=None)
+    last = [
+        recurrence(p.pre, p.weight, p.h0, backend=name)[0][-100:].double()
+        for p, name in ((problem.to(torch.float64), "reference"), (problem, "reference"), (problem, backend))
+    ]
+    reference, ours = ((x - last[0]).norm() for x in last[1:])
+    ratio = float(ours / reference)
+    return f"| {LONG} × 4 × 64, the last 100 steps | {backend} | {ratio:.2f} |  |  |  |  |  |", ratio <= 1.5
+
+
+def sanitize() -> int:
+    """The small cases under each of compute-sanitizer's tools."""
+    program = shutil.which("compute-sanitizer")
+    if program is None:
+        print("compute-sanitizer is not on the PATH")
+        return 1
+    codes = []
+    for tool in ("memcheck", "racecheck", "synccheck"):
+        command = [program, "--tool", tool, "--error-exitcode", "3", sys.executable, "-m", "benchmarks.correctness"]
+        result = subprocess.run([*command, "--small"], capture_output=True, text=True)
+        words = [line for line in result.stdout.splitlines() if "SUMMARY" in line or "ERROR" in line]
+        print(f"{tool}: exit code {result.returncode}", *words[-3:], sep="\n  ")
+        codes.append(result.returncode)
+    return int(any(codes))
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("--small", action="store_true", help="small cases only")
+    parser.add_argument("--sanitizer", action="store_true", help="run the small cases under compute-sanitizer")
+    args = parser.parse_args()
+    if not torch.cuda.is_available():
+        parser.error("this needs a CUDA device")
+    if args.sanitizer:
+        return sanitize()
+    backends = [name for name in BACKENDS if name != "reference"]
+    wrong = 0
+    for dtype in (torch.bfloat16, torch.float16, torch.float32):
+        print(f"\n{dtype}\n\n| T × B × H | backend | {' | '.join(NAMES)} | bits |\n{'|---' * (len(NAMES) + 3)}|")
+        rows = [table_row(words, problem, name) for words, problem in cases(dtype, args.small) for name in backends]
+        if dtype == torch.bfloat16 and not args.small:
+            rows += [long_row(name) for name in backends]
+        for line, right in rows:
+            print(line + ("" if right else "  ← WRONG"))
+            wrong += not right
+    print(f"\n{wrong} wrong")
+    return int(wrong > 0)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
