@@ -251,8 +251,9 @@ def test_sigterm_to_a_real_process_ends_in_a_checkpoint(config: TrainConfig, tmp
 
 @pytest.mark.gpu
 def test_a_run_on_the_gpu_learns_in_bf16_and_resumes(config: TrainConfig) -> None:
-    config = replace(config, device="cuda", steps=100, lr=5e-3)
+    config = replace(config, device="cuda", steps=100, lr=1e-2)
     assert start(config)[0] == 0
     assert RunFolder(config.out).read_json("env.json")[0]["precision"] == "bf16"  # type: ignore[arg-type]
-    assert losses(config.out)[100] < 2.0  # type: ignore[arg-type]
+    history = losses(config.out)  # type: ignore[arg-type]
+    assert history[100] < 0.6 * history[1]
     assert resume(config, steps=110)[0] == 0
