@@ -1,4 +1,4 @@
-"""``python train_ladder.py ...`` is ``elman train ...``: the ladder's documented entry point, also for torchrun."""
+"""``python train_ladder.py ...`` is ``elman train ...``: the ladder's documented entry point."""
 
 import sys
 

@@ -1,8 +1,18 @@
-"""``python -m elman``."""
+"""``python -m elman`` and the ``elman`` command."""
 
 import sys
 
-from elman.cli import main
+
+def run() -> int:
+    """The command line, from its imports on: an interrupt while torch is being loaded is no traceback."""
+    try:
+        from elman.cli import main
+
+        return main()
+    except KeyboardInterrupt:
+        print("elman: stopped", file=sys.stderr)
+        return 130
+
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run())

@@ -6,8 +6,18 @@ import os
 from pathlib import Path
 
 
-def cache_folder() -> Path:
-    """``$ELMAN_CACHE`` if set, else ``elman`` in the user's cache folder (``$XDG_CACHE_HOME`` or ``~/.cache``)."""
-    if os.environ.get("ELMAN_CACHE"):
-        return Path(os.environ["ELMAN_CACHE"]).expanduser()
-    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "elman"
+def cache_folder() -> Path | None:
+    """Where elman keeps what it can make again, or None where nothing is kept.
+
+    The environment variable ``ELMAN_CACHE`` names the folder; ``off`` disables it. Without it the folder is
+    ``$XDG_CACHE_HOME/elman``, or ``~/.cache/elman``. A user without a home folder has none either.
+    """
+    setting = os.environ.get("ELMAN_CACHE", "")
+    if setting == "off":
+        return None
+    try:
+        if setting:
+            return Path(setting).expanduser().absolute()
+        return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser().absolute() / "elman"
+    except RuntimeError:  # no such user, or no home folder
+        return None

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+import io
 import os
 import signal
 import sys
 from dataclasses import dataclass
 from pathlib import Path
+from types import FrameType
 from typing import Annotated, Any
 
 import tyro
@@ -15,6 +17,7 @@ from rich.console import Console
 
 from elman.errors import TrainingError, UsageError
 from elman.mixers import MixerConfig, mixer_config, parse_pattern
+from elman.text import one_line
 from elman.training.config import TrainConfig
 
 
@@ -122,6 +125,10 @@ class Data:
         return self.command.run_command(console)
 
 
+#: File names and samples are shown as they are, not read as rich's markup.
+_PLAIN: dict[str, Any] = {"highlight": False, "markup": False, "emoji": False}
+
+
 def _train_command(argv: list[str]) -> Any:
     """The ``train`` command's type: the options of training, and those of the mixers that ``argv`` names.
 
@@ -133,7 +140,10 @@ def _train_command(argv: list[str]) -> Any:
         model: Annotated[str | None, tyro.conf.arg(aliases=["--level"])] = None
         resume: Path | None = None
 
-    choice, _ = tyro.cli(Choice, args=argv, return_unknown_args=True, add_help=False, console_outputs=False)
+    try:
+        choice, _ = tyro.cli(Choice, args=argv, return_unknown_args=True, add_help=False, console_outputs=False)
+    except SystemExit:
+        choice = Choice()  # the whole command line is parsed again below, and the mistake shown there
     base: TrainConfig | None = None
     if choice.resume is not None:
         from elman.training.run import open_run
@@ -148,10 +158,11 @@ def _train_command(argv: list[str]) -> Any:
     distinct = {mixer.name: mixer for mixer in mixers}
 
     def run_command(self: Any, console: Console) -> int:
+        from elman.training.display import RunConsole
         from elman.training.start import resume_run, start_run
 
         chosen = tuple(getattr(self, name) for name in names)
-        return (start_run if self.config.resume is None else resume_run)(self.config, chosen, console)
+        return (start_run if self.config.resume is None else resume_run)(self.config, chosen, RunConsole(**_PLAIN))
 
     def prefix(name: str) -> Any:
         return tyro.conf.arg(name="" if len(distinct) == 1 else name)
@@ -176,7 +187,12 @@ def _train_command(argv: list[str]) -> Any:
 def main(argv: list[str] | None = None) -> int:
     """Run one command. Returns its exit code: 0, 1 (training failed), 2 (wrong use), 130 (stopped)."""
     argv = sys.argv[1:] if argv is None else argv
-    console = Console(highlight=False)
+    signal.signal(signal.SIGTERM, _exit_on_signal)
+    signal.signal(signal.SIGHUP, _exit_on_signal)
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        # A terminal that cannot show a character shows its code.
+        sys.stdout.reconfigure(errors="backslashreplace")
+    console = Console(**_PLAIN)
     try:
         train: Any = _train_command(argv[1:] if argv[:1] == ["train"] else [])
         commands = (
@@ -197,11 +213,9 @@ def main(argv: list[str] | None = None) -> int:
         code: int = command.run_command(console)
         return code
     except UsageError as error:
-        print(f"elman: {error}", file=sys.stderr)
-        return 2
+        return _fail(str(error), 2)
     except TrainingError as error:
-        print(f"elman: {error}", file=sys.stderr)
-        return 1
+        return _fail(str(error), 1)
     except KeyboardInterrupt:
         print("elman: stopped", file=sys.stderr)
         return 128 + signal.SIGINT
@@ -209,3 +223,16 @@ def main(argv: list[str] | None = None) -> int:
         # The reader of our output has gone (| head): that is no error, but Python would complain at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 128 + signal.SIGPIPE
+    except OSError as error:
+        where = f"{error.filename}: " if error.filename else ""
+        return _fail(f"{where}{error.strerror or error}; check the path, its permissions and the free space", 2)
+
+
+def _fail(message: str, code: int) -> int:
+    print(f"elman: {one_line(message)}", file=sys.stderr)
+    return code
+
+
+def _exit_on_signal(number: int, frame: FrameType | None) -> None:
+    """End as the signal would have ended us, but by an exception, so that half-made files are removed."""
+    sys.exit(128 + number)

@@ -21,21 +21,23 @@ from elman.data.pack import pack as pack_files
 from elman.environment import driver_version, package_versions, resolve_device, supports_bf16, total_memory, why_no_cuda
 from elman.errors import UsageError
 from elman.generation import generate as generate_bytes
-from elman.generation import readable
 from elman.mixers import mixer_config, mixer_names
 from elman.ops import BACKENDS
-from elman.sizing import flops_per_token, num_params, size_model, state_size
+from elman.sizing import SizeError, flops_per_token, num_params, size_model, state_size
+from elman.text import one_line, readable
 from elman.training.run import load_model
 from elman.units import format_bytes, format_count, parse_count
 
 
 def generate(
-    run: Path, prompt: str, num_bytes: int, temperature: float, top_p: float, seed: int, device: str, out: TextIO
+    run: Path, prompt: str, num_bytes: int, temperature: float, top_p: float, seed: int, device: str, out: TextIO | None
 ) -> int:
     """Write the prompt and what follows it to ``out``: raw bytes to a file or pipe, readable text to a terminal."""
+    if out is None:
+        raise UsageError("standard output is closed: send it to a file or a terminal")
     where = resolve_device(device)
-    model = load_model(run).to(where)
     start = os.fsencode(prompt)
+    model = load_model(run).to(where)
     drawn = generate_bytes(model, start, num_bytes, temperature=temperature, top_p=top_p, seed=seed)
     if not out.isatty():
         sink = out.buffer
@@ -46,11 +48,11 @@ def generate(
         return 0
     # UTF-8 characters arrive in pieces: an incremental decoder shows each once it is whole.
     decoder = codecs.getincrementaldecoder("utf-8")("replace")
-    out.write(readable(start))
+    out.write(readable(decoder.decode(start)))
     for byte in drawn:
-        out.write(readable(decoder.decode(bytes([byte])).encode()))
+        out.write(readable(decoder.decode(bytes([byte]))))
         out.flush()
-    out.write("\n")
+    out.write(readable(decoder.decode(b"", final=True)) + "\n")
     return 0
 
 
@@ -69,7 +71,7 @@ def models(params: str, depth: int, seq_len: int, console: Console) -> int:
         mixer = mixer_config(name)()
         try:
             config = size_model((mixer,), params=target, depth=depth)
-        except UsageError:
+        except SizeError:
             table.add_row(name, mixer.equation, "-", "no width within 2%", "-", "-")
             continue
         counts = (num_params(config), flops_per_token(config, seq_len), state_size(config, seq_len))
@@ -106,6 +108,8 @@ def doctor(console: Console) -> int:
 
 def _cache_state() -> str:
     folder = cache_folder()
+    if folder is None:
+        return "off, or no home folder; set ELMAN_CACHE to a folder to turn it on"
     existing = next(path for path in (folder, *folder.parents) if path.exists())
     if os.access(existing, os.W_OK) and existing.is_dir():
         return f"{folder}"
@@ -125,7 +129,7 @@ def pack(paths: list[Path], out: Path, field: str, skip_bad: bool, console: Cons
             skip_bad=skip_bad,
             open_file=lambda file: progress.open(file, "rb", task_id=task, total=total),
         )
-    console.print(f"{out}: {summary.documents:,} documents, {summary.bytes:,} bytes", soft_wrap=True)
+    console.print(f"{one_line(str(out))}: {summary.documents:,} documents, {summary.bytes:,} bytes", soft_wrap=True)
     if summary.replaced:
         console.print(f"{summary.replaced:,} delimiter bytes (0x1e) inside documents became spaces")
     for reason, count in summary.skipped.items():
@@ -136,11 +140,11 @@ def pack(paths: list[Path], out: Path, field: str, skip_bad: bool, console: Cons
 def info(file: Path, console: Console) -> int:
     """Read a raw file once and print what it holds."""
     data = raw.map_bytes(file, "FILE")
+    parts = raw.split_tail(file, data)
     with Progress(console=console, disable=not console.is_terminal, transient=True) as progress:
         task = progress.add_task("reading", total=len(data))
         facts = describe(data, lambda read: progress.advance(task, read))
-    parts = raw.open_bytes(file)
-    table = Table(title=str(file), title_justify="left", show_header=False, box=None, padding=(0, 2))
+    table = Table(title=one_line(str(file)), title_justify="left", show_header=False, box=None, padding=(0, 2))
     table.add_column(style="cyan")
     table.add_column(justify="right")
     table.add_row("size", f"{facts.size:,} bytes")

@@ -36,10 +36,8 @@ def resolve_device(name: str) -> torch.device:
             raise UsageError(f"--device {name}: {why_no_cuda()}; give --device cpu")
         if device.index is not None and device.index >= count:
             raise UsageError(f"--device {name}: this machine has {count} CUDA device(s), 0 to {count - 1}")
-    elif device.type == "mps" and not torch.backends.mps.is_available():
-        raise UsageError(f"--device {name}: this machine has no Apple GPU that torch can use; give --device cpu")
-    elif device.type not in ("cpu", "mps"):
-        raise UsageError(f"--device {name!r} is not supported: give cpu, cuda, cuda:N, mps or auto")
+    elif device.type != "cpu":
+        raise UsageError(f"--device {name!r} is not supported: give cpu, cuda, cuda:N or auto")
     return device
 
 

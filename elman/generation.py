@@ -10,11 +10,11 @@ from torch import Tensor
 from elman.data.bytes import DELIMITER
 from elman.errors import UsageError
 from elman.model import LanguageModel
+from elman.options import flag
 
 _PREFILL = 4096
 
 
-@torch.inference_mode()
 def generate(
     model: LanguageModel,
     prompt: bytes,
@@ -24,7 +24,7 @@ def generate(
     top_p: float = 0.95,
     seed: int = 0,
 ) -> Iterator[int]:
-    """Yield ``num_bytes`` bytes that follow ``prompt``, each as soon as it is drawn.
+    """Draw ``num_bytes`` bytes that follow ``prompt``, yielding each as soon as it is drawn.
 
     Only the model's state is kept from byte to byte. An empty prompt stands for the start of a document.
 
@@ -39,38 +39,37 @@ def generate(
     Raises:
         UsageError: a number out of range.
     """
-    if num_bytes < 0:
-        raise UsageError(f"--bytes {num_bytes} is out of range: give a number of at least 0")
-    if not 0 <= temperature < 100:
-        raise UsageError(f"--temperature {temperature} is out of range: give a number of at least 0, such as 0.8")
+    for name, value, least, most in (("bytes", num_bytes, 0, 2**53), ("temperature", temperature, 0, 100)):
+        if not least <= value <= most:
+            raise UsageError(f"{flag(name)} {value} is out of range: give a number from {least} to {most}")
     if not 0 < top_p <= 1:
         raise UsageError(f"--top-p {top_p} is out of range: give a number above 0 and up to 1")
+    if not 0 <= seed < 2**63:
+        raise UsageError(f"--seed {seed} is out of range: give a number of at least 0 and below 2^63")
+    return _generate(model, prompt, num_bytes, temperature, top_p, seed)
+
+
+@torch.inference_mode()
+def _generate(
+    model: LanguageModel, prompt: bytes, num_bytes: int, temperature: float, top_p: float, seed: int
+) -> Iterator[int]:
     device = model.embedding.weight.device
     generator = torch.Generator(device).manual_seed(seed)
     tokens = torch.frombuffer(bytearray(prompt or bytes([DELIMITER])), dtype=torch.uint8).to(device)
     state = None
-    for chunk in torch.split(tokens, _PREFILL):
-        logits, state = model(chunk[None], state)
     for _ in range(num_bytes):
-        token = _draw(logits[0, -1].float(), temperature, top_p, generator)
-        yield int(token)
-        logits, state = model(token.view(1, 1), state)
+        for chunk in torch.split(tokens, _PREFILL):
+            logits, state = model(chunk[None], state)
+        tokens = _draw(logits[0, -1].float(), temperature, top_p, generator)
+        yield int(tokens)
 
 
 def _draw(logits: Tensor, temperature: float, top_p: float, generator: torch.Generator) -> Tensor:
+    """One token, as a tensor of shape (1,)."""
     if temperature == 0:
-        return logits.argmax()
-    probabilities, order = (logits / temperature).softmax(-1).sort(descending=True)
-    # A byte stays if those before it have not reached top_p yet, so the likeliest always stays.
-    probabilities = probabilities * (probabilities.cumsum(-1) - probabilities < top_p)
-    return order[torch.multinomial(probabilities, 1, generator=generator)][0]
-
-
-def readable(text: bytes) -> str:
-    """Bytes for a terminal: broken UTF-8 replaced, the document delimiter shown as its Unicode picture."""
-    return text.decode("utf-8", "replace").translate(_PICTURES)
-
-
-# Control characters but for tab and newline move the cursor or worse: show their pictures. C1 controls have none.
-_PICTURES = {code: 0x2400 + code for code in range(32) if code not in (9, 10)}
-_PICTURES |= {127: 0x2421} | dict.fromkeys(range(128, 160), 0xFFFD)
+        return logits.argmax(-1, keepdim=True)
+    probabilities, order = ((logits - logits.max()) / temperature).softmax(-1).sort(descending=True)
+    # A byte stays if those before it have not reached top_p yet.
+    kept = probabilities.cumsum(-1) - probabilities < top_p
+    kept[0] = True
+    return order[torch.multinomial(probabilities * kept, 1, generator=generator)]

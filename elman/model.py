@@ -77,6 +77,7 @@ class Layer(nn.Module):
         super().__init__()
         self.norm = nn.RMSNorm(dim)
         self.mixer = mixer.build(dim)
+        self.mixer.initialize()
 
     def forward(self, x: Tensor, state: State, reset: Tensor | None) -> tuple[Tensor, State]:
         y, state = self.mixer(self.norm(x), state, reset)
@@ -86,7 +87,7 @@ class Layer(nn.Module):
 class LanguageModel(nn.Module):
     """A byte-level (or token-level) language model with explicit state.
 
-    Matrices start as N(0, 0.02) but for those that a mixer initialises itself (orthogonal recurrent weights, say).
+    The embedding starts as N(0, 0.02); the mixers' weights start as ``Mixer.initialize`` says.
     """
 
     def __init__(self, config: ModelConfig) -> None:
@@ -95,11 +96,7 @@ class LanguageModel(nn.Module):
         self.embedding = nn.Embedding(config.vocab_size, config.dim)
         self.layers = nn.ModuleList(Layer(config.dim, mixer) for mixer in config.layers())
         self.norm = nn.RMSNorm(config.dim)
-        for module in self.modules():
-            if isinstance(module, nn.Linear | nn.Embedding):
-                nn.init.normal_(module.weight, std=0.02)
-            if isinstance(module, nn.Linear) and module.bias is not None:
-                nn.init.zeros_(module.bias)
+        nn.init.normal_(self.embedding.weight, std=0.02)
 
     def forward(
         self, tokens: Tensor, state: State | None = None, reset: Tensor | None = None

@@ -21,6 +21,10 @@ _MAX_DIM = 1 << 17
 _MAX_DEPTH = 1 << 10
 
 
+class SizeError(UsageError):
+    """No width or depth comes within the tolerance of the parameters asked for."""
+
+
 def num_params(config: ModelConfig) -> int:
     """Learned numbers of the model, the tied head counted once."""
     mixers = sum(mixer.num_params(config.dim) for mixer in config.layers())
@@ -60,19 +64,20 @@ def size_model(
     config = ModelConfig(
         dim if dim is not None else 64, depth if depth is not None else _DEFAULT_DEPTH, mixers, vocab_size
     )
-    if config.dim > _MAX_DIM or config.depth > _MAX_DEPTH:
-        raise UsageError(
-            f"--dim {config.dim} with --depth {config.depth} is out of range: "
-            f"the width goes up to {_MAX_DIM} and the depth up to {_MAX_DEPTH}"
-        )
-    if params is None:
-        return config
-    if dim is None:
-        return _solve_dim(config, params)
-    if depth is None:
-        return _solve_depth(config, params)
-    if not _near(config, params):
+    for option, value, most in (("--dim", config.dim, _MAX_DIM), ("--depth", config.depth, _MAX_DEPTH)):
+        if value > most:
+            raise UsageError(f"{option} {value} is out of range: give at most {most}")
+    if params is not None and dim is None:
+        config = _solve_dim(config, params)
+    elif params is not None and depth is None:
+        config = _solve_depth(config, params)
+    elif params is not None and not _near(config, params):
         raise _off_target([config], params, "drop one of --params, --dim and --depth")
+    if config.depth < len(mixers):
+        raise UsageError(
+            f"--model {config.pattern} is a pattern of {len(mixers)} layers, but the depth is {config.depth}: "
+            f"give a --depth of at least {len(mixers)}"
+        )
     return config
 
 
@@ -107,8 +112,8 @@ def _nearest(make: Callable[[int], ModelConfig], upper: int, params: int) -> lis
     return sorted(around, key=lambda config: abs(num_params(config) - params))
 
 
-def _off_target(nearest: list[ModelConfig], params: int, cure: str) -> UsageError:
+def _off_target(nearest: list[ModelConfig], params: int, cure: str) -> SizeError:
     options = " and ".join(f"{format_count(num_params(c))} (--dim {c.dim} --depth {c.depth})" for c in nearest)
-    return UsageError(
+    return SizeError(
         f"--params {format_count(params)} cannot be met within {TOLERANCE:.0%}: the nearest is {options}; {cure}"
     )

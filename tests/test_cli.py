@@ -22,6 +22,8 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     Path("short").write_bytes(b"too short")
     Path("empty").touch()
     Path("folder").mkdir()
+    os.mkfifo("fifo")
+    Path("link").symlink_to("nowhere")
     return tmp_path
 
 
@@ -49,7 +51,10 @@ BAD_INPUT = {
     "unknown level": (["--level", "77", "--steps", "1"], "'e77' is unknown"),
     "bad params": (["--params", "50x", "--steps", "1"], "--params '50x' is no count"),
     "zero params": (["--params", "0", "--steps", "1"], "--params '0' is no count"),
-    "params beyond memory": (["--params", "100b", "--data", "text", "--steps", "1"], "needs .*TiB for weights"),
+    "params beyond memory": (
+        ["--params", "100b", "--data", "text", "--steps", "1"],
+        "needs .*TiB for weights and optimiser",
+    ),
     "params no width fits": (["--params", "100", "--data", "text", "--steps", "1"], "cannot be met within 2%"),
     "zero width": (["--dim", "0", "--steps", "1"], "--dim 0 is out of range"),
     "zero depth": (["--depth", "0", "--steps", "1"], "--depth 0 is out of range"),
@@ -65,6 +70,11 @@ BAD_INPUT = {
     "uneven parts": (["--grad-accum", "3", "--steps", "1"], "--grad-accum 3 does not divide --batch-size 4"),
     "negative seed": (["--seed", "-1", "--steps", "1"], "--seed -1 is out of range"),
     "huge seed": (["--seed", "99999999999999999999", "--steps", "1"], "--seed 9+ is out of range"),
+    "huge steps": (["--steps", "1" + "0" * 400], "--steps 10+ is out of range"),
+    "unused variant": (
+        ["--model", "e0,e1,e0", "--data", "text", "--steps", "1"],
+        "pattern of 3 layers, but the depth is 2",
+    ),
     "bad heldout": (["--heldout", "2", "--data", "text", "--steps", "1"], "--heldout 2.0 is out of range"),
     "bad eval bytes": (["--eval-bytes", "many", "--steps", "1"], "--eval-bytes 'many' is no count"),
     "bad expansion": (["--expansion", "-1", "--steps", "1"], "--expansion -1.0 is out of range"),
@@ -105,11 +115,19 @@ def test_a_mistake_in_train_is_one_clear_line(name: str, folder: Path, capsys: p
         (["generate", "trained", "--temperature", "-1"], "--temperature -1.0 is out of range"),
         (["generate", "trained", "--top-p", "0"], "--top-p 0.0 is out of range"),
         (["train", "--resume", "trained", "--seed", "5"], "--seed cannot change when a run goes on"),
-        (["train", "--resume", "trained", "--gate", "hx"], "--model cannot change when a run goes on"),
+        (["train", "--resume", "trained", "--gate", "hx"], "--gate cannot change when a run goes on"),
         (["train", "--resume", "trained"], "has reached its end"),
         (["train", "--data", "text", "--steps", "1", *TINY, "--out", "trained"], "holds another run"),
         (["data", "info", "nowhere"], "FILE nowhere: no such file"),
         (["data", "info", "empty"], "FILE empty is empty"),
+        (["data", "info", "fifo"], "FILE fifo is no regular file"),
+        (["data", "pack", "fifo", "--out", "new"], "PATH fifo is no regular file"),
+        (["data", "pack", "text", "--out", "link"], "--out link exists already"),
+        (["data", "pack", "text", "--out", "x" * 300], "File name too long"),
+        (["generate", "x" * 300], "File name too long"),
+        (["generate", "trained", "--temperature", "101"], "--temperature 101.0 is out of range"),
+        (["generate", "trained", "--seed", "1" + "0" * 30], "--seed 10+ is out of range"),
+        (["generate", "a\x1b[31m\nb"], "RUN a␛.31m␊b: no such folder"),
         (["data", "pack", "nowhere", "--out", "new"], "PATH nowhere: no such file"),
         (["data", "pack", "text", "--out", "short"], "--out short exists already"),
         (["data", "pack", "text", "--out", "short/new"], "--out short/new cannot be written"),
@@ -127,11 +145,22 @@ def test_a_mistake_elsewhere_is_one_clear_line(
     assert run(*argv) == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert re.search(message, line), line
-    assert before == {path: path.stat().st_mtime_ns for path in before}
+    after = [path for path in trained.parent.rglob("*") if path.is_file() and path.name != ".lock"]
+    assert before == {path: path.stat().st_mtime_ns for path in after}
 
 
 @pytest.mark.parametrize(
-    "argv", [["train", "--stepz", "3"], ["train", "--steps", "x"], ["train", "--gate", "foo"], ["fly"], ["data"], []]
+    "argv",
+    [
+        ["train", "--stepz", "3"],
+        ["train", "--model"],
+        ["train", "--resume"],
+        ["train", "--steps", "x"],
+        ["train", "--gate", "foo"],
+        ["fly"],
+        ["data"],
+        [],
+    ],
 )
 def test_options_that_do_not_parse_exit_with_2(argv: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     assert run(*argv) == 2
@@ -148,7 +177,7 @@ def test_damaged_checkpoints_are_one_clear_line(trained: Path, capsys: pytest.Ca
         assert "model.safetensors was cut short or changed; remove" in line
     (trained / "config.json").write_text('{"train": {}}')
     assert run("generate", trained) == 2
-    assert "is not the config of a run" in capsys.readouterr().err
+    assert "is not as elman train wrote it" in capsys.readouterr().err
 
 
 def test_train_ladder_is_train(folder: Path) -> None:
@@ -226,16 +255,36 @@ def test_a_closed_pipe_is_no_error(trained: Path) -> None:
     assert len(finished.stderr) == 10
 
 
-def test_import_is_light() -> None:
-    code = """
-import sys, torch
-before = set(sys.modules)
-import elman
-added = set(sys.modules) - before
-print(sorted(name for name in added if not name.startswith("elman")))
-"""
+def test_the_command_line_starts_without_matplotlib_and_compilers() -> None:
+    """Each takes a second or more: only what needs them may load them."""
+    heavy = ("matplotlib", "torch._dynamo", "cuda.core")
+    code = f"import sys, elman.cli; print(*(name for name in {heavy} if name in sys.modules))"
     finished = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert not {"matplotlib", "rich", "tyro", "safetensors"} & set(eval(finished.stdout))
+    assert finished.stdout.split() == []
+
+
+def test_odd_names_are_shown_as_they_are(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run("data", "pack", "text", "--out", "o[/b] :smile:.txt") == 0
+    assert run("data", "info", "o[/b] :smile:.txt") == 0
+    assert run("train", "--data", "o[/b] :smile:.txt", "--steps", 1, *TINY, "--out", "r[/red]") == 0
+    assert capsys.readouterr().out.count("o[/b] :smile:.txt") == 3
+
+
+def test_a_reader_that_goes_away_does_not_end_a_run(folder: Path) -> None:
+    options = " ".join(["--data text --steps 30 --eval-every 5", *TINY])
+    command = f"{sys.executable} -m elman train {options} --out piped | head -1; exit ${{PIPESTATUS[0]}}"
+    finished = subprocess.run(["bash", "-c", command], capture_output=True, text=True)
+    assert finished.returncode == 0, finished.stderr
+    assert (folder / "piped" / "summary.json").exists()
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
+def test_a_full_disk_is_one_clear_line(trained: Path) -> None:
+    command = f"{sys.executable} -m elman models > /dev/full"
+    finished = subprocess.run(["bash", "-c", command], capture_output=True, text=True)
+    assert finished.returncode == 2
+    (line,) = finished.stderr.splitlines()
+    assert "No space left on device" in line
 
 
 def test_the_terminal_shows_readable_text(trained: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -41,7 +41,7 @@ def test_sizes_without_a_target_are_taken_as_they_are() -> None:
         ({"params": 50_000_000, "dim": 4096}, r"the nearest is .*--dim 4096 --depth 1"),
         ({"params": 50_000_000, "dim": 64, "depth": 2}, "drop one of --params, --dim and --depth"),
         ({"dim": 0}, "--dim 0"),
-        ({"dim": 10**9}, "--dim 1000000000 .* out of range"),
+        ({"dim": 10**9}, "--dim 1000000000 is out of range"),
         ({"dim": 64, "depth": 10**6}, "--depth 1000000 is out of range"),
     ],
 )

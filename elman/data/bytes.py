@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import mmap
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,19 +30,31 @@ class ByteData:
     train: Bytes
     heldout: Bytes
 
+    def fingerprint(self) -> str:
+        """A hash of both sizes and of 64 windows spread over the file: equal for an equal file, at any path."""
+        digest = hashlib.sha256(f"{len(self.train)} {len(self.heldout)}".encode())
+        for part in (self.train, self.heldout):
+            for start in np.linspace(0, len(part), 32, endpoint=False).astype(np.int64):
+                digest.update(part[start : start + 4096].tobytes())
+        return digest.hexdigest()
+
 
 def open_bytes(path: Path, heldout_fraction: float = 0.05) -> ByteData:
-    """Map a raw file and split off its tail.
+    """Map a raw file and split off its tail, as ``split_tail`` does. Raises as ``map_bytes`` and ``split_tail``."""
+    return split_tail(path, map_bytes(path, "--data", mmap.MADV_RANDOM), heldout_fraction)
+
+
+def split_tail(path: Path, data: Bytes, heldout_fraction: float = 0.05) -> ByteData:
+    """Split off the tail of the file's bytes.
 
     The tail is the last ``heldout_fraction`` of the file or its last 10 MB, whichever is less, moved back to just
     after a delimiter where there is one within 4 MiB, so that no document lies in both parts.
 
     Raises:
-        UsageError: no such file, a folder, empty, compressed or unreadable, or a fraction outside (0, 0.5].
+        UsageError: a fraction outside (0, 0.5].
     """
     if not 0 < heldout_fraction <= 0.5:
         raise UsageError(f"--heldout {heldout_fraction} is out of range: give a fraction above 0 and up to 0.5")
-    data = map_bytes(path)
     target = len(data) - min(int(len(data) * heldout_fraction), MAX_HELDOUT)
     start = max(0, target - _SEARCH)
     delimiters = np.flatnonzero(data[start:target] == DELIMITER)
@@ -49,9 +62,20 @@ def open_bytes(path: Path, heldout_fraction: float = 0.05) -> ByteData:
     return ByteData(path, data[:cut], data[cut:])
 
 
-def map_bytes(path: Path, option: str = "--data") -> Bytes:
-    """The whole file as a read-only memory map. Raises as ``open_bytes``."""
+def map_bytes(path: Path, option: str, advice: int = mmap.MADV_SEQUENTIAL) -> Bytes:
+    """The whole file as a read-only memory map.
+
+    Args:
+        path: of the file.
+        option: what the user named it by.
+        advice: how it will be read, as ``madvise`` takes it; windows from anywhere need no reading ahead.
+
+    Raises:
+        UsageError: no such file, a folder, empty, compressed or unreadable.
+    """
     try:
+        if path.exists() and not path.is_file() and not path.is_dir():
+            raise UsageError(f"{option} {path} is no regular file: write its text to a file first")
         with path.open("rb") as file:
             if not file.seek(0, 2):
                 raise UsageError(f"{option} {path} is empty: give a file of raw text, or make one by `elman data pack`")
@@ -68,10 +92,9 @@ def map_bytes(path: Path, option: str = "--data") -> Bytes:
             f"{option} {path} is a folder: make one file of it first, `elman data pack {path} --out FILE`"
         ) from None
     except OSError as error:
-        raise UsageError(f"{option} {path} cannot be read: {error.strerror or error}") from None
-    if hasattr(mmap, "MADV_RANDOM"):
-        # Windows are read from anywhere in the file: reading ahead would only fill memory.
-        mapped.madvise(mmap.MADV_RANDOM)
+        reason = error.strerror or error
+        raise UsageError(f"{option} {path} cannot be read: {reason}; check the path and its permissions") from None
+    mapped.madvise(advice)
     return np.frombuffer(mapped, dtype=np.uint8)
 
 

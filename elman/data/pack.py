@@ -1,4 +1,7 @@
-"""Files and folders of text into one raw file of documents, each ended by 0x1e. Streams: memory stays small."""
+"""Files and folders of text into one raw file of documents, each ended by 0x1e.
+
+Streams: memory holds a piece of a file at a time, or one line of a .jsonl file.
+"""
 
 from __future__ import annotations
 
@@ -41,24 +44,28 @@ class PackSummary:
 
 
 def find_files(paths: list[Path], keep: Callable[[Path], bool] = lambda path: True) -> list[Path]:
-    """The files under ``paths``, hidden ones in folders left out, in an order fixed by a hash of their paths.
+    """The files under ``paths``, in an order fixed by a hash of their paths.
+
+    Hidden files and folders are left out, and folders behind a symbolic link.
 
     The hashed order makes any part of the packed file, its tail among them, a fair sample of the whole.
 
     Raises:
-        UsageError: a path is not there, or nothing is left.
+        UsageError: a path is not there, a folder cannot be read, or nothing is left.
     """
     found: dict[Path, str] = {}
     for path in paths:
         if path.is_dir():
-            for folder, folders, names in os.walk(path):
+            for folder, folders, names in os.walk(path, onerror=_unreadable_folder):
                 folders[:] = [name for name in folders if not name.startswith(".")]
                 for name in names:
                     file = Path(folder, name)
                     if not name.startswith(".") and file.is_file() and keep(file):
                         found.setdefault(file, file.relative_to(path).as_posix())
-        elif path.exists():
+        elif path.is_file():
             found.setdefault(path, path.name)
+        elif path.exists():
+            raise UsageError(f"PATH {path} is no regular file: write its text to a file first")
         else:
             raise UsageError(f"PATH {path}: no such file or folder; check the path")
     if not found:
@@ -66,6 +73,10 @@ def find_files(paths: list[Path], keep: Callable[[Path], bool] = lambda path: Tr
     return sorted(
         found, key=lambda file: (hashlib.sha256(found[file].encode("utf-8", "surrogateescape")).digest(), file)
     )
+
+
+def _unreadable_folder(error: OSError) -> None:
+    raise UsageError(f"PATH {error.filename} cannot be read: {error.strerror}; mend its permissions or leave it out")
 
 
 def pack(
@@ -85,23 +96,26 @@ def pack(
         UsageError: ``out`` exists already or cannot be written, or, unless ``skip_bad``, a file is broken or a line
             of JSON has no text in ``text_field``.
     """
-    if out.exists():
-        raise UsageError(f"--out {out} exists already and is left as it is: give another name, or remove it first")
+    taken = f"--out {out} exists already and is left as it is: give another name, or remove it first"
+    if os.path.lexists(out):
+        raise UsageError(taken)
     summary = PackSummary()
     partial = out.with_name(f".{out.name}.{os.getpid()}.partial")
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
         with partial.open("xb") as sink:
             for file in files:
-                if file.resolve() == partial.resolve():
-                    continue
                 for document in _documents(file, text_field, skip_bad, summary, open_file):
                     _write_document(document, sink, summary)
             sink.flush()
             os.fsync(sink.fileno())
         if not summary.documents:
             raise UsageError(f"nothing to pack: {_reasons(summary)}; name files that hold text")
-        partial.rename(out)
+        # A link fails where its name is taken, by another packer that was faster, say; a rename would not.
+        try:
+            os.link(partial, out)
+        except FileExistsError:
+            raise UsageError(taken) from None
     except OSError as error:
         raise UsageError(f"--out {out} cannot be written: {error.strerror or error}") from None
     finally:
@@ -182,7 +196,7 @@ def _json_text(
         problem = f"has no text in field {text_field!r}"
     except KeyError:
         problem = f"has no field {text_field!r}"
-    except (ValueError, TypeError):
+    except (ValueError, TypeError, RecursionError):
         problem = "is no JSON object"
     if not skip_bad:
         raise UsageError(f"{file}, line {number}, {problem}: give --field NAME, or leave such lines out by --skip-bad")

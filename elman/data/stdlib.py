@@ -14,8 +14,15 @@ from elman.errors import UsageError
 
 
 def stdlib_path() -> Path:
-    """Where the packed file lies, or will: one for each Python version."""
-    return cache_folder() / "data" / f"python-{platform.python_version()}-stdlib.txt"
+    """Where the packed file lies, or will: one for each Python version.
+
+    Raises:
+        UsageError: there is no cache folder.
+    """
+    folder = cache_folder()
+    if folder is None:
+        raise UsageError("the demo text has no place to lie: set ELMAN_CACHE to a folder, or give --data FILE")
+    return folder / "data" / f"python-{platform.python_version()}-stdlib.txt"
 
 
 def stdlib_files() -> list[Path]:
@@ -41,8 +48,9 @@ def pack_stdlib(files: list[Path], open_file: Opener) -> Path:
         pack(files, mine, open_file=open_file)
         mine.replace(path)
     except (UsageError, OSError) as error:
+        reason = error.strerror if isinstance(error, OSError) else str(error).partition(": ")[2]
         raise UsageError(
-            f"the demo text cannot be written to {path}: {error}; "
+            f"the demo text cannot be written to {path}: {reason}; "
             f"set ELMAN_CACHE to a folder that can be written, or give --data FILE"
         ) from None
     finally:

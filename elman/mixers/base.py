@@ -8,12 +8,22 @@ from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
+from elman.options import check_choices
+
 #: What a mixer carries from one chunk to the next: a pytree of tensors whose first axis is the batch. None: at rest.
 State = Any
 
 
 class Mixer(nn.Module, ABC):
     """The part of a layer that mixes over time. Time-major inside: step t of every row lies together."""
+
+    def initialize(self) -> None:
+        """Draw the weights anew: matrices N(0, 0.02), biases 0. A mixer with other wishes extends this."""
+        for module in self.modules():
+            if isinstance(module, nn.Linear):
+                nn.init.normal_(module.weight, std=0.02)
+                if module.bias is not None:
+                    nn.init.zeros_(module.bias)
 
     @abstractmethod
     def forward(self, x: Tensor, state: State, reset: Tensor | None) -> tuple[Tensor, State]:
@@ -39,6 +49,9 @@ class MixerConfig(ABC):
 
     name: ClassVar[str]
     equation: ClassVar[str]
+
+    def __post_init__(self) -> None:
+        check_choices(self)
 
     @abstractmethod
     def build(self, dim: int) -> Mixer:

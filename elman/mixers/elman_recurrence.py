@@ -46,6 +46,7 @@ class ElmanConfig(MixerConfig):
     """Inner width as a multiple of the model width."""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if not 0 < self.expansion <= 64:
             raise UsageError(f"--expansion {self.expansion} is out of range: give a number above 0 and up to 64")
 

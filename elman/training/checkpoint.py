@@ -24,6 +24,8 @@ from elman.errors import UsageError
 
 _FORMAT = "elman-checkpoint-1"
 _MODEL, _TRAINER, _MANIFEST = "model.safetensors", "trainer.pt", "manifest.json"
+# What reading a file of the right sum but the wrong content may raise.
+_UNREADABLE = (ValueError, KeyError, TypeError, RuntimeError, pickle.UnpicklingError, safetensors.SafetensorError)
 _NAME = re.compile(r"step-(\d{8,})")
 
 
@@ -59,6 +61,8 @@ def save_checkpoint(folder: Path, checkpoint: Checkpoint, keep: int = 2) -> Path
         files = {name: _fingerprint(partial / name) for name in (_MODEL, _TRAINER)}
         manifest = {"format": _FORMAT, "step": checkpoint.step, "files": files}
         (partial / _MANIFEST).write_text(json.dumps(manifest, indent=2))
+        # safetensors makes its file readable for its owner alone; a run is to be shared like any other file.
+        (partial / _MODEL).chmod((partial / _MANIFEST).stat().st_mode)
         for name in (_MODEL, _TRAINER, _MANIFEST):
             _sync(partial / name)
         _sync(partial)
@@ -75,7 +79,11 @@ def save_checkpoint(folder: Path, checkpoint: Checkpoint, keep: int = 2) -> Path
 def list_checkpoints(folder: Path) -> list[Path]:
     """The checkpoints in ``folder``, the oldest first."""
     found = [path for path in folder.glob("step-*") if _NAME.fullmatch(path.name)]
-    return sorted(found, key=lambda path: int(path.name.removeprefix("step-")))
+    return sorted(found, key=_step)
+
+
+def _step(path: Path) -> int:
+    return int(path.name.removeprefix("step-"))
 
 
 def load_checkpoint(path: Path, *, with_trainer: bool = True) -> Checkpoint:
@@ -96,11 +104,17 @@ def load_checkpoint(path: Path, *, with_trainer: bool = True) -> Checkpoint:
                 raise UsageError(f"checkpoint {path} is damaged: {name} was cut short or changed; {cure}")
         model = safetensors.torch.load_file(path / _MODEL)
         trainer = torch.load(path / _TRAINER, map_location="cpu", weights_only=True) if with_trainer else None
-        return Checkpoint(int(manifest["step"]), model, trainer)
-    except FileNotFoundError as error:
+        if manifest["step"] != _step(path):
+            raise UsageError(f"checkpoint {path} is damaged: {_MANIFEST} speaks of step {manifest['step']}; {cure}")
+        return Checkpoint(_step(path), model, trainer)
+    except (FileNotFoundError, NotADirectoryError) as error:
         missing = Path(error.filename).name if error.filename else "a file"
         raise UsageError(f"checkpoint {path} is damaged: {missing} is missing; {cure}") from None
-    except (OSError, ValueError, KeyError, TypeError, pickle.UnpicklingError) as error:
+    except OSError as error:
+        raise UsageError(
+            f"checkpoint {path} cannot be read: {error.strerror or error}; check its permissions"
+        ) from None
+    except _UNREADABLE as error:
         if isinstance(error, UsageError):
             raise
         raise UsageError(f"checkpoint {path} is damaged: it cannot be read ({error}); {cure}") from None

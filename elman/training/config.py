@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal
@@ -10,6 +9,7 @@ from typing import Annotated, Literal
 import tyro
 
 from elman.errors import UsageError
+from elman.options import check_at_least, check_choices
 from elman.units import parse_count, parse_duration
 
 # Options that may be absent: their help tells what that means, so tyro need not say "None".
@@ -60,7 +60,7 @@ class TrainConfig:
     """Of the initial weights and of the order of the data."""
 
     device: str = "auto"
-    """cpu, cuda, cuda:1, ...; auto takes a GPU where there is one."""
+    """cpu, cuda, cuda:1, ...; auto takes a CUDA GPU where there is one."""
     precision: Literal["auto", "bf16", "fp32"] = "auto"
     """Of the products; weights stay float32. auto is bf16 on a GPU, fp32 on a CPU."""
     eval_every: int = 500
@@ -72,18 +72,13 @@ class TrainConfig:
     out: _Path = None
     """Run folder to make; runs/MODEL-DATE-TIME if absent. An existing run is never overwritten."""
     resume: _Path = None
-    """Run folder to go on with, from its newest checkpoint and with its own options."""
+    """Run folder to go on with, from its newest checkpoint and with its own options. A --steps or --time-limit given
+    beside it replaces the run's end."""
 
     def __post_init__(self) -> None:
-        for name, least in (
-            ("seq_len", 1), ("batch_size", 1), ("grad_accum", 1), ("steps", 1), ("dim", 1), ("depth", 1),
-            ("warmup", 0), ("eval_every", 0), ("save_every", 0), ("weight_decay", 0), ("grad_clip", 0), ("seed", 0),
-        ):  # fmt: skip
-            value = getattr(self, name)
-            if value is not None and not (math.isfinite(value) and value >= least):
-                raise UsageError(f"{_flag(name)} {value} is out of range: give a number of at least {least}")
-        if self.seed >= 2**63:
-            raise UsageError(f"--seed {self.seed} is out of range: give a number below 2^63")
+        check_choices(self)
+        check_at_least(self, seq_len=1, batch_size=1, grad_accum=1, steps=1, dim=1, depth=1)
+        check_at_least(self, warmup=0, eval_every=0, save_every=0, weight_decay=0, grad_clip=0, seed=0)
         if not 0 < self.lr < 100:
             raise UsageError(f"--lr {self.lr} is out of range: give a number above 0, such as 1e-3")
         if self.batch_size % self.grad_accum:
@@ -111,7 +106,3 @@ class TrainConfig:
     def eval_byte_count(self) -> int:
         """``--eval-bytes`` as a number."""
         return parse_count(self.eval_bytes, "--eval-bytes")
-
-
-def _flag(name: str) -> str:
-    return "--" + name.replace("_", "-")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import sys
 import time
 from collections.abc import Iterable
 from types import TracebackType
@@ -17,6 +19,14 @@ from elman.units import bits, format_bytes, format_count, format_duration
 
 #: Seconds between lines where there is no terminal to redraw.
 _LINE_EVERY = 10.0
+
+
+class RunConsole(Console):
+    """A console whose reader may go away, as in ``elman train | head``: the run goes on without it."""
+
+    def on_broken_pipe(self) -> None:
+        self.quiet = True
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 class _TwoLines(Progress):
@@ -49,10 +59,14 @@ class TrainingDisplay:
         self._progress.start()
         return self
 
+    def close(self) -> None:
+        """Take the bar away."""
+        self._progress.stop()
+
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        self._progress.stop()
+        self.close()
 
     def update(
         self,

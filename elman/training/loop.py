@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import signal
 import time
 from collections import deque
@@ -12,14 +13,16 @@ from typing import Any
 
 import torch
 from rich.console import Console
+from safetensors import SafetensorError
 
 from elman.data.bytes import WindowSampler, heldout_starts, open_bytes
 from elman.environment import peak_memory, resolve_device, supports_bf16, total_memory
 from elman.errors import TrainingError, UsageError
 from elman.evaluation.heldout import HeldoutLoss, evaluate
-from elman.generation import generate, readable
+from elman.generation import generate
 from elman.model import LanguageModel, ModelConfig, next_token_loss
 from elman.sizing import flops_per_token, num_params, state_size
+from elman.text import readable
 from elman.training.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
 from elman.training.config import TrainConfig
 from elman.training.display import TrainingDisplay, print_summary
@@ -37,15 +40,15 @@ class Trainer:
     Batches are a function of the step, so the place in the data is the step itself.
     """
 
-    def __init__(self, config: TrainConfig, model_config: ModelConfig, run: RunFolder, console: Console) -> None:
+    def __init__(self, config: TrainConfig, model_config: ModelConfig, console: Console) -> None:
         assert config.data is not None
         self.config = config
         self.model_config = model_config
-        self.run = run
         self.console = console
         self.device = resolve_device(config.device)
         self.bf16 = config.precision == "bf16" or (config.precision == "auto" and supports_bf16(self.device))
         data = open_bytes(config.data, config.heldout)
+        self.fingerprint = data.fingerprint()
         self.heldout = data.heldout
         self.sampler = WindowSampler(data.train, config.seq_len, config.batch_size, config.seed)
         heldout_starts(data.heldout, config.seq_len, config.eval_byte_count)  # an error now, not at the end
@@ -62,16 +65,21 @@ class Trainer:
         self.fetch_every = 1 if self.device.type == "cpu" else 10
         self._pending: list[tuple[dict[str, Any], torch.Tensor, torch.Tensor]] = []
 
-    def restore(self) -> None:
-        """Go back to the run's newest checkpoint."""
-        path = newest_checkpoint(self.run)
+    def restore(self, run: RunFolder) -> None:
+        """Go back to the run's newest checkpoint; to the start, where this already is, if it has none yet.
+
+        Raises:
+            UsageError: the checkpoint is damaged or another model's, or the data is not what the run began with.
+        """
+        path = newest_checkpoint(run)
+        if path is None:
+            return
         checkpoint = load_checkpoint(path)
         assert checkpoint.trainer is not None
-        before = checkpoint.trainer["data_bytes"]
-        if before != self._data_bytes:
+        if checkpoint.trainer["data"] != self.fingerprint:
             raise UsageError(
-                f"--data {self.config.data} has changed: the run began with {before} bytes "
-                f"(to train on, held out), now there are {self._data_bytes}; put the old file back or start a new run"
+                f"--data {self.config.data} is not the file that the run began with: "
+                f"name that file by --data, or start a new run"
             )
         load_weights(self.model, checkpoint.model, path)
         self.optimizer.load_state_dict(checkpoint.trainer["optimizer"])
@@ -79,8 +87,8 @@ class Trainer:
         self.seconds = checkpoint.trainer["seconds"]
         self.step = checkpoint.step
         self._first_step, self._first_second = self.step, self.seconds
-        rows = [row for row in self.run.read_metrics() if row["step"] <= self.step]
-        self.recent_losses.extend(row["loss"] for row in rows if "loss" in row)
+        rows = [row for row in run.read_metrics() if row["step"] <= self.step]
+        self.recent_losses.extend(row["loss"] for row in rows if isinstance(row.get("loss"), float))
 
     @property
     def progress(self) -> float:
@@ -89,8 +97,13 @@ class Trainer:
         by_time = self.seconds / self.config.time_limit_s if self.config.time_limit_s else 0.0
         return max(by_steps, by_time)
 
-    def train(self) -> bool:
-        """Train to the end. Returns False if a signal ended it before, with everything saved."""
+    def train(self, run: RunFolder) -> bool:
+        """Train to the end. Returns False if a signal ended it before, with everything saved.
+
+        Raises:
+            TrainingError: the loss or its gradient is no finite number, or a checkpoint cannot be written.
+        """
+        self.run = run
         with _StopSignal() as stop, TrainingDisplay(self.console) as display:
             while self.progress < 1 and not stop:
                 self._train_until_due(display, stop)
@@ -102,9 +115,9 @@ class Trainer:
                     self._save()
             self._save()
             heldout = None if stop else self._evaluate(display, stop)
-        if heldout is None:
-            return False
-        self._finish(heldout)
+            if heldout is None:
+                return False
+            self._finish(heldout, display)
         return True
 
     def _train_until_due(self, display: TrainingDisplay, stop: _StopSignal) -> None:
@@ -151,15 +164,16 @@ class Trainer:
         values = torch.stack([torch.stack((loss, norm)) for _, loss, norm in self._pending]).tolist()
         rows = []
         for (row, _, _), (loss, norm) in zip(self._pending, values, strict=True):
+            # One step of these may not be finite, and then all that follow: none is recorded, and none saved.
+            if not math.isfinite(loss) or not math.isfinite(norm):
+                raise TrainingError(
+                    f"the loss is {loss} and its gradient's norm {norm} at step {row['step']}: try a lower --lr "
+                    f"(it was {self.config.lr}), a longer --warmup or a lower --grad-clip"
+                )
             rows.append({**row, "loss": loss, "grad_norm": norm, "tokens": row["step"] * self._tokens_per_step})
             self.recent_losses.append(loss)
         self._pending.clear()
         self.run.append_metrics(rows)
-        if not all(row["loss"] == row["loss"] and abs(row["loss"]) != float("inf") for row in rows):
-            raise TrainingError(
-                f"the loss is {rows[-1]['loss']} at step {self.step}: try a lower --lr (it was {self.config.lr}), "
-                f"a longer --warmup or a lower --grad-clip"
-            )
         display.update(
             step=self.step,
             steps=self.config.steps,
@@ -185,6 +199,8 @@ class Trainer:
             stop=lambda: bool(stop),
         )
         if heldout is not None:
+            if not math.isfinite(heldout.nats_per_byte):
+                raise TrainingError(f"the held-out loss is {heldout.nats_per_byte} at step {self.step}: lower the --lr")
             self.run.append_metrics(
                 [{"step": self.step, "seconds": self.seconds, "heldout_loss": heldout.nats_per_byte}]
             )
@@ -199,17 +215,18 @@ class Trainer:
             "optimizer": self.optimizer.state_dict(),
             "rng": torch.get_rng_state(),
             "seconds": self.seconds,
-            "data_bytes": self._data_bytes,
+            "data": self.fingerprint,
         }
         try:
             save_checkpoint(self.run.checkpoints, Checkpoint(self.step, self.model.state_dict(), trainer))
-        except OSError as error:
+        except (OSError, RuntimeError, SafetensorError) as error:
             raise TrainingError(
-                f"the checkpoint of step {self.step} cannot be written to {self.run.checkpoints}: "
-                f"{error.strerror or error}; the one before it is whole"
+                f"the checkpoint of step {self.step} cannot be written to {self.run.checkpoints} ({error}); "
+                f"any before it is whole: once that is mended, go on with: elman train --resume {self.run.path}"
             ) from None
 
-    def _finish(self, heldout: HeldoutLoss) -> None:
+    def _finish(self, heldout: HeldoutLoss, display: TrainingDisplay) -> None:
+        """Sample, picture and, last of all, the summary: where it lies, the run is complete."""
         tokens = self.step * self._tokens_per_step
         summary = {
             "model": self.model_config.pattern,
@@ -228,11 +245,13 @@ class Trainer:
             "last_100_loss": self._last_100_loss,
             "heldout": {**asdict(heldout), "bits_per_byte": heldout.bits_per_byte},
         }
-        self.run.write_json("summary.json", summary)
-        sample = readable(bytes(generate(self.model.eval(), b"", _SAMPLE_BYTES, seed=self.config.seed)))
-        (self.run.path / "sample.txt").write_text(sample)
+        drawn = bytes(generate(self.model.eval(), b"", _SAMPLE_BYTES, seed=self.config.seed))
+        sample = readable(drawn.decode("utf-8", "replace"))
+        (self.run.path / "sample.txt").write_text(sample, encoding="utf-8")
         title = f"{self.model_config.pattern}, {format_count(num_params(self.model_config))} parameters"
         plot_losses(self.run.read_metrics(), title, self.run.path / "loss.png")
+        self.run.write_json("summary.json", summary)
+        display.close()
         print_summary(self.console, summary, sample)
 
     def autocast(self) -> AbstractContextManager[None]:
@@ -240,16 +259,12 @@ class Trainer:
         return torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16)
 
     @property
-    def _data_bytes(self) -> list[int]:
-        return [len(self.sampler.data), len(self.heldout)]
-
-    @property
     def _tokens_per_step(self) -> int:
         return self.config.batch_size * self.config.seq_len
 
     @property
     def _last_100_loss(self) -> float:
-        return sum(self.recent_losses) / len(self.recent_losses)
+        return sum(self.recent_losses) / max(1, len(self.recent_losses))
 
 
 def _check_memory(config: ModelConfig, device: torch.device) -> None:
@@ -257,8 +272,8 @@ def _check_memory(config: ModelConfig, device: torch.device) -> None:
     needed, there = 16 * num_params(config), total_memory(device)
     if needed > there:
         raise UsageError(
-            f"--params {format_count(num_params(config))} needs {format_bytes(needed)} for weights and optimiser, "
-            f"but {device} has {format_bytes(there)}: give fewer --params"
+            f"a model of {format_count(num_params(config))} parameters needs {format_bytes(needed)} for weights and "
+            f"optimiser, but {device} has {format_bytes(there)}: give a smaller --params, --dim or --depth"
         )
 
 
@@ -266,8 +281,11 @@ def _due(step: int, every: int) -> bool:
     return every > 0 and step % every == 0
 
 
+_STOPPING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+
+
 class _StopSignal:
-    """Turns SIGINT and SIGTERM into a flag that the loop reads between steps. A second SIGINT ends at once."""
+    """Turns SIGINT, SIGTERM and SIGHUP into a flag that the loop reads between steps. A second SIGINT ends at once."""
 
     def __init__(self) -> None:
         self.received: int | None = None
@@ -276,7 +294,7 @@ class _StopSignal:
         return self.received is not None
 
     def __enter__(self) -> _StopSignal:
-        self._before = {number: signal.signal(number, self._receive) for number in (signal.SIGINT, signal.SIGTERM)}
+        self._before = {number: signal.signal(number, self._receive) for number in _STOPPING}
         return self
 
     def __exit__(self, *exception: object) -> None:

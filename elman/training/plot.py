@@ -11,11 +11,15 @@ from matplotlib.figure import Figure
 
 
 def plot_losses(rows: list[dict[str, Any]], title: str, path: Path) -> None:
-    """Draw the losses in ``rows``, the lines of a metrics.jsonl, into a PNG."""
+    """Draw the losses in ``rows``, the lines of a metrics.jsonl, into a PNG; nothing where there are none."""
     training = [row for row in rows if "loss" in row]
     heldout = [row for row in rows if "heldout_loss" in row]
-    losses = np.array([row["loss"] for row in training])
-    means = np.array([losses[max(0, i - 99) : i + 1].mean() for i in range(len(losses))])
+    losses = np.array([row["loss"] for row in training], dtype=np.float64)
+    if not len(losses):
+        return
+    sums = np.cumsum(np.concatenate(([0.0], losses)))
+    first = np.maximum(0, np.arange(1, len(losses) + 1) - 100)
+    means = (sums[1:] - sums[first]) / (np.arange(1, len(losses) + 1) - first)
     figure = Figure(figsize=(11, 4.2), layout="constrained")
     FigureCanvasAgg(figure)
     figure.suptitle(title)

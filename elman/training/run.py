@@ -11,8 +11,9 @@ checkpoints/
 from __future__ import annotations
 
 import contextlib
+import datetime
+import itertools
 import json
-import os
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -56,6 +57,9 @@ class RunFolder:
             raise UsageError(
                 f"{self.path} is being written by another process: wait for it, or stop it first"
             ) from None
+        except OSError as error:
+            reason = error.strerror or error
+            raise UsageError(f"{self.path} cannot be written to: {reason}; check its permissions") from None
         try:
             yield
         finally:
@@ -68,13 +72,16 @@ class RunFolder:
             UsageError: config.json is missing or was not written by elman.
         """
         try:
-            values = json.loads((self.path / "config.json").read_text())
+            values = json.loads((self.path / "config.json").read_text(encoding="utf-8"))
             train = dict(values["train"])
             for name in ("data", "out", "resume"):
                 train[name] = Path(train[name]) if train[name] is not None else None
             return TrainConfig(**train), ModelConfig.from_dict(values["model"])
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            raise UsageError(f"{self.path}/config.json is not the config of a run of elman train: {error}") from None
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+            raise UsageError(
+                f"{self.path}/config.json is not as elman train wrote it ({error}): "
+                f"put the file back, or start a new run"
+            ) from None
 
     def write_config(self, train: TrainConfig, model: ModelConfig) -> None:
         """Write config.json."""
@@ -83,61 +90,95 @@ class RunFolder:
     def write_json(self, name: str, value: Any) -> None:
         """Replace a file at once, so that a reader never sees half of it."""
         partial = self.path / f".{name}.partial"
-        partial.write_text(json.dumps(value, indent=2, default=str) + "\n")
+        partial.write_text(json.dumps(value, indent=2, default=str) + "\n", encoding="utf-8")
         partial.replace(self.path / name)
 
     def read_json(self, name: str) -> Any:
-        """A file's value, or None where it is not there."""
+        """A file's value, or None where it is not there.
+
+        Raises:
+            UsageError: it is no JSON.
+        """
         try:
-            return json.loads((self.path / name).read_text())
+            return json.loads((self.path / name).read_text(encoding="utf-8"))
         except FileNotFoundError:
             return None
+        except (ValueError, RecursionError) as error:
+            raise UsageError(
+                f"{self.path / name} is damaged ({error}): remove it; nothing is rebuilt from it"
+            ) from None
 
     def append_metrics(self, rows: list[dict[str, Any]]) -> None:
         """Add lines to metrics.jsonl."""
-        with self.metrics_file.open("a") as file:
+        with self.metrics_file.open("a", encoding="utf-8") as file:
             file.write("".join(json.dumps(row) + "\n" for row in rows))
 
     def read_metrics(self) -> list[dict[str, Any]]:
-        """Every line of metrics.jsonl; one that a kill cut short is left out."""
+        """Every line of metrics.jsonl; one that a kill cut short, or that is no metrics, is left out."""
         rows = []
         if self.metrics_file.exists():
-            for line in self.metrics_file.read_text().splitlines():
-                with contextlib.suppress(ValueError):
-                    rows.append(json.loads(line))
+            for line in self.metrics_file.read_text(encoding="utf-8", errors="replace").splitlines():
+                with contextlib.suppress(ValueError, RecursionError):
+                    row = json.loads(line)
+                    if isinstance(row, dict) and all(isinstance(row.get(k), int | float) for k in ("step", "seconds")):
+                        rows.append(row)
         return rows
 
     def rewind_metrics(self, step: int) -> None:
         """Drop the lines of later steps, which a resumed run does again."""
         rows = [row for row in self.read_metrics() if row["step"] <= step]
         partial = self.path / ".metrics.jsonl.partial"
-        partial.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        partial.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
         partial.replace(self.metrics_file)
 
 
-def create(path: Path) -> RunFolder:
-    """Make a new run folder.
+def check_free(path: Path) -> None:
+    """A new run may be made here: nothing is there, or an empty folder.
 
     Raises:
-        UsageError: something is there already, or the folder cannot be made.
+        UsageError: something is.
     """
-    try:
-        path.mkdir(parents=True, exist_ok=True)
-        taken = next(path.iterdir(), None) is not None
-    except FileExistsError:
-        raise UsageError(f"--out {path} is a file: give the name of a folder to make") from None
-    except OSError as error:
-        raise UsageError(f"--out {path} cannot be made: {error.strerror or error}; give another folder") from None
     if (path / "config.json").exists():
         raise UsageError(
             f"--out {path} holds another run and is left as it is: "
             f"give another folder, or go on with that run by --resume {path}"
         )
-    if taken:
+    if path.exists() and not path.is_dir():
+        raise UsageError(f"--out {path} is a file: give the name of a folder to make")
+    if path.exists() and any(inside.name != ".lock" for inside in path.iterdir()):
         raise UsageError(f"--out {path} is not empty and is left as it is: give the name of a new folder")
-    if not os.access(path, os.W_OK):
-        raise UsageError(f"--out {path} cannot be written to: give another folder")
-    return RunFolder(path)
+
+
+@contextlib.contextmanager
+def create(path: Path | None, pattern: str) -> Iterator[RunFolder]:
+    """Make a new run folder and lock it; without a path, one named after the model's pattern and the time.
+
+    Raises:
+        UsageError: something is there already, or the folder cannot be made.
+    """
+    try:
+        if path is None:
+            path = _make_unique(Path("runs"), f"{pattern.replace(',', '-')}-{datetime.datetime.now():%Y%m%d-%H%M%S}")
+        else:
+            path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        where = path if path is not None else Path("runs")
+        raise UsageError(f"--out {where} cannot be made: {error.strerror or error}; give another folder") from None
+    run = RunFolder(path)
+    with run.lock():
+        check_free(path)
+        yield run
+
+
+def _make_unique(folder: Path, stem: str) -> Path:
+    for n in itertools.count(1):
+        path = folder / (stem if n == 1 else f"{stem}-{n}")
+        try:
+            path.mkdir(parents=True)
+        except FileExistsError:
+            continue
+        return path
+    raise AssertionError
 
 
 def open_run(path: Path, option: str = "RUN") -> RunFolder:
@@ -153,16 +194,10 @@ def open_run(path: Path, option: str = "RUN") -> RunFolder:
     return RunFolder(path)
 
 
-def newest_checkpoint(run: RunFolder) -> Path:
-    """The run's latest checkpoint.
-
-    Raises:
-        UsageError: it has none.
-    """
+def newest_checkpoint(run: RunFolder) -> Path | None:
+    """The run's latest checkpoint; None before its first save."""
     found = list_checkpoints(run.checkpoints)
-    if not found:
-        raise UsageError(f"{run.path} has no checkpoint yet: it ended before its first save; start it again")
-    return found[-1]
+    return found[-1] if found else None
 
 
 def load_model(path: Path) -> LanguageModel:
@@ -174,6 +209,8 @@ def load_model(path: Path) -> LanguageModel:
     run = open_run(path)
     _, config = run.read_config()
     checkpoint_path = newest_checkpoint(run)
+    if checkpoint_path is None:
+        raise UsageError(f"{path} has no checkpoint yet: go on with it by elman train --resume {path}")
     model = LanguageModel(config)
     load_weights(model, load_checkpoint(checkpoint_path, with_trainer=False).model, checkpoint_path)
     return model.eval()

@@ -18,57 +18,67 @@ from elman.errors import TrainingError, UsageError
 from elman.mixers import MixerConfig
 from elman.model import ModelConfig
 from elman.ops import record_backends
+from elman.options import flag
 from elman.sizing import flops_per_token, num_params, size_model, state_size
 from elman.training.config import TrainConfig
 from elman.training.loop import Trainer
-from elman.training.run import RunFolder, create, open_run
-from elman.units import format_count
+from elman.training.run import RunFolder, check_free, create, open_run
+from elman.units import format_count, format_duration
 
 #: What may be given anew when a run goes on; anything else would make it another run.
-RESUMABLE = {"steps", "time_limit", "device", "eval_every", "save_every", "resume"}
+_RESUMABLE = ("steps", "time_limit", "data", "device", "eval_every", "save_every")
 
 
 def start_run(config: TrainConfig, mixers: tuple[MixerConfig, ...], console: Console) -> int:
     """Train a new run. Returns the exit code: 0, or 130 if it was stopped and saved."""
+    if config.out is not None:
+        check_free(config.out)
     model_config = size_model(mixers, params=config.param_count, dim=config.dim, depth=config.depth)
-    data = config.data if config.data is not None else demo_data(console)
-    out = config.out if config.out is not None else default_out(model_config.pattern)
-    config = replace(config, data=data, out=out)
-    trainer = Trainer(config, model_config, RunFolder(out), console)
-    run = create(out)
-    with run.lock():
-        run.write_config(replace(config, data=data.absolute()), model_config)
-        return _train(trainer)
+    config = replace(config, data=config.data if config.data is not None else demo_data(console))
+    trainer = Trainer(config, model_config, console)
+    with create(config.out, model_config.pattern) as run:
+        _write_config(run, config, model_config)
+        return _train(trainer, run)
 
 
 def resume_run(config: TrainConfig, mixers: tuple[MixerConfig, ...], console: Console) -> int:
     """Go on with ``config.resume``; ``config`` is that run's own but for what may be given anew."""
     assert config.resume is not None
+    assert config.data is not None
     run = open_run(config.resume, "--resume")
     with run.lock():
         before, model_config = run.read_config()
-        if config.data is not None:
-            config = replace(config, data=config.data.absolute())
-        changed = [name for name in vars(before) if getattr(before, name) != getattr(config, name)]
-        foreign = [name for name in changed if name not in RESUMABLE]
-        if foreign or mixers != model_config.mixers:
-            name = foreign[0] if foreign else "model"
-            allowed = ", ".join(sorted("--" + name.replace("_", "-") for name in RESUMABLE - {"resume"}))
-            raise UsageError(
-                f"--{name.replace('_', '-')} cannot change when a run goes on: drop it, or start a new run "
-                f"({allowed} may be given anew)"
-            )
-        trainer = Trainer(config, model_config, run, console)
-        trainer.restore()
+        config = replace(config, data=config.data.absolute(), resume=None)
+        changed = [name for name in vars(config) if getattr(config, name) != getattr(before, name)]
+        for new, old in zip(mixers, model_config.mixers, strict=False):
+            changed += [name for name in vars(new) if getattr(new, name) != getattr(old, name, None)]
+        for name in changed:
+            if name not in _RESUMABLE:
+                raise UsageError(
+                    f"{flag(name)} cannot change when a run goes on: drop it, or start a new run "
+                    f"({', '.join(map(flag, _RESUMABLE))} may be given anew)"
+                )
+        # An end given anew replaces the old one, be that in steps or in time.
+        if "steps" in changed and "time_limit" not in changed:
+            config = replace(config, time_limit=None)
+        if "time_limit" in changed and "steps" not in changed:
+            config = replace(config, steps=None)
+        trainer = Trainer(config, model_config, console)
+        trainer.restore(run)
         if trainer.progress >= 1 and run.read_json("summary.json") is not None:
             raise UsageError(
-                f"--resume {run.path}: this run has reached its end (step {trainer.step}): "
-                f"give more --steps or a longer --time-limit"
+                f"--resume {run.path}: this run has reached its end (step {trainer.step}, "
+                f"{format_duration(trainer.seconds)}): give more --steps or a longer --time-limit"
             )
         run.rewind_metrics(trainer.step)
-        run.write_config(replace(config, resume=None), model_config)
-        console.print(f"going on from step {trainer.step}")
-        return _train(trainer)
+        _write_config(run, config, model_config)
+        _say(console, f"going on from step {trainer.step}")
+        return _train(trainer, run)
+
+
+def _write_config(run: RunFolder, config: TrainConfig, model: ModelConfig) -> None:
+    assert config.data is not None
+    run.write_config(replace(config, data=config.data.absolute(), out=run.path), model)
 
 
 def demo_data(console: Console) -> Path:
@@ -83,23 +93,17 @@ def demo_data(console: Console) -> Path:
     return path
 
 
-def default_out(pattern: str) -> Path:
-    """A name that no other run has."""
-    stem = f"{pattern.replace(',', '-')}-{datetime.datetime.now():%Y%m%d-%H%M%S}"
-    path, n = Path("runs", stem), 1
-    while path.exists():
-        n += 1
-        path = Path("runs", f"{stem}-{n}")
-    return path
-
-
-def _train(trainer: Trainer) -> int:
-    run, console = trainer.run, trainer.console
-    _print_head(trainer)
+def _train(trainer: Trainer, run: RunFolder) -> int:
+    console = trainer.console
+    _print_head(trainer, run)
+    cure = f"once that is mended, go on with: elman train --resume {run.path}"
     try:
-        sessions = run.read_json("env.json") or []
+        sessions = run.read_json("env.json")
+        sessions = sessions if isinstance(sessions, list) else []
         run.write_json("env.json", [*sessions, _environment(trainer)])
-        finished = trainer.train()
+        finished = trainer.train(run)
+    except OSError as error:
+        raise TrainingError(f"{run.path} cannot be written ({error.strerror or error}); {cure}") from None
     except (MemoryError, RuntimeError) as error:
         if not _is_out_of_memory(error):
             raise
@@ -136,14 +140,14 @@ def _environment(trainer: Trainer) -> dict[str, Any]:
     }
 
 
-def _print_head(trainer: Trainer) -> None:
+def _print_head(trainer: Trainer, run: RunFolder) -> None:
     model, config = trainer.model_config, trainer.config
     _say(trainer.console, model_line(model, config.seq_len))
     where = torch.cuda.get_device_name(trainer.device) if trainer.device.type == "cuda" else str(trainer.device)
     _say(
         trainer.console,
         f"{config.data}: {len(trainer.sampler.data):,} bytes to train on, {len(trainer.heldout):,} held out; "
-        f"{where}, {'bf16' if trainer.bf16 else 'fp32'}; run folder {trainer.run.path}",
+        f"{where}, {'bf16' if trainer.bf16 else 'fp32'}; run folder {run.path}",
     )
 
 

@@ -111,7 +111,7 @@ def test_info_counts_documents_and_bytes(tmp_path: Path) -> None:
     source = tmp_path / "text"
     lengths = [0, 3, 10, 4000]
     source.write_bytes(b"".join(b"a" * length + b"\x1e" for length in lengths) + b"tail")
-    facts = describe(map_bytes(source))
+    facts = describe(map_bytes(source, "FILE"))
     assert facts.size == source.stat().st_size
     assert facts.documents == 5
     assert facts.unterminated

@@ -25,6 +25,8 @@ def test_constant_stays() -> None:
 
 def test_matrices_decay_and_vectors_do_not() -> None:
     model = LanguageModel(ModelConfig(16, 2, (mixer_config("e1")(gate="hx"),)))
+    optimizer = build_optimizer(model, TrainConfig(steps=1))
+    assert all(group["betas"] == (0.9, 0.95) for group in optimizer.param_groups)
     decayed, plain = build_optimizer(model, TrainConfig(steps=1, weight_decay=0.3)).param_groups
     assert decayed["weight_decay"] == 0.3
     assert plain["weight_decay"] == 0

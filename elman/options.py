@@ -1,0 +1,43 @@
+"""Checks that every config shares, on the command line and in Python alike."""
+
+from __future__ import annotations
+
+import dataclasses
+import typing
+from typing import Any, Literal
+
+from elman.errors import UsageError
+
+#: Above every sensible number, and exact in a float.
+_LARGEST = 2**53
+
+
+def flag(name: str) -> str:
+    """A field's name as an option: ``seq_len`` -> ``--seq-len``."""
+    return "--" + name.replace("_", "-")
+
+
+def check_choices(config: Any) -> None:
+    """Every ``Literal`` field of a dataclass holds one of its values.
+
+    Raises:
+        UsageError: one does not; the option and its choices are named.
+    """
+    hints = typing.get_type_hints(type(config))
+    for field in dataclasses.fields(config):
+        choices = typing.get_args(hints[field.name])
+        value = getattr(config, field.name)
+        if typing.get_origin(hints[field.name]) is Literal and value not in choices:
+            raise UsageError(f"{flag(field.name)} {value!r} is unknown: choose one of {', '.join(choices)}")
+
+
+def check_at_least(config: Any, **least: float) -> None:
+    """Every named field is None or a number from the bound up, and finite.
+
+    Raises:
+        UsageError: one is not; the option, its value and the bound are named.
+    """
+    for name, bound in least.items():
+        value = getattr(config, name)
+        if value is not None and not bound <= value <= _LARGEST:
+            raise UsageError(f"{flag(name)} {value} is out of range: give a number of at least {bound}")
