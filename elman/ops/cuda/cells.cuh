@@ -1,0 +1,40 @@
+// Cells: the pointwise rule of one step and its derivative, apart from the product that feeds it.
+//
+// A cell sees the kGates pre-activations v of one hidden unit, in fp32. `backward` turns the gradient of the new state
+// into the gradients of v. It is a function of v, never of the stored h: bf16 rounds tanh to +-1 from about |v| = 3.5,
+// where 1 - h * h would be zero and the unit would stop learning.
+#pragma once
+
+struct Tanh {
+  static constexpr int kGates = 1;
+
+  static __device__ __forceinline__ float forward(const float (&v)[kGates]) {
+    const float x = v[0], magnitude = fabsf(x);
+    // (1 - e) / (1 + e) loses relative precision where e is near 1: a series there.
+    if (magnitude < 0.25f) {
+      const float s = x * x;
+      return x * (1.0f + s * (-1.0f / 3 + s * (2.0f / 15 + s * (-17.0f / 315))));
+    }
+    const float e = __expf(-2.0f * magnitude);
+    return copysignf(__fdividef(1.0f - e, 1.0f + e), x);
+  }
+
+  static __device__ __forceinline__ void backward(const float (&v)[kGates], float dh, float (&dv)[kGates]) {
+    const float e = __expf(-2.0f * fabsf(v[0]));
+    const float d = __fdividef(1.0f, 1.0f + e);
+    dv[0] = dh * (4.0f * e * d * d);
+  }
+};
+
+struct Softsign {
+  static constexpr int kGates = 1;
+
+  static __device__ __forceinline__ float forward(const float (&v)[kGates]) {
+    return __fdividef(v[0], 1.0f + fabsf(v[0]));
+  }
+
+  static __device__ __forceinline__ void backward(const float (&v)[kGates], float dh, float (&dv)[kGates]) {
+    const float d = __fdividef(1.0f, 1.0f + fabsf(v[0]));
+    dv[0] = dh * d * d;
+  }
+};

@@ -1,0 +1,130 @@
+// Types, conversions and the few PTX instructions the recurrence needs.
+//
+// NVRTC compiles this with no CUDA header on its path, so nothing here includes one: 16-bit floats are raw bit
+// patterns, and memory ordering, matrix products and barriers are inline PTX.
+#pragma once
+
+using u8 = unsigned char;
+using u16 = unsigned short;
+using u32 = unsigned int;
+using u64 = unsigned long long;
+
+struct alignas(8) Words2 {
+  u32 x, y;
+};
+
+struct alignas(16) Words4 {
+  u32 x, y, z, w;
+};
+
+// Two values of a 16-bit float in one word, the first in the low half: how tensor cores and memory both want them.
+struct bf16 {
+  static __device__ __forceinline__ u32 pack(float lo, float hi) {
+    u32 word;
+    asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(word) : "f"(hi), "f"(lo));
+    return word;
+  }
+  static __device__ __forceinline__ float low(u32 word) { return __uint_as_float(word << 16); }
+  static __device__ __forceinline__ float high(u32 word) { return __uint_as_float(word & 0xffff0000u); }
+  static __device__ __forceinline__ void mma(float (&d)[4], const u32 (&a)[4], u32 b0, u32 b1) {
+    asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+        : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+  }
+  u16 bits;
+};
+
+struct fp16 {
+  static __device__ __forceinline__ u32 pack(float lo, float hi) {
+    u32 word;
+    asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(word) : "f"(hi), "f"(lo));
+    return word;
+  }
+  static __device__ __forceinline__ float low(u32 word) {
+    float value;
+    asm("{.reg .f16 lo, hi; mov.b32 {lo, hi}, %1; cvt.f32.f16 %0, lo;}" : "=f"(value) : "r"(word));
+    return value;
+  }
+  static __device__ __forceinline__ float high(u32 word) {
+    float value;
+    asm("{.reg .f16 lo, hi; mov.b32 {lo, hi}, %1; cvt.f32.f16 %0, hi;}" : "=f"(value) : "r"(word));
+    return value;
+  }
+  static __device__ __forceinline__ void mma(float (&d)[4], const u32 (&a)[4], u32 b0, u32 b1) {
+    asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+        : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+  }
+  u16 bits;
+};
+
+// Four consecutive values of one row.
+template <typename T>
+__device__ __forceinline__ void unpack(Words2 words, float (&values)[4]) {
+  values[0] = T::low(words.x), values[1] = T::high(words.x);
+  values[2] = T::low(words.y), values[3] = T::high(words.y);
+}
+
+template <typename T>
+__device__ __forceinline__ Words2 pack(const float (&values)[4]) {
+  return {T::pack(values[0], values[1]), T::pack(values[2], values[3])};
+}
+
+// Strong (relaxed, GPU-scope) accesses: words that other CTAs write or read during the launch. They are served by L2;
+// a weak load may be served from a stale L1 line for ever.
+__device__ __forceinline__ Words4 load_strong(const void* address) {
+  Words4 v;
+  asm volatile("ld.relaxed.gpu.global.v4.u32 {%0,%1,%2,%3}, [%4];"
+               : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
+               : "l"(address)
+               : "memory");
+  return v;
+}
+
+__device__ __forceinline__ void store_strong(void* address, Words2 v) {
+  asm volatile("st.relaxed.gpu.global.v2.u32 [%0], {%1,%2};" ::"l"(address), "r"(v.x), "r"(v.y) : "memory");
+}
+
+__device__ __forceinline__ void fence_gpu() { asm volatile("fence.acq_rel.gpu;" ::: "memory"); }
+
+// Read-once and write-once streams (inputs and outputs of the whole sequence): keep them from displacing the
+// exchanged state in L2.
+__device__ __forceinline__ Words2 load_stream(const void* address) {
+  Words2 v;
+  asm volatile("ld.global.L1::no_allocate.v2.u32 {%0,%1}, [%2];"
+               : "=r"(v.x), "=r"(v.y)
+               : "l"(address));
+  return v;
+}
+
+__device__ __forceinline__ void store_stream(void* address, Words2 v) {
+  asm volatile("st.global.cs.v2.u32 [%0], {%1,%2};" ::"l"(address), "r"(v.x), "r"(v.y) : "memory");
+}
+
+__device__ __forceinline__ void prefetch_l2(const void* address) {
+  asm volatile("prefetch.global.L2 [%0];" ::"l"(address));
+}
+
+// Named barriers: `sync` waits for `threads` arrivals, `arrive` only counts.
+__device__ __forceinline__ void barrier_sync(int id, int threads) {
+  asm volatile("barrier.cta.sync %0, %1;" ::"r"(id), "r"(threads) : "memory");
+}
+
+__device__ __forceinline__ void barrier_arrive(int id, int threads) {
+  asm volatile("barrier.cta.arrive %0, %1;" ::"r"(id), "r"(threads) : "memory");
+}
+
+// Move registers from the warp groups that only do pointwise work to those that hold weights (Hopper alone can).
+template <int kCount>
+__device__ __forceinline__ void give_registers() {
+#ifdef __CUDA_ARCH_FEAT_SM90_ALL
+  asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(kCount));
+#endif
+}
+
+template <int kCount>
+__device__ __forceinline__ void take_registers() {
+#ifdef __CUDA_ARCH_FEAT_SM90_ALL
+  asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(kCount));
+#endif
+}
