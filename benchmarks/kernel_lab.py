@@ -11,7 +11,9 @@ from __future__ import annotations
 
 import ctypes
 import glob
+import hashlib
 import os
+import pickle
 import statistics
 import subprocess
 import sys
@@ -20,7 +22,8 @@ from dataclasses import dataclass
 
 SOURCE = os.environ.get("LAB_SOURCE", os.path.join(os.path.dirname(__file__), "..", "elman", "ops", "cuda"))
 SHARED_LIMIT = {"90a": 227, "80": 163, "86": 99, "89": 99}
-WARPS, THREADS, TILE_ROWS, SLOTS = 8, 384, 8, 8
+WARPS, THREADS, TILE_ROWS, SLOTS = 8, 512, 8, 8
+CUBINS = os.environ.get("LAB_CUBINS", os.path.join(os.path.dirname(os.path.abspath(__file__)), "cubins"))
 
 
 @dataclass(frozen=True)
@@ -30,57 +33,91 @@ class Config:
     row_tiles: int
     register_units: int
     shared_units: int
+    exchange: str
     columns: int
     groups: int
     tiles: int
+    shared_bytes: int
 
     @property
-    def shared_bytes(self):
-        sums = 2 * WARPS * TILE_ROWS * (16 * self.row_tiles + 4) * 4
-        return sums + WARPS * self.shared_units * self.row_tiles * 1024
+    def template(self):
+        return f"{self.row_tiles}, {self.register_units}, {self.shared_units}, persistent::{self.exchange}"
+
+    def __str__(self):
+        return f"{self.row_tiles},{self.register_units},{self.shared_units} {self.exchange:11s} {self.groups}x{self.columns}x{self.tiles}"
 
 
-def fit(row_tiles, batch, hidden, sms=132, arch="90a"):
+def fit(row_tiles, batch, hidden, exchange="Ring", sms=132, arch="90a"):
     """The grid and the split of the weights for CTAs of 16 * row_tiles hidden units; None if they do not fit."""
     columns = -(-hidden // (16 * row_tiles))
-    if columns > sms:
+    most = sms if exchange == "Ring" else 16
+    if columns > most:
         return None
     units = -(-hidden // (32 * WARPS))
-    budget = (200 if arch == "90a" else 130) - 4 * units - 4 * row_tiles
+    budget = (200 if arch == "90a" else 110) - 4 * units - 4 * row_tiles
     register_units = max(1, min(units, budget // (8 * row_tiles)))
     all_tiles = -(-batch // TILE_ROWS)
-    tiles = -(-all_tiles // min(sms // columns, all_tiles))
-    c = Config(row_tiles, register_units, units - register_units, columns, -(-all_tiles // tiles), tiles)
-    return c if c.shared_bytes <= SHARED_LIMIT[arch] * 1024 else None
+    room = sms // columns if exchange == "Ring" else {16: 7, 15: 7, 14: 7, 13: 8, 12: 8, 11: 8, 10: 11, 9: 11, 8: 15, 7: 16, 6: 18, 5: 22, 4: 30, 3: 40, 2: 66, 1: 132}[columns]
+    tiles = -(-all_tiles // min(room, all_tiles))
+    shared = 2 * WARPS * TILE_ROWS * (16 * row_tiles + 4) * 4 + WARPS * (units - register_units) * row_tiles * 1024
+    if exchange == "ClusterPush":
+        pitch = -(-hidden * 2 // 128) * 128 + 64
+        shared += -(-16 * tiles // 128) * 128 + 2 * tiles * TILE_ROWS * pitch
+    if shared > SHARED_LIMIT[arch] * 1024:
+        return None
+    return Config(row_tiles, register_units, units - register_units, exchange, columns, -(-all_tiles // tiles), tiles, shared)
 
 
 def model(c, hidden):
     """A rough time of a step in microseconds, to choose among configurations."""
     units = c.register_units + c.shared_units
     mma = units * c.row_tiles * 4 * 6.5
-    shared = (WARPS * c.shared_units * c.row_tiles * 1024 + 2 * WARPS * 8 * 16 * c.row_tiles * 4 + units * WARPS * 512 * 2) / 128
-    phase = max(mma, shared) + 60
-    latency = 1500 + 250 + phase
+    shared = (WARPS * c.shared_units * c.row_tiles * 1024 + 2 * WARPS * 8 * 16 * c.row_tiles * 4 + units * WARPS * 512) / 128
+    phase = max(mma, shared, 600) + 60
+    latency = (1200 if c.exchange == "Ring" else 700) + 350 + mma
     return max(c.tiles * phase, latency) / 1900
 
 
-def choose(batch, hidden, sms=132, arch="90a"):
-    fits = [c for c in (fit(m, batch, hidden, sms, arch) for m in (1, 2, 3, 4, 5)) if c]
-    return min(fits, key=lambda c: model(c, hidden)) if fits else None
+def fits(batch, hidden, exchanges=("Ring", "ClusterPush")):
+    return [c for x in exchanges for m in (1, 2, 3, 4, 5, 6, 7) if (c := fit(m, batch, hidden, x))]
+
+
+def candidates(batch, hidden, most=4):
+    by_time = sorted(fits(batch, hidden), key=lambda c: model(c, hidden))
+    return [c for x in ("Ring", "ClusterPush") for c in [c for c in by_time if c.exchange == x][:most]]
+
+
+def choose(batch, hidden):
+    return min(fits(batch, hidden), key=lambda c: model(c, hidden))
 
 
 class Nvrtc:
+    lib = None
+
     def __init__(self):
-        self.lib = None
+        if Nvrtc.lib:
+            return
         for p in [*sys.path, "/work/tmp/venv/lib/python3.11/site-packages"]:
             found = glob.glob(os.path.join(p, "nvidia", "*", "lib", "libnvrtc.so.1*"))
             if found:
                 ctypes.CDLL(glob.glob(os.path.join(os.path.dirname(found[0]), "libnvrtc-builtins.so*"))[0], ctypes.RTLD_GLOBAL)
-                self.lib = ctypes.CDLL(sorted(found)[-1])
+                Nvrtc.lib = ctypes.CDLL(sorted(found)[-1])
                 break
         assert self.lib, "no libnvrtc found"
 
     def compile(self, names, arch="90a", header="persistent.cuh"):
+        texts = "".join(open(f).read() for f in sorted(glob.glob(os.path.join(SOURCE, "*.cuh"))))
+        key = os.path.join(CUBINS, hashlib.sha256(repr((names, arch, texts)).encode()).hexdigest()[:20])
+        if os.path.exists(key):
+            with open(key, "rb") as f:
+                return pickle.load(f)
+        found = self.compile_now(names, arch, header)
+        os.makedirs(CUBINS, exist_ok=True)
+        with open(key, "wb") as f:
+            pickle.dump(found, f)
+        return found
+
+    def compile_now(self, names, arch, header):
         prog = ctypes.c_void_p()
         src = f'#include "{header}"\n'.encode()
         assert self.lib.nvrtcCreateProgram(ctypes.byref(prog), src, b"lab.cu", 0, None, None) == 0
@@ -103,19 +140,30 @@ class Nvrtc:
         self.lib.nvrtcGetCUBINSize(prog, ctypes.byref(size))
         cubin = ctypes.create_string_buffer(size.value)
         self.lib.nvrtcGetCUBIN(prog, cubin)
-        return cubin, lowered, log.value.decode()
+        return cubin.raw, lowered, log.value.decode()
+
+
+class Attribute(ctypes.Structure):
+    _fields_ = [("id", ctypes.c_int), ("pad", ctypes.c_int), ("value", ctypes.c_uint * 16)]
+
+
+class Launch(ctypes.Structure):
+    _fields_ = [*((n, ctypes.c_uint) for n in ("gx", "gy", "gz", "bx", "by", "bz", "shared")), ("stream", ctypes.c_void_p), ("attributes", ctypes.POINTER(Attribute)), ("count", ctypes.c_uint)]
 
 
 class Kernel:
     cu = None
 
-    def __init__(self, cubin, name, shared_bytes):
+    def __init__(self, cubin, name, shared_bytes, cluster):
+        self.cluster = cluster
         if Kernel.cu is None:
             Kernel.cu = ctypes.CDLL("libcuda.so.1")
         self.module, self.function = ctypes.c_void_p(), ctypes.c_void_p()
         self.check(self.cu.cuModuleLoadData(ctypes.byref(self.module), cubin))
         self.check(self.cu.cuModuleGetFunction(ctypes.byref(self.function), self.module, name))
         self.check(self.cu.cuFuncSetAttribute(self.function, 8, shared_bytes))
+        if cluster > 8:
+            self.check(self.cu.cuFuncSetAttribute(self.function, 14, 1))
         self.shared_bytes = shared_bytes
 
     @classmethod
@@ -137,19 +185,24 @@ class Kernel:
             else:
                 values.append(ctypes.c_int(a))
         pointers = (ctypes.c_void_p * len(values))(*[ctypes.addressof(v) for v in values])
-        stream = ctypes.c_void_p(torch.cuda.current_stream().cuda_stream)
-        self.check(self.cu.cuLaunchCooperativeKernel(self.function, grid, 1, 1, THREADS, 1, 1, self.shared_bytes, stream, pointers))
+        attribute = Attribute(id=4 if self.cluster else 2)
+        attribute.value[:3] = (self.cluster, 1, 1) if self.cluster else (1, 0, 0)
+        config = Launch(grid, 1, 1, THREADS, 1, 1, self.shared_bytes, torch.cuda.current_stream().cuda_stream, ctypes.pointer(attribute), 1)
+        self.check(self.cu.cuLaunchKernelEx(ctypes.byref(config), self.function, pointers, None))
 
 
 _built = {}
 
 
+def names_of(c, dtype="bf16", cell="Tanh"):
+    return [f"persistent_{d}<{dtype}, {cell}, {c.template}>" for d in ("forward", "backward")]
+
+
 def kernels(c, dtype="bf16", cell="Tanh", arch="90a"):
-    key = (c.row_tiles, c.register_units, c.shared_units, dtype, cell)
+    key = (c, dtype, cell)
     if key not in _built:
-        names = [f"persistent_{d}<{dtype}, {cell}, {key[0]}, {key[1]}, {key[2]}>" for d in ("forward", "backward")]
-        cubin, lowered, _ = Nvrtc().compile(names, arch)
-        _built[key] = [Kernel(cubin, n, c.shared_bytes) for n in lowered]
+        cubin, lowered, _ = Nvrtc().compile(names_of(c, dtype, cell), arch)
+        _built[key] = [Kernel(cubin, n, c.shared_bytes, c.columns if c.exchange == "ClusterPush" else 0) for n in lowered]
     return _built[key]
 
 
@@ -201,13 +254,13 @@ def relative(a, b):
     return ((a.double() - b).norm() / b.norm().clamp_min(1e-30)).item()
 
 
-def check_one(T, B, H, dtype="bfloat16", cell="Tanh", row_tiles=0, scale=1.0, with_h0=1, with_reset=1, seed=0):
+def check_one(T, B, H, dtype="bfloat16", cell="Tanh", row_tiles=0, scale=1.0, with_h0=1, with_reset=1, exchange="Ring", seed=0):
     import torch
 
     torch.manual_seed(seed)
     dt = getattr(torch, dtype)
     dev = "cuda"
-    c = fit(row_tiles, B, H) if row_tiles else choose(B, H)
+    c = fit(row_tiles, B, H, exchange) if row_tiles else choose(B, H)
     pre = torch.randn(T, B, H, device=dev).to(dt)
     weight = (torch.randn(H, H, device=dev) * scale / H**0.5).to(dt)
     h0 = torch.rand(B, H, device=dev).mul(2).sub(1).to(dt) if with_h0 else None
@@ -225,17 +278,24 @@ def check_one(T, B, H, dtype="bfloat16", cell="Tanh", row_tiles=0, scale=1.0, wi
     same = all(torch.equal(a, b) for o in ours[1:] for a, b in zip(o, ours[0], strict=True))
     errs = [(relative(a, r), relative(p, r)) for a, p, r in zip(ours[0], plain, truth, strict=True)]
     ok = same and all(e <= 1.5 * q + 1e-9 for e, q in errs)
-    print(f"{'ok  ' if ok else 'FAIL'} {T}x{B}x{H} {dtype} {cell} scale {scale} h0 {with_h0} reset {with_reset} tiles {c.row_tiles},{c.register_units},{c.shared_units} "
-          f"grid {c.groups}x{c.columns}x{c.tiles}: " + "  ".join(f"{n} {e:.2e}/{q:.2e}" for n, (e, q) in zip(("h", "dpre", "dh0"), errs, strict=True)) + f" bitwise {same}", flush=True)
+    print(f"{'ok  ' if ok else 'FAIL'} {T}x{B}x{H} {dtype} {cell} scale {scale} h0 {with_h0} reset {with_reset} {c}: " + "  ".join(f"{n} {e:.2e}/{q:.2e}" for n, (e, q) in zip(("h", "dpre", "dh0"), errs, strict=True)) + f" bitwise {same}", flush=True)
     return ok
 
 
+B, F, TANH, SOFT = "'bfloat16'", "'float16'", "'Tanh'", "'Softsign'"
 CHECKS = [
-    "5,8,64", "1,1,8", "1,3,64,'bfloat16','Tanh',1", "7,13,72", "20,17,256,'float16'", "33,64,512", "33,64,512,'bfloat16','Tanh',2",
-    "33,64,512,'float16','Softsign',4", "40,64,1024", "40,64,1280", "24,256,1280", "17,48,1760", "17,250,1000,'bfloat16','Tanh',4",
-    "12,256,2048", "9,128,3584", "50,9,320,'bfloat16','Tanh',3,3.0", "30,64,512,'bfloat16','Tanh',0,1.0,0,0", "30,31,520,'bfloat16','Softsign',5,1.0,0,1",
-    "60,16,512,'bfloat16','Tanh',0,8.0", "1,64,1280,'float16'", "2,5,1288,'float16','Tanh',5",
+    "5,8,64", "1,1,8", f"1,3,64,{B},{TANH},1", "7,13,72", f"20,17,256,{F}", "33,64,512", f"33,64,512,{B},{TANH},2",
+    f"33,64,512,{F},{SOFT},4", "40,64,1024", "40,64,1280", "24,256,1280", "17,48,1760", f"17,250,1000,{B},{TANH},4",
+    "12,256,2048", "9,128,3584", f"50,9,320,{B},{TANH},3,2.0", f"30,64,512,{B},{TANH},2,1.0,0,0",
+    f"30,31,520,{B},{SOFT},5,1.0,0,1", f"1,64,1280,{F}", f"2,5,1288,{F},{TANH},5",
+    f"20,17,256,{F},{TANH},2,1.0,1,1,'ClusterPush'", f"33,64,512,{B},{TANH},4,1.0,1,1,'ClusterPush'",
+    f"33,61,1024,{B},{TANH},4,1.0,1,1,'ClusterPush'", f"33,130,512,{B},{SOFT},4,1.0,0,1,'ClusterPush'",
+    f"1,3,72,{F},{SOFT},3,1.0,1,1,'ClusterPush'", f"9,64,328,{F},{TANH},5,1.0,1,0,'ClusterPush'", f"40,64,1280,{B},{TANH},5,1.0,1,0,'ClusterPush'",
 ]
+
+
+def check_all():
+    sys.exit(0 if all([eval(f"check_one({a})") for a in CHECKS]) else 1)
 
 
 def graph_time(fn, T, repeats=5):
@@ -257,14 +317,11 @@ def graph_time(fn, T, repeats=5):
 SHAPES = [(16, 512), (64, 512), (64, 1024), (64, 1280), (256, 1280), (512, 1280), (48, 1760), (48, 1920), (256, 2048), (128, 3584)]
 
 
-def bench_one(B, H, row_tiles=0, T=512, rivals=0):
+def bench_one(B, H, c=None, T=512, rivals=0):
     import torch
 
     torch.manual_seed(0)
-    c = fit(row_tiles, B, H) if row_tiles else choose(B, H)
-    if c is None:
-        print(f"{B}x{H}: does not fit")
-        return
+    c = c or choose(B, H)
     dt, dev = torch.bfloat16, "cuda"
     pre = torch.randn(T, B, H, device=dev).to(dt)
     weight = (torch.randn(H, H, device=dev) / H**0.5).to(dt)
@@ -274,7 +331,7 @@ def bench_one(B, H, row_tiles=0, T=512, rivals=0):
     f = graph_time(lambda: forward(c, pre, weight, out=out, v=v, ring=ring), T)
     f0 = graph_time(lambda: forward(c, pre, weight, out=out, keep=False, ring=ring), T)
     b = graph_time(lambda: backward(c, dy, weight, v, out=dpre, ring=ring), T)
-    line = f"{B:4d}x{H:<4d} tiles {c.row_tiles},{c.register_units},{c.shared_units} grid {c.groups}x{c.columns}x{c.tiles}  forward {f:6.3f} (no v {f0:6.3f})  backward {b:6.3f}  model {model(c, H):5.2f}"
+    line = f"{B:4d}x{H:<4d} {str(c):32s} forward {f:6.3f} (no v {f0:6.3f})  backward {b:6.3f}  model {model(c, H):5.2f}"
     if rivals:
         h = torch.zeros(B, H, device=dev, dtype=dt)
         buf = torch.empty_like(pre)
@@ -305,49 +362,52 @@ def isolated(code, seconds):
     here = os.path.dirname(os.path.abspath(__file__))
     try:
         r = subprocess.run([sys.executable, "-c", f"import sys; sys.path.insert(0, {here!r}); import kernel_lab as k; k.{code}"],
-                           timeout=seconds, capture_output=True, text=True)
-        print(r.stdout, end="")
+                           timeout=seconds, stderr=subprocess.PIPE, text=True)
         if r.returncode:
             print(f"FAIL {code}: rc {r.returncode} {r.stderr.strip().splitlines()[-1:]}", flush=True)
     except subprocess.TimeoutExpired:
         print(f"FAIL {code}: over {seconds} s", flush=True)
 
 
+def sweep(only=""):
+    for B, H in SHAPES:
+        if only and f"{B}x{H}" not in only:
+            continue
+        for c in candidates(B, H):
+            bench_one(B, H, c)
+
+
+def compile_all(archs=("90a",)):
+    """Everything that check, bench and sweep need, so that a machine with a GPU finds it built."""
+    wanted = {}
+    for B, H in SHAPES:
+        for c in candidates(B, H):
+            wanted[tuple(names_of(c))] = f"{B}x{H} {c}"
+    for a in CHECKS:
+        T, B, H, dtype, cell, m, _, _, _, x = (list(eval(a)) + [None] * 10)[:10]
+        c = fit(m, B, H, x or "Ring") if m else choose(B, H)
+        wanted[tuple(names_of(c, "fp16" if dtype == "float16" else "bf16", cell or "Tanh"))] = a
+    for arch in archs:
+        for names, what in wanted.items():
+            t = time.time()
+            log = Nvrtc().compile(list(names), arch)[2]
+            spills = [s.split(",")[1].split()[0] for s in log.splitlines() if "spill" in s and "bytes" in s]
+            print(arch, what, names[0], f"{time.time() - t:.1f} s, spilled bytes", *spills, flush=True)
+
+
 def main():
     what = sys.argv[1]
     start = time.time()
     if what == "compile":
-        for arch in sys.argv[2:] or ["90a"]:
-            seen = set()
-            for B, H in SHAPES:
-                for m in (1, 2, 3, 4, 5):
-                    c = fit(m, B, H, arch=arch)
-                    if not c or (c.row_tiles, c.register_units, c.shared_units) in seen:
-                        continue
-                    seen.add((c.row_tiles, c.register_units, c.shared_units))
-                    t = time.time()
-                    names = [f"persistent_{d}<bf16, Tanh, {c.row_tiles}, {c.register_units}, {c.shared_units}>" for d in ("forward", "backward")]
-                    log = Nvrtc().compile(names, arch)[2]
-                    info = [s.split(" : ")[-1].strip() for s in log.splitlines() if "spill" in s or "Used" in s]
-                    print(arch, f"{B}x{H}", c, f"{time.time() - t:.1f} s", *info, sep=" | ")
+        compile_all(sys.argv[2:] or ["90a"])
     elif what == "check":
-        from concurrent.futures import ThreadPoolExecutor
-
-        with ThreadPoolExecutor(3) as pool:
-            list(pool.map(lambda a: isolated(f"check_one({a})", 60), CHECKS))
+        isolated("check_all()", 120)
     elif what == "bench":
         for B, H in SHAPES:
-            isolated(f"bench_one({B},{H},0,512,{int('rivals' in sys.argv)})", 60)
+            isolated(f"bench_one({B},{H},None,512,{int('rivals' in sys.argv)})", 60)
     elif what == "sweep":
-        for B, H in SHAPES:
-            isolated(f"sweep_one({B},{H})", 60)
+        isolated(f"sweep({' '.join(sys.argv[2:])!r})", 120)
     print(f"{time.time() - start:.0f} s")
-
-
-def sweep_one(B, H):
-    for m in (1, 2, 3, 4, 5):
-        if fit(m, B, H):
-            bench_one(B, H, m)
 
 
 if __name__ == "__main__":

@@ -19,6 +19,7 @@ struct alignas(16) Words4 {
 
 // Two values of a 16-bit float in one word, the first in the low half: how tensor cores and memory both want them.
 struct bf16 {
+  static constexpr bool kCoarse = true;  // 8 bits: the hardware's tanh, good to 11 bits, is exact enough
   static __device__ __forceinline__ u32 pack(float lo, float hi) {
     u32 word;
     asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(word) : "f"(hi), "f"(lo));
@@ -35,6 +36,7 @@ struct bf16 {
 };
 
 struct fp16 {
+  static constexpr bool kCoarse = false;
   static __device__ __forceinline__ u32 pack(float lo, float hi) {
     u32 word;
     asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(word) : "f"(hi), "f"(lo));
@@ -58,9 +60,9 @@ struct fp16 {
   u16 bits;
 };
 
-// Four consecutive values of one row.
+// Four consecutive values of one row: 8 bytes.
 template <typename T>
-__device__ __forceinline__ void unpack(Words2 words, float (&values)[4]) {
+__device__ __forceinline__ void unpack(const Words2& words, float (&values)[4]) {
   values[0] = T::low(words.x), values[1] = T::high(words.x);
   values[2] = T::low(words.y), values[3] = T::high(words.y);
 }
@@ -70,34 +72,36 @@ __device__ __forceinline__ Words2 pack(const float (&values)[4]) {
   return {T::pack(values[0], values[1]), T::pack(values[2], values[3])};
 }
 
-// Strong (relaxed, GPU-scope) accesses: words that other CTAs write or read during the launch. They are served by L2;
-// a weak load may be served from a stale L1 line for ever.
+// Strong (relaxed, GPU-scope) accesses: words that other CTAs write or read during the launch. L2 serves them, where a
+// weak load may be served from a stale L1 line for ever. A 16-byte load sees each 8-byte store whole or not at all.
 __device__ __forceinline__ Words4 load_strong(const void* address) {
   Words4 v;
-  asm volatile("ld.relaxed.gpu.global.v4.u32 {%0,%1,%2,%3}, [%4];"
-               : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
-               : "l"(address)
-               : "memory");
+  asm volatile(
+      "{.reg .b128 q; .reg .b64 lo, hi; ld.relaxed.gpu.global.b128 q, [%4]; mov.b128 {lo, hi}, q;"
+      " mov.b64 {%0, %1}, lo; mov.b64 {%2, %3}, hi;}"
+      : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
+      : "l"(address)
+      : "memory");
   return v;
 }
 
-__device__ __forceinline__ void store_strong(void* address, Words2 v) {
-  asm volatile("st.relaxed.gpu.global.v2.u32 [%0], {%1,%2};" ::"l"(address), "r"(v.x), "r"(v.y) : "memory");
+__device__ __forceinline__ void store_strong(void* address, const Words2& v) {
+  asm volatile("{.reg .b64 q; mov.b64 q, {%1, %2}; st.relaxed.gpu.global.b64 [%0], q;}" ::"l"(address), "r"(v.x),
+               "r"(v.y)
+               : "memory");
 }
 
 __device__ __forceinline__ void fence_gpu() { asm volatile("fence.acq_rel.gpu;" ::: "memory"); }
 
-// Read-once and write-once streams (inputs and outputs of the whole sequence): keep them from displacing the
-// exchanged state in L2.
+// Read-once and write-once streams, the inputs and outputs of the whole sequence: keep them out of L1, and first to
+// leave L2, where the exchanged state lives.
 __device__ __forceinline__ Words2 load_stream(const void* address) {
   Words2 v;
-  asm volatile("ld.global.L1::no_allocate.v2.u32 {%0,%1}, [%2];"
-               : "=r"(v.x), "=r"(v.y)
-               : "l"(address));
+  asm volatile("ld.global.L1::no_allocate.v2.u32 {%0,%1}, [%2];" : "=r"(v.x), "=r"(v.y) : "l"(address));
   return v;
 }
 
-__device__ __forceinline__ void store_stream(void* address, Words2 v) {
+__device__ __forceinline__ void store_stream(void* address, const Words2& v) {
   asm volatile("st.global.cs.v2.u32 [%0], {%1,%2};" ::"l"(address), "r"(v.x), "r"(v.y) : "memory");
 }
 
@@ -126,5 +130,67 @@ template <int kCount>
 __device__ __forceinline__ void take_registers() {
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
   asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(kCount));
+#endif
+}
+
+// Distributed shared memory of a cluster (sm_90 on). A push writes 16 bytes into a peer's shared memory and counts them
+// on the peer's mbarrier, whose phase completes when all expected bytes have come.
+__device__ __forceinline__ u32 shared_address(const void* pointer) {
+  return static_cast<u32>(__cvta_generic_to_shared(pointer));
+}
+
+__device__ __forceinline__ void cluster_barrier() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("barrier.cluster.arrive.aligned;\n barrier.cluster.wait.aligned;" ::: "memory");
+#endif
+}
+
+__device__ __forceinline__ void mbarrier_init(u32 barrier) {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("mbarrier.init.shared::cta.b64 [%0], 1;\n fence.mbarrier_init.release.cluster;" ::"r"(barrier)
+               : "memory");
+#endif
+}
+
+__device__ __forceinline__ void mbarrier_expect(u32 barrier, u32 bytes) {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(barrier), "r"(bytes) : "memory");
+#endif
+}
+
+__device__ __forceinline__ bool mbarrier_done(u32 barrier, u32 parity) {
+  u32 done = 1;
+#if __CUDA_ARCH__ >= 900
+  asm volatile("{.reg .pred p; mbarrier.try_wait.parity.acquire.cluster.shared::cta.b64 p, [%1], %2; selp.u32 %0, 1, 0, p;}"
+               : "=r"(done)
+               : "r"(barrier), "r"(parity)
+               : "memory");
+#endif
+  return done;
+}
+
+__device__ __forceinline__ u32 peer_address(u32 address, int rank) {
+  u32 peer = address;
+#if __CUDA_ARCH__ >= 900
+  asm("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(peer) : "r"(address), "r"(rank));
+#endif
+  return peer;
+}
+
+__device__ __forceinline__ Words4 load_shared(u32 address) {
+  Words4 v;
+  asm volatile("ld.shared.v4.u32 {%0,%1,%2,%3}, [%4];"
+               : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
+               : "r"(address)
+               : "memory");
+  return v;
+}
+
+__device__ __forceinline__ void push(u32 address, const Words4& v, u32 barrier) {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("st.async.weak.shared::cluster.mbarrier::complete_tx::bytes.v4.u32 [%0], {%1,%2,%3,%4}, [%5];" ::"r"(
+                   address),
+               "r"(v.x), "r"(v.y), "r"(v.z), "r"(v.w), "r"(barrier)
+               : "memory");
 #endif
 }
