@@ -22,7 +22,7 @@ from dataclasses import dataclass
 
 SOURCE = os.environ.get("LAB_SOURCE", os.path.join(os.path.dirname(__file__), "..", "elman", "ops", "cuda"))
 SHARED_LIMIT = {"90a": 227, "80": 163, "86": 99, "89": 99}
-WARPS, THREADS, TILE_ROWS, SLOTS = 8, 512, 8, 8
+WARPS, THREADS, SLOTS = 8, 512, 8
 CUBINS = os.environ.get("LAB_CUBINS", os.path.join(os.path.dirname(os.path.abspath(__file__)), "cubins"))
 
 
@@ -33,6 +33,7 @@ class Config:
     row_tiles: int
     register_units: int
     shared_units: int
+    blocks: int
     exchange: str
     columns: int
     groups: int
@@ -41,50 +42,68 @@ class Config:
 
     @property
     def template(self):
-        return f"{self.row_tiles}, {self.register_units}, {self.shared_units}, persistent::{self.exchange}"
+        return f"{self.row_tiles}, {self.register_units}, {self.shared_units}, {self.blocks}, persistent::{self.exchange}"
+
+    def ring_bytes(self, values):
+        return SLOTS * self.groups * self.tiles * self.blocks * -(-values // 32) * 512
 
     def __str__(self):
-        return f"{self.row_tiles},{self.register_units},{self.shared_units} {self.exchange:11s} {self.groups}x{self.columns}x{self.tiles}"
+        return f"{self.row_tiles},{self.register_units},{self.shared_units},{self.blocks} {self.exchange:11s} {self.groups}x{self.columns}x{self.tiles}"
 
 
-def fit(row_tiles, batch, hidden, exchange="Ring", sms=132, arch="90a"):
+CLUSTERS = {16: 7, 15: 7, 14: 7, 13: 8, 12: 8, 11: 8, 10: 11, 9: 11, 8: 15, 7: 16, 6: 18, 5: 22, 4: 30, 3: 40, 2: 66, 1: 132}
+
+
+def fit(row_tiles, batch, hidden, exchange="PolledRing", blocks=1, sms=132, arch="90a"):
     """The grid and the split of the weights for CTAs of 16 * row_tiles hidden units; None if they do not fit."""
     columns = -(-hidden // (16 * row_tiles))
-    most = sms if exchange == "Ring" else 16
-    if columns > most:
+    cluster = exchange == "ClusterPush"
+    if columns > (16 if cluster else sms):
         return None
     units = -(-hidden // (32 * WARPS))
-    budget = (200 if arch == "90a" else 110) - 4 * units - 4 * row_tiles
+    groups = -(-units // (5 if blocks == 1 else 3))
+    state = units if exchange == "PolledRing" else -(-units // groups)
+    budget = {1: 196, 2: 184}[blocks] - (0 if arch == "90a" else 80) - 4 * (state + row_tiles) * blocks
     register_units = max(1, min(units, budget // (8 * row_tiles)))
-    all_tiles = -(-batch // TILE_ROWS)
-    room = sms // columns if exchange == "Ring" else {16: 7, 15: 7, 14: 7, 13: 8, 12: 8, 11: 8, 10: 11, 9: 11, 8: 15, 7: 16, 6: 18, 5: 22, 4: 30, 3: 40, 2: 66, 1: 132}[columns]
-    tiles = -(-all_tiles // min(room, all_tiles))
-    shared = 2 * WARPS * TILE_ROWS * (16 * row_tiles + 4) * 4 + WARPS * (units - register_units) * row_tiles * 1024
-    if exchange == "ClusterPush":
-        pitch = -(-hidden * 2 // 128) * 128 + 64
-        shared += -(-16 * tiles // 128) * 128 + 2 * tiles * TILE_ROWS * pitch
+    rows = 8 * blocks
+    all_tiles = -(-batch // rows)
+    tiles = -(-all_tiles // min(CLUSTERS[columns] if cluster else sms // columns, all_tiles))
+    shared = 2 * WARPS * rows * (16 * row_tiles + 4) * 4 + WARPS * (units - register_units) * row_tiles * 1024 + 4096 * row_tiles
+    if cluster:
+        shared += -(-16 * tiles // 128) * 128 + 2 * tiles * blocks * -(-hidden // 32) * 512
+    elif exchange != "PolledRing":
+        shared += int(exchange[-1]) * units * blocks * WARPS * 512
     if shared > SHARED_LIMIT[arch] * 1024:
         return None
-    return Config(row_tiles, register_units, units - register_units, exchange, columns, -(-all_tiles // tiles), tiles, shared)
+    return Config(row_tiles, register_units, units - register_units, blocks, exchange, columns, -(-all_tiles // tiles), tiles, shared)
 
 
 def model(c, hidden):
     """A rough time of a step in microseconds, to choose among configurations."""
     units = c.register_units + c.shared_units
-    mma = units * c.row_tiles * 4 * 6.5
-    shared = (WARPS * c.shared_units * c.row_tiles * 1024 + 2 * WARPS * 8 * 16 * c.row_tiles * 4 + units * WARPS * 512) / 128
-    phase = max(mma, shared, 600) + 60
-    latency = (1200 if c.exchange == "Ring" else 700) + 350 + mma
-    return max(c.tiles * phase, latency) / 1900
+    mma = units * c.row_tiles * c.blocks * 4 * 6.5
+    shared = (WARPS * c.shared_units * c.row_tiles * 1024 + c.blocks * 2 * WARPS * 8 * 16 * c.row_tiles * 4 + units * WARPS * 512 * 2 * c.blocks) / 128
+    phase = max(mma + 60, shared, 500 + 150 * c.blocks)
+    latency = (1000 if c.exchange == "ClusterPush" else 1500) + 350 + mma
+    if c.exchange == "PolledRing":
+        return (latency + (c.tiles - 1) * (phase + 400)) / 1900
+    return max(c.tiles * phase, latency + 100 * (c.exchange[0] == "S")) / 1900
 
 
-def fits(batch, hidden, exchanges=("Ring", "ClusterPush")):
-    return [c for x in exchanges for m in (1, 2, 3, 4, 5, 6, 7) if (c := fit(m, batch, hidden, x))]
+EXCHANGES = ("PolledRing", "StagedRing2", "StagedRing3", "ClusterPush")
 
 
-def candidates(batch, hidden, most=4):
+def fits(batch, hidden, exchanges=EXCHANGES):
+    return [
+        c for x in exchanges for m in (1, 2, 3, 4, 5, 6, 7) for n in (1, 2)
+        if (c := fit(m, batch, hidden, x, n)) and (n == 1 or batch > 8) and (c.tiles > 1 or x[0] != "S") and (c.tiles < 4 or x[0] != "P") and (c.tiles > 3 or x != "StagedRing3")
+    ]
+
+
+def candidates(batch, hidden, most=6):
     by_time = sorted(fits(batch, hidden), key=lambda c: model(c, hidden))
-    return [c for x in ("Ring", "ClusterPush") for c in [c for c in by_time if c.exchange == x][:most]]
+    rings, clusters = [[c for c in by_time if (c.exchange == "ClusterPush") == k] for k in (False, True)]
+    return rings[:most] + clusters[:3]
 
 
 def choose(batch, hidden):
@@ -212,7 +231,7 @@ def forward(c, pre, weight, h0=None, reset=None, keep=True, out=None, v=None, ri
     T, B, H = pre.shape
     out = torch.full_like(pre, float("nan")) if out is None else out
     v = (torch.full_like(pre, float("nan")) if v is None else v) if keep else None
-    ring = torch.empty(SLOTS * B * H * 2, dtype=torch.uint8, device=pre.device) if ring is None else ring
+    ring = torch.empty(c.ring_bytes(H), dtype=torch.uint8, device=pre.device) if ring is None else ring
     ring.fill_(255)
     k = kernels(c, "bf16" if pre.dtype == torch.bfloat16 else "fp16", cell)[0]
     k(c.groups * c.columns, pre, weight, h0, reset, out, v, ring, T, B, H, c.tiles)
@@ -225,7 +244,7 @@ def backward(c, dh, weight, v, dh_last=None, reset=None, want_dh0=True, out=None
     T, B, H = dh.shape
     out = torch.full_like(dh, float("nan")) if out is None else out
     dh0 = torch.full_like(dh[0], float("nan")) if want_dh0 else None
-    ring = torch.empty(SLOTS * B * H * 2, dtype=torch.uint8, device=dh.device) if ring is None else ring
+    ring = torch.empty(c.ring_bytes(H), dtype=torch.uint8, device=dh.device) if ring is None else ring
     ring.fill_(255)
     k = kernels(c, "bf16" if dh.dtype == torch.bfloat16 else "fp16", cell)[1]
     k(c.groups * c.columns, dh, weight, dh_last, reset, v, out, dh0, ring, T, B, H, c.tiles)
@@ -254,13 +273,13 @@ def relative(a, b):
     return ((a.double() - b).norm() / b.norm().clamp_min(1e-30)).item()
 
 
-def check_one(T, B, H, dtype="bfloat16", cell="Tanh", row_tiles=0, scale=1.0, with_h0=1, with_reset=1, exchange="Ring", seed=0):
+def check_one(T, B, H, dtype="bfloat16", cell="Tanh", row_tiles=0, scale=1.0, with_h0=1, with_reset=1, exchange="PolledRing", blocks=1, seed=0):
     import torch
 
     torch.manual_seed(seed)
     dt = getattr(torch, dtype)
     dev = "cuda"
-    c = fit(row_tiles, B, H, exchange) if row_tiles else choose(B, H)
+    c = fit(row_tiles, B, H, exchange, blocks) if row_tiles else choose(B, H)
     pre = torch.randn(T, B, H, device=dev).to(dt)
     weight = (torch.randn(H, H, device=dev) * scale / H**0.5).to(dt)
     h0 = torch.rand(B, H, device=dev).mul(2).sub(1).to(dt) if with_h0 else None
@@ -291,6 +310,10 @@ CHECKS = [
     f"20,17,256,{F},{TANH},2,1.0,1,1,'ClusterPush'", f"33,64,512,{B},{TANH},4,1.0,1,1,'ClusterPush'",
     f"33,61,1024,{B},{TANH},4,1.0,1,1,'ClusterPush'", f"33,130,512,{B},{SOFT},4,1.0,0,1,'ClusterPush'",
     f"1,3,72,{F},{SOFT},3,1.0,1,1,'ClusterPush'", f"9,64,328,{F},{TANH},5,1.0,1,0,'ClusterPush'", f"40,64,1280,{B},{TANH},5,1.0,1,0,'ClusterPush'",
+    f"24,250,1280,{B},{TANH},4,1.0,1,1,'PolledRing',2", f"33,61,1024,{B},{TANH},4,1.0,1,1,'ClusterPush',2", f"9,256,2048,{F},{TANH},3,1.0,1,1,'PolledRing',2",
+    f"24,250,1280,{B},{TANH},4,1.0,1,1,'StagedRing3'", f"24,250,1288,{F},{TANH},5,1.0,1,1,'StagedRing3'", f"24,61,1024,{B},{SOFT},3,1.0,0,1,'StagedRing2'",
+    f"9,256,2048,{F},{TANH},4,1.0,1,1,'StagedRing2'", f"24,250,1280,{B},{TANH},4,1.0,1,1,'StagedRing2',2", f"24,250,328,{F},{TANH},3,1.0,1,1,'StagedRing2',2", f"1,250,1000,{F},{TANH},3,1.0,1,1,'StagedRing3',2",
+    f"5,20,72,{F},{SOFT},2,1.0,1,1,'PolledRing',2", f"12,100,520,{B},{TANH},3,1.0,1,1,'PolledRing',2",
 ]
 
 
@@ -327,7 +350,7 @@ def bench_one(B, H, c=None, T=512, rivals=0):
     weight = (torch.randn(H, H, device=dev) / H**0.5).to(dt)
     dy = torch.randn(T, B, H, device=dev).to(dt)
     out, v, dpre = torch.empty_like(pre), torch.empty_like(pre), torch.empty_like(pre)
-    ring = torch.empty(SLOTS * B * H * 2, dtype=torch.uint8, device=dev)
+    ring = torch.empty(c.ring_bytes(H), dtype=torch.uint8, device=dev)
     f = graph_time(lambda: forward(c, pre, weight, out=out, v=v, ring=ring), T)
     f0 = graph_time(lambda: forward(c, pre, weight, out=out, keep=False, ring=ring), T)
     b = graph_time(lambda: backward(c, dy, weight, v, out=dpre, ring=ring), T)
@@ -384,8 +407,8 @@ def compile_all(archs=("90a",)):
         for c in candidates(B, H):
             wanted[tuple(names_of(c))] = f"{B}x{H} {c}"
     for a in CHECKS:
-        T, B, H, dtype, cell, m, _, _, _, x = (list(eval(a)) + [None] * 10)[:10]
-        c = fit(m, B, H, x or "Ring") if m else choose(B, H)
+        T, B, H, dtype, cell, m, _, _, _, x, n = (list(eval(a)) + [None] * 11)[:11]
+        c = fit(m, B, H, x or "PolledRing", n or 1) if m else choose(B, H)
         wanted[tuple(names_of(c, "fp16" if dtype == "float16" else "bf16", cell or "Tanh"))] = a
     for arch in archs:
         for names, what in wanted.items():

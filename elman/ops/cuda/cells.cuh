@@ -1,8 +1,8 @@
 // Cells: the pointwise rule of one step and its derivative, apart from the product that feeds it.
 //
 // A cell sees the kGates pre-activations v of one hidden unit, in fp32. `forward` may be approximate to
-// about 11 bits when the result is rounded to 8 (`kCoarse`). `backward` turns the gradient of the new state
-// into the gradients of v. It is a function of v, never of the stored h: bf16 rounds tanh to +-1 from about |v| = 3.5,
+// about 11 bits when the result is rounded to 8 (`kCoarse`). `slope` is the derivative of the new
+// state by each v. It is a function of v, never of the stored h: bf16 rounds tanh to +-1 from about |v| = 3.5,
 // where 1 - h * h would be zero and the unit would stop learning.
 #pragma once
 
@@ -25,10 +25,10 @@ struct Tanh {
     return fabsf(x) < 0.25f ? series : quotient;
   }
 
-  static __device__ __forceinline__ void backward(const float (&v)[kGates], float dh, float (&dv)[kGates]) {
+  static __device__ __forceinline__ void slope(const float (&v)[kGates], float (&slope)[kGates]) {
     const float e = __expf(-2.0f * fabsf(v[0]));
     const float d = __fdividef(1.0f, 1.0f + e);
-    dv[0] = dh * (4.0f * e * d * d);
+    slope[0] = 4.0f * e * d * d;
   }
 };
 
@@ -40,8 +40,8 @@ struct Softsign {
     return __fdividef(v[0], 1.0f + fabsf(v[0]));
   }
 
-  static __device__ __forceinline__ void backward(const float (&v)[kGates], float dh, float (&dv)[kGates]) {
+  static __device__ __forceinline__ void slope(const float (&v)[kGates], float (&slope)[kGates]) {
     const float d = __fdividef(1.0f, 1.0f + fabsf(v[0]));
-    dv[0] = dh * d * d;
+    slope[0] = d * d;
   }
 };

@@ -93,20 +93,52 @@ __device__ __forceinline__ void store_strong(void* address, const Words2& v) {
 
 __device__ __forceinline__ void fence_gpu() { asm volatile("fence.acq_rel.gpu;" ::: "memory"); }
 
-// Read-once and write-once streams, the inputs and outputs of the whole sequence: keep them out of L1, and first to
-// leave L2, where the exchanged state lives.
-__device__ __forceinline__ Words2 load_stream(const void* address) {
-  Words2 v;
-  asm volatile("ld.global.L1::no_allocate.v2.u32 {%0,%1}, [%2];" : "=r"(v.x), "=r"(v.y) : "l"(address));
+__device__ __forceinline__ u32 shared_address(const void* pointer) {
+  return static_cast<u32>(__cvta_generic_to_shared(pointer));
+}
+
+// Inputs of the whole sequence come through shared memory, several steps ahead, each thread fetching its own.
+__device__ __forceinline__ void copy_async(u32 to, const void* from) {
+  asm volatile("cp.async.ca.shared.global [%0], [%1], 8;" ::"r"(to), "l"(from) : "memory");
+}
+
+__device__ __forceinline__ void copy_async16(u32 to, const void* from) {
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(to), "l"(from) : "memory");
+}
+
+__device__ __forceinline__ void commit_copies() { asm volatile("cp.async.commit_group;" ::: "memory"); }
+
+template <int kPending>
+__device__ __forceinline__ void wait_copies() {
+  asm volatile("cp.async.wait_group %0;" ::"n"(kPending) : "memory");
+}
+
+__device__ __forceinline__ Words4 load_shared(u32 address) {
+  Words4 v;
+  asm volatile("ld.shared.v4.u32 {%0,%1,%2,%3}, [%4];"
+               : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
+               : "r"(address)
+               : "memory");
   return v;
 }
 
-__device__ __forceinline__ void store_stream(void* address, const Words2& v) {
-  asm volatile("st.global.cs.v2.u32 [%0], {%1,%2};" ::"l"(address), "r"(v.x), "r"(v.y) : "memory");
+__device__ __forceinline__ void store_shared(u32 address, const Words4& v) {
+  asm volatile("st.shared.v4.u32 [%0], {%1,%2,%3,%4};" ::"r"(address), "r"(v.x), "r"(v.y), "r"(v.z), "r"(v.w)
+               : "memory");
 }
 
-__device__ __forceinline__ void prefetch_l2(const void* address) {
-  asm volatile("prefetch.global.L2 [%0];" ::"l"(address));
+__device__ __forceinline__ Words2 load_shared8(u32 address) {
+  Words2 v;
+  asm volatile("ld.shared.v2.u32 {%0,%1}, [%2];" : "=r"(v.x), "=r"(v.y) : "r"(address) : "memory");
+  return v;
+}
+
+// Keeps the compiler from moving a value's computation past this point.
+__device__ __forceinline__ void settle(float& value) { asm volatile("" : "+f"(value)); }
+
+// Outputs of the whole sequence: first to leave L2, where the exchanged state lives.
+__device__ __forceinline__ void store_stream(void* address, const Words2& v) {
+  asm volatile("st.global.cs.v2.u32 [%0], {%1,%2};" ::"l"(address), "r"(v.x), "r"(v.y) : "memory");
 }
 
 // Named barriers: `sync` waits for `threads` arrivals, `arrive` only counts.
@@ -135,10 +167,6 @@ __device__ __forceinline__ void take_registers() {
 
 // Distributed shared memory of a cluster (sm_90 on). A push writes 16 bytes into a peer's shared memory and counts them
 // on the peer's mbarrier, whose phase completes when all expected bytes have come.
-__device__ __forceinline__ u32 shared_address(const void* pointer) {
-  return static_cast<u32>(__cvta_generic_to_shared(pointer));
-}
-
 __device__ __forceinline__ void cluster_barrier() {
 #if __CUDA_ARCH__ >= 900
   asm volatile("barrier.cluster.arrive.aligned;\n barrier.cluster.wait.aligned;" ::: "memory");
@@ -175,15 +203,6 @@ __device__ __forceinline__ u32 peer_address(u32 address, int rank) {
   asm("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(peer) : "r"(address), "r"(rank));
 #endif
   return peer;
-}
-
-__device__ __forceinline__ Words4 load_shared(u32 address) {
-  Words4 v;
-  asm volatile("ld.shared.v4.u32 {%0,%1,%2,%3}, [%4];"
-               : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
-               : "r"(address)
-               : "memory");
-  return v;
 }
 
 __device__ __forceinline__ void push(u32 address, const Words4& v, u32 barrier) {
