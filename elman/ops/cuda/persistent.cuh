@@ -1,0 +1,445 @@
+// All T steps of a recurrence in one launch: h_t = f(pre_t + W h_{t-1}) forwards, and its gradient backwards.
+//
+// The grid is groups x columns. A group owns some batch rows, and its CTAs split the hidden units. Each CTA keeps its
+// rows of W on chip for the whole launch, as fragments of the tensor cores' stationary operand: in registers as far as
+// they go, the rest in shared memory. A step computes v^T = W h^T, so that W is that operand and the few batch rows of
+// a tile are the narrow one. The eight product warps split the depth K of the product: every word of the state enters
+// a CTA once, straight into the fragment that uses it, and partial sums meet in shared memory.
+//
+// Batch rows are independent, so each tile of 8 or 16 rows runs at its own pace: while one tile's state travels between
+// the CTAs (exchange.cuh), the tensor cores work on the next.
+//
+// Roles of the 16 warps: 0-7 products; then one a row tile of W sums, applies the cell, publishes and stores; the last
+// fences; any between have nothing to do.
+#pragma once
+
+#include "cells.cuh"
+#include "exchange.cuh"
+
+namespace persistent {
+
+constexpr int kThreads = 512;
+constexpr int kProductThreads = kProductWarps * 32;
+constexpr int kSpareWarp = kThreads / 32 - 1;
+
+// Named barriers; 0 is __syncthreads. Sums alternate between two buffers.
+constexpr int kSumsFull = 1, kSumsEmpty = 3, kStepDone = 5;
+
+template <typename T>
+struct Problem {
+  const T* input;          // forward: pre (T, B, G, H); backward: gradient of h (T, B, H)
+  const T* weight;         // (G, H, H), as PyTorch's weight_hh
+  const T* initial;        // forward: h0 (B, H) or null; backward: null
+  const T* last_gradient;  // backward: gradient of h_last (B, H) or null
+  const u8* reset;         // (T, B) or null
+  T* output;               // forward: h (T, B, H); backward: gradient of pre (T, B, G, H)
+  T* v;                    // (T, B, G, H) pre-activations: forward writes them if not null, backward reads them
+  T* initial_gradient;     // backward: gradient of h0 (B, H) or null
+  char* ring;              // see Ring; null for a cluster
+  int steps, batch, hidden;
+  int tiles;  // row tiles of a group
+};
+
+// The shape of one instantiation: 16 x kRowTiles rows of W a CTA, of which a product warp holds kRegisterUnits units of
+// depth in registers and kSharedUnits in shared memory, against tiles of 8 x kBlocks batch rows.
+template <typename Cell, bool kBackward_, int kRowTiles_, int kRegisterUnits_, int kSharedUnits_, int kBlocks_>
+struct Shape {
+  static constexpr bool kBackward = kBackward_;
+  static constexpr int kRowTiles = kRowTiles_, kRegisterUnits = kRegisterUnits_, kSharedUnits = kSharedUnits_;
+  static constexpr int kBlocks = kBlocks_, kTileRows = kBlocks * kBlockRows;
+  static constexpr int kUnits = kRegisterUnits + kSharedUnits;
+  static constexpr int kRows = 16 * kRowTiles;
+  // Units whose fragments are received together: enough to keep the tensor cores busy, few enough for the registers.
+  static constexpr int kGroupLimit = kBlocks == 1 ? 5 : 3;
+  static constexpr int kGroups = (kUnits + kGroupLimit - 1) / kGroupLimit;
+  static constexpr int kGroup = (kUnits + kGroups - 1) / kGroups;
+  static constexpr int kGates = Cell::kGates;
+  static constexpr int kIn = kBackward ? kGates : 1;   // values that a hidden unit publishes
+  static constexpr int kOut = kBackward ? 1 : kGates;  // rows of the product that a hidden unit needs
+  static constexpr int kColumns = kRows / kOut;        // hidden units a CTA
+  static constexpr int kQuads = kColumns / 4;
+  static constexpr int kCellThreads = (kBlockRows * kQuads + 31) / 32 * 32;
+  // Registers of a product thread and of the others: 512 threads share 65536.
+  static constexpr int kProductRegisters = kBlocks == 1 ? 208 : 200, kOtherRegisters = 256 - kProductRegisters;
+  static constexpr bool kExactThreads = kCellThreads == kBlockRows * kQuads;
+  static constexpr int kSumsThreads = kProductThreads + kCellThreads;
+  // +4 words: the lane quads of a fragment store fall on different banks.
+  static constexpr int kSumPitch = kRows + 4;
+  static constexpr int kWarpSums = kTileRows * kSumPitch;
+  static constexpr int kBufferSums = kProductWarps * kWarpSums;
+  static constexpr int kWeightOffset = 2 * kBufferSums * 4;
+  static constexpr int kInputOffset = kWeightOffset + kProductWarps * kSharedUnits * kRowTiles * 1024;
+  static constexpr int kInputs = kBackward ? 1 + kGates : kGates;  // values a cell thread reads, for each unit
+  static constexpr int kStages = 8 / kBlocks;                      // phases whose inputs are in shared memory or on the way
+  static constexpr int kExchangeOffset = kInputOffset + kStages * kBlocks * kInputs * kCellThreads * 8;
+  static_assert(kColumns % 4 == 0, "a cell thread handles four hidden units");
+  static_assert(kProductThreads + kCellThreads + 32 <= kThreads, "too many rows of W for the cell warps");
+};
+
+// Eight consecutive k of one row of the stationary operand, zero outside the matrix.
+template <typename S, typename T>
+__device__ __forceinline__ Words4 load_weight(const Problem<T>& p, int row, int k, int first_unit) {
+  const int gate = row / S::kColumns, unit = first_unit + row % S::kColumns;
+  if (unit >= p.hidden || k >= S::kIn * p.hidden) return {0, 0, 0, 0};
+  if constexpr (!S::kBackward) {
+    return *reinterpret_cast<const Words4*>(p.weight + (static_cast<size_t>(gate) * p.hidden + unit) * p.hidden + k);
+  } else {
+    u32 word[4];
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      const T* at = p.weight + static_cast<size_t>(k + 2 * i) * p.hidden + unit;
+      word[i] = at[0].bits | static_cast<u32>(at[p.hidden].bits) << 16;
+    }
+    return {word[0], word[1], word[2], word[3]};
+  }
+}
+
+// The two mma of one unit of depth. A lane holds eight consecutive k of a row; the hardware's order of k within a
+// fragment is arbitrary as long as both operands follow the same one, so no shuffle and no ldmatrix is needed.
+template <typename T>
+__device__ __forceinline__ void multiply(float (&sum)[4], const Words4& top, const Words4& bottom, const Words4& state) {
+  T::mma(sum, {top.x, bottom.x, top.y, bottom.y}, state.x, state.y);
+  T::mma(sum, {top.z, bottom.z, top.w, bottom.w}, state.z, state.w);
+}
+
+template <typename S, typename T, typename Exchange>
+__device__ __forceinline__ void run_products(const Problem<T>& p, Exchange& exchange, char* shared, const Part& part,
+                                             int products) {
+  constexpr int kRegisterUnits = S::kRegisterUnits;
+  const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5;
+  Words4* blocks = reinterpret_cast<Words4*>(shared + S::kWeightOffset) +
+                   warp * S::kSharedUnits * S::kRowTiles * 64 + lane;
+
+  Words4 top[kRegisterUnits][S::kRowTiles], bottom[kRegisterUnits][S::kRowTiles];
+#pragma unroll
+  for (int u = 0; u < S::kUnits; ++u)
+#pragma unroll
+    for (int m = 0; m < S::kRowTiles; ++m) {
+      const int row = m * 16 + lane_row(), k = lane_depth() + u * kDepthStride;
+      const Words4 a = load_weight<S>(p, row, k, part.first_unit);
+      const Words4 b = load_weight<S>(p, row + 8, k, part.first_unit);
+      if (u < kRegisterUnits) {
+        top[u % kRegisterUnits][m] = a, bottom[u % kRegisterUnits][m] = b;
+      } else {
+        Words4* block = blocks + ((u - kRegisterUnits) * S::kRowTiles + m) * 64;
+        block[0] = a, block[32] = b;
+      }
+    }
+
+  float* sums = reinterpret_cast<float*>(shared) + warp * S::kWarpSums + (lane & 3) * 2 * S::kSumPitch + lane_row();
+  exchange.start();
+
+  int phase = 0;
+  for (int step = 0; step < products; ++step)
+    for (int tile = 0; tile < part.tiles; ++tile, ++phase) {
+      exchange.await(step, tile);
+      float sum[S::kBlocks][S::kRowTiles][4] = {};
+#pragma unroll
+      for (int first = 0; first < S::kUnits; first += S::kGroup) {
+        Words4 state[S::kGroup][S::kBlocks];
+        if (first + S::kGroup <= S::kUnits) {
+          exchange.receive(first, state);
+        } else {
+          Words4 rest[S::kUnits % S::kGroup + (S::kUnits % S::kGroup == 0)][S::kBlocks];
+          exchange.receive(first, rest);
+#pragma unroll
+          for (int i = 0; i < S::kUnits % S::kGroup; ++i)
+#pragma unroll
+            for (int n = 0; n < S::kBlocks; ++n) state[i][n] = rest[i][n];
+        }
+#pragma unroll
+        for (int u = first; u < first + S::kGroup && u < S::kUnits; ++u)
+#pragma unroll
+          for (int m = 0; m < S::kRowTiles; ++m) {
+            Words4 a, b;
+            if (u < kRegisterUnits) {
+              a = top[u % kRegisterUnits][m], b = bottom[u % kRegisterUnits][m];
+            } else {
+              const Words4* block = blocks + ((u - kRegisterUnits) * S::kRowTiles + m) * 64;
+              a = block[0], b = block[32];
+            }
+#pragma unroll
+            for (int n = 0; n < S::kBlocks; ++n) multiply<T>(sum[n][m], a, b, state[u - first][n]);
+          }
+      }
+
+      const int buffer = phase & 1;
+      if (phase >= 2) barrier_sync(kSumsEmpty + buffer, S::kSumsThreads);
+#pragma unroll
+      for (int n = 0; n < S::kBlocks; ++n)
+#pragma unroll
+        for (int m = 0; m < S::kRowTiles; ++m) {
+          float* at = sums + buffer * S::kBufferSums + n * kBlockRows * S::kSumPitch + m * 16;
+          at[0] = sum[n][m][0], at[S::kSumPitch] = sum[n][m][1];
+          at[8] = sum[n][m][2], at[S::kSumPitch + 8] = sum[n][m][3];
+        }
+      barrier_arrive(kSumsFull + buffer, S::kSumsThreads);
+    }
+  for (int last = max(phase - 2, 0); last < phase; ++last) barrier_sync(kSumsEmpty + (last & 1), S::kSumsThreads);
+}
+
+// A cell thread looks after four hidden units of one row of every block.
+template <typename S, typename Cell, typename T, typename Exchange>
+__device__ __forceinline__ void run_cells(const Problem<T>& p, const Exchange& exchange, const char* shared,
+                                          const Part& part, int products) {
+  constexpr int kGates = S::kGates, kBlocks = S::kBlocks;
+  const int thread = threadIdx.x - kProductThreads;
+  const int block_row = thread / S::kQuads, unit = part.first_unit + thread % S::kQuads * 4;
+  const bool working = block_row < kBlockRows && unit < p.hidden;
+  auto group_row = [&](int tile, int n) { return (tile * kBlocks + n) * kBlockRows + block_row; };
+  auto inside = [&](int tile, int n) { return working && group_row(tile, n) < part.rows; };
+
+  for (int tile = 0; tile < part.tiles; ++tile)
+    for (int n = 0; n < kBlocks; ++n) {
+      const int row = part.first_row + group_row(tile, n);
+      Words2 words{0, 0};
+      if (!S::kBackward && p.initial && inside(tile, n) && !(p.reset && p.reset[row])) {
+        // Through fp32, so that a NaN of any payload becomes the canonical one.
+        float values[4];
+        unpack<T>(*reinterpret_cast<const Words2*>(p.initial + static_cast<size_t>(row) * p.hidden + unit), values);
+        words = pack<T>(values);
+      }
+#pragma unroll
+      for (int gate = 0; gate < S::kIn; ++gate)
+        exchange.publish(0, group_row(tile, n), gate * p.hidden + unit, words, working);
+    }
+
+  // Where a thread stands in the tensors of the whole sequence: its offset in a tensor of one gate, in bytes, which
+  // moves from tile to tile and from step to step. Rows of the later blocks of a tile are a fixed distance further on.
+  const u32 row_bytes = p.hidden * sizeof(T), block_bytes = kBlockRows * row_bytes, unit_bytes = unit * sizeof(T);
+  const long long step_bytes = static_cast<long long>(p.batch) * row_bytes;
+  const long long next_tile = kBlocks * static_cast<long long>(block_bytes);
+  const long long next_step = (S::kBackward ? -step_bytes : step_bytes) - part.tiles * next_tile;
+  const long long group_offset = static_cast<long long>(part.first_row + block_row) * row_bytes + unit_bytes;
+  const long long start = (S::kBackward ? (p.steps - 1) * step_bytes : 0) + group_offset;
+  auto at = [&](const T* base, long long offset, int gates, int gate) {
+    return reinterpret_cast<char*>(const_cast<T*>(base)) + (offset * gates + static_cast<long long>(gate * row_bytes) -
+                                                         (gates - 1) * unit_bytes);
+  };
+
+  // Every thread copies its own inputs, so it alone waits for them. Backwards, the gradient of h comes before the v's.
+  const u32 inputs = shared_address(shared + S::kInputOffset) + thread * 8;
+  constexpr int kStageBytes = kBlocks * S::kInputs * S::kCellThreads * 8;
+  auto input_slot = [&](int stage, int n, int i) {
+    return inputs + stage * kStageBytes + (n * S::kInputs + i) * (S::kCellThreads * 8);
+  };
+  long long ahead = start;
+  int ahead_stage = 0, ahead_step = 0, ahead_tile = 0;
+  auto fetch_ahead = [&]() {
+#pragma unroll
+    for (int n = 0; n < kBlocks; ++n)
+      if (inside(ahead_tile, n) && ahead_step < p.steps) {
+        const long long offset = ahead + n * block_bytes;
+        if constexpr (S::kBackward) copy_async(input_slot(ahead_stage, n, 0), at(p.input, offset, 1, 0));
+#pragma unroll
+        for (int gate = 0; gate < kGates; ++gate)
+          copy_async(input_slot(ahead_stage, n, gate + (S::kBackward ? 1 : 0)),
+                     at(S::kBackward ? p.v : p.input, offset, kGates, gate));
+      }
+    commit_copies();
+    ahead_stage = (ahead_stage + 1) % S::kStages;
+    ahead += next_tile;
+    if (++ahead_tile == part.tiles) ahead_tile = 0, ++ahead_step, ahead += next_step;
+  };
+  for (int i = 0; i < S::kStages - 1; ++i) fetch_ahead();
+
+  // What a step publishes crosses into the next time step forwards, and out of its own backwards.
+  u32 masked[kBlocks] = {};
+  auto fetch_masks = [&](int step, int tile) {
+    if (!p.reset || step + (S::kBackward ? 0 : 1) >= p.steps) return;
+#pragma unroll
+    for (int n = 0; n < kBlocks; ++n)
+      if (inside(tile, n))
+        masked[n] = p.reset[static_cast<size_t>(S::kBackward ? p.steps - 1 - step : step + 1) * p.batch +
+                            part.first_row + group_row(tile, n)];
+  };
+  fetch_masks(0, 0);
+
+  const float* sums = reinterpret_cast<const float*>(shared) + block_row * S::kSumPitch + thread % S::kQuads * 4;
+  int phase = 0;
+  long long here = start;
+  for (int step = 0; step < products; ++step, here += next_step) {
+    for (int tile = 0; tile < part.tiles; ++tile, ++phase, here += next_tile) {
+      const int buffer = phase & 1, stage = phase % S::kStages;
+      // All that does not depend on the sums happens before they come: backwards, the derivative of the cell.
+      wait_copies<S::kStages - 2>();
+      float given[kBlocks][S::kBackward ? 1 : kGates][4], slope[kBlocks][kGates][4];
+#pragma unroll
+      for (int n = 0; n < kBlocks; ++n) {
+        if constexpr (S::kBackward) {
+          unpack<T>(load_shared8(input_slot(stage, n, 0)), given[n][0]);
+          float v[kGates][4];
+#pragma unroll
+          for (int gate = 0; gate < kGates; ++gate) unpack<T>(load_shared8(input_slot(stage, n, 1 + gate)), v[gate]);
+#pragma unroll
+          for (int j = 0; j < 4; ++j) {
+            float unit_v[kGates], unit_slope[kGates];
+#pragma unroll
+            for (int gate = 0; gate < kGates; ++gate) unit_v[gate] = v[gate][j];
+            Cell::template slope<typename T::Math>(unit_v, unit_slope);
+#pragma unroll
+            for (int gate = 0; gate < kGates; ++gate) settle(slope[n][gate][j] = unit_slope[gate]);
+          }
+          if (step == 0 && p.last_gradient && inside(tile, n)) {
+            float last[4];
+            unpack<T>(*reinterpret_cast<const Words2*>(
+                          at(p.last_gradient, group_offset + tile * next_tile + n * block_bytes, 1, 0)),
+                      last);
+#pragma unroll
+            for (int j = 0; j < 4; ++j) given[n][0][j] += last[j];
+          }
+        } else {
+#pragma unroll
+          for (int gate = 0; gate < kGates; ++gate)
+            unpack<T>(load_shared8(input_slot(stage, n, gate)), given[n][gate]);
+        }
+      }
+
+      barrier_sync(kSumsFull + buffer, S::kSumsThreads);
+      float sum[kBlocks][S::kOut][4] = {};
+      if (S::kExactThreads || block_row < kBlockRows) {
+#pragma unroll
+        for (int n = 0; n < kBlocks; ++n)
+#pragma unroll
+          for (int warp = 0; warp < kProductWarps; ++warp)
+#pragma unroll
+            for (int out = 0; out < S::kOut; ++out) {
+              const float4 part_sum = *reinterpret_cast<const float4*>(
+                  sums + buffer * S::kBufferSums + warp * S::kWarpSums + n * kBlockRows * S::kSumPitch +
+                  out * S::kColumns);
+              sum[n][out][0] += part_sum.x, sum[n][out][1] += part_sum.y;
+              sum[n][out][2] += part_sum.z, sum[n][out][3] += part_sum.w;
+            }
+      }
+      barrier_arrive(kSumsEmpty + buffer, S::kSumsThreads);
+
+      if (S::kBackward && step == p.steps) {
+#pragma unroll
+        for (int n = 0; n < kBlocks; ++n)
+          if (inside(tile, n))
+            store_stream(at(p.initial_gradient, group_offset + tile * next_tile + n * block_bytes, 1, 0),
+                         pack<T>(sum[n][0]));
+        fetch_ahead();
+        continue;
+      }
+
+      Words2 published[kBlocks][S::kIn], kept[kBlocks][kGates];
+#pragma unroll
+      for (int n = 0; n < kBlocks; ++n) {
+        if constexpr (S::kBackward) {
+#pragma unroll
+          for (int gate = 0; gate < kGates; ++gate) {
+            float dv[4];
+#pragma unroll
+            for (int j = 0; j < 4; ++j) dv[j] = (given[n][0][j] + sum[n][0][j]) * slope[n][gate][j];
+            published[n][gate] = pack<T>(dv);
+          }
+        } else {
+          float h[4];
+#pragma unroll
+          for (int j = 0; j < 4; ++j) {
+            float unit_v[kGates];
+#pragma unroll
+            for (int gate = 0; gate < kGates; ++gate) unit_v[gate] = given[n][gate][j] += sum[n][gate][j];
+            h[j] = Cell::template forward<typename T::Math>(unit_v);
+          }
+          published[n][0] = pack<T>(h);
+#pragma unroll
+          for (int gate = 0; gate < kGates; ++gate) kept[n][gate] = pack<T>(given[n][gate]);
+        }
+        if (step + 1 < products) {
+#pragma unroll
+          for (int gate = 0; gate < S::kIn; ++gate)
+            exchange.publish(step + 1, group_row(tile, n), gate * p.hidden + unit,
+                             masked[n] ? Words2{0, 0} : published[n][gate], working);
+        }
+      }
+#pragma unroll
+      for (int n = 0; n < kBlocks; ++n) {
+        if (step > 0 && working) {
+#pragma unroll
+          for (int gate = 0; gate < S::kIn; ++gate)
+            exchange.wipe(step - 1, group_row(tile, n), gate * p.hidden + unit);
+        }
+        if (!inside(tile, n)) continue;
+        const long long offset = here + n * block_bytes;
+#pragma unroll
+        for (int gate = 0; gate < S::kIn; ++gate)
+          store_stream(at(p.output, offset, S::kIn, gate), published[n][gate]);
+        if (!S::kBackward && p.v) {
+#pragma unroll
+          for (int gate = 0; gate < kGates; ++gate) store_stream(at(p.v, offset, kGates, gate), kept[n][gate]);
+        }
+      }
+      const bool last_tile = tile + 1 == part.tiles;
+      fetch_masks(step + last_tile, last_tile ? 0 : tile + 1);
+      fetch_ahead();
+    }
+    if constexpr (Exchange::kWipes) barrier_sync(kStepDone, S::kCellThreads + 32);
+  }
+}
+
+// The fence behind a step's wipes takes about half a step: off the cell warps' path. They meet this warp at the end of
+// every step, so a fence is over before the last tile of the step after, several steps before anyone looks at the wiped
+// slot again.
+template <typename S, typename Exchange>
+__device__ __forceinline__ void run_fences(int products) {
+  if constexpr (Exchange::kWipes) {
+    for (int step = 0; step < products; ++step) {
+      barrier_sync(kStepDone, S::kCellThreads + 32);
+      fence_gpu();
+    }
+  }
+}
+
+template <typename S, typename Cell, typename T, template <typename, int, int> class Exchange>
+__device__ __forceinline__ void run(const Problem<T>& p) {
+  extern __shared__ __align__(128) char shared[];
+  const int columns = (p.hidden + S::kColumns - 1) / S::kColumns;
+  Part part;
+  part.first_row = blockIdx.x / columns * p.tiles * S::kTileRows;
+  part.first_unit = blockIdx.x % columns * S::kColumns;
+  part.rows = min(p.tiles * S::kTileRows, p.batch - part.first_row);
+  part.tiles = (part.rows + S::kTileRows - 1) / S::kTileRows;
+  part.peers = columns;
+  // Backwards, the gradient of h0 is one more product, with no cell behind it.
+  const int products = p.steps + (S::kBackward && p.initial_gradient ? 1 : 0);
+
+  Exchange<T, S::kUnits, S::kBlocks> exchange(p.ring, shared + S::kExchangeOffset, part, gridDim.x / columns * p.tiles * S::kTileRows,
+                                                     S::kIn * p.hidden);
+  exchange.open();
+  const int warp = threadIdx.x >> 5;
+  if (warp < kProductWarps) {
+    take_registers<S::kProductRegisters>();
+    run_products<S>(p, exchange, shared, part, products);
+  } else {
+    give_registers<S::kOtherRegisters>();
+    if (warp < kProductWarps + S::kCellThreads / 32)
+      run_cells<S, Cell>(p, exchange, shared, part, products);
+    else if (warp == kSpareWarp)
+      run_fences<S, Exchange<T, S::kUnits, S::kBlocks>>(products);
+  }
+  __syncwarp();
+  exchange.close();
+}
+
+}  // namespace persistent
+
+template <typename T, typename Cell, int kRowTiles, int kRegisterUnits, int kSharedUnits, int kBlocks,
+          template <typename, int, int> class Exchange>
+__global__ void __launch_bounds__(persistent::kThreads, 1)
+    persistent_forward(const T* pre, const T* weight, const T* h0, const u8* reset, T* h, T* v, char* ring, int steps,
+                       int batch, int hidden, int tiles) {
+  using S = persistent::Shape<Cell, false, kRowTiles, kRegisterUnits, kSharedUnits, kBlocks>;
+  persistent::run<S, Cell, T, Exchange>({pre, weight, h0, nullptr, reset, h, v, nullptr, ring, steps, batch, hidden, tiles});
+}
+
+template <typename T, typename Cell, int kRowTiles, int kRegisterUnits, int kSharedUnits, int kBlocks,
+          template <typename, int, int> class Exchange>
+__global__ void __launch_bounds__(persistent::kThreads, 1)
+    persistent_backward(const T* dh, const T* weight, const T* dh_last, const u8* reset, T* v, T* dpre, T* dh0,
+                        char* ring, int steps, int batch, int hidden, int tiles) {
+  using S = persistent::Shape<Cell, true, kRowTiles, kRegisterUnits, kSharedUnits, kBlocks>;
+  persistent::run<S, Cell, T, Exchange>(
+      {dh, weight, nullptr, dh_last, reset, dpre, v, dh0, ring, steps, batch, hidden, tiles});
+}
