@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from elman.errors import UsageError
-from elman.ops import fused, loop, reference
+from elman.ops import fused, loop, persistent, reference
 from elman.ops.cells import Cell
 from elman.ops.cuda.compiler import Module
 from elman.ops.operators import Operator
@@ -50,6 +50,7 @@ BACKENDS: dict[str, Backend] = {
         reference.run, lambda problem: None, lambda: (True, "every cell, operator, dtype and device, in plain PyTorch")
     ),
     "loop": Backend(functools.partial(fused.run, "loop"), loop.why_not, loop.status),
+    "persistent": Backend(functools.partial(fused.run, "persistent"), persistent.why_not, persistent.status),
 }
 
 
@@ -78,4 +79,4 @@ def backend_status() -> list[tuple[str, bool, str]]:
 
 def shipped_modules() -> list[Module]:
     """Every module of CUDA kernels that a backend may compile, for tests without a GPU and for compiling ahead."""
-    return loop.shipped_modules()
+    return loop.shipped_modules() + persistent.shipped_modules()

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from elman.errors import UsageError
-from elman.ops import loop
+from elman.ops import loop, persistent
 from elman.ops.cells import CELLS, Cell
 from elman.ops.operators import Dense, Operator
 
@@ -36,7 +36,7 @@ class Walk(Protocol):
     ) -> tuple[Tensor, Tensor | None]: ...
 
 
-_WALKS: dict[str, Walk] = {"loop": loop}
+_WALKS: dict[str, Walk] = {"loop": loop, "persistent": persistent}
 
 
 def run(

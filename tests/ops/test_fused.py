@@ -18,14 +18,32 @@ from elman.ops import recurrence
 from elman.ops.cells import CELLS
 from tests.ops.problems import Problem, assert_as_exact_as_reference, draw, solve
 
-ON_CPU = pytest.param("loop", "cpu", id="loop-cpu")
-ON_GPU = pytest.param("loop", "cuda", id="loop-cuda", marks=pytest.mark.gpu)
+F64, F32, BF16, F16 = torch.float64, torch.float32, torch.bfloat16, torch.float16
+DTYPES = {"loop": [F64, F32, BF16], "persistent": [BF16, F16]}
+
+gpu = pytest.mark.gpu
+LOOP_ON_CPU = pytest.param("loop", "cpu", F64, id="loop-cpu")
+LOOP_ON_GPU = pytest.param("loop", "cuda", F64, id="loop-cuda", marks=gpu)
+PERSISTENT = pytest.param("persistent", "cuda", BF16, id="persistent-cuda", marks=gpu)
+
+of_loop = pytest.mark.parametrize(("backend", "device", "dtype"), [LOOP_ON_CPU, LOOP_ON_GPU])
+on_each = pytest.mark.parametrize(("backend", "device", "dtype"), [LOOP_ON_CPU, LOOP_ON_GPU, PERSISTENT])
+on_each_gpu = pytest.mark.parametrize(("backend", "device", "dtype"), [LOOP_ON_GPU, PERSISTENT])
 
 #: PyTorch 2.11's compiler warns of its own deprecated calls and of TF32.
 compilers_own_warnings = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::UserWarning")
-everywhere = pytest.mark.parametrize(("backend", "device"), [ON_CPU, ON_GPU])
-on_gpu = pytest.mark.parametrize(("backend", "device"), [ON_GPU])
-CPU_DTYPES = [torch.float64, torch.float32, torch.bfloat16]
+
+
+def width(backend: str, hidden: int) -> int:
+    """A number of units near this that the backend runs."""
+    return hidden if backend == "loop" else -(-hidden // 8) * 8
+
+
+def assert_alike(ours: list[Tensor], expected: list[Tensor]) -> None:
+    """Equal but for the order of sums, in the Frobenius norm."""
+    for a, b in zip(ours, expected, strict=True):
+        tolerance = 1e-5 if b.dtype.itemsize > 2 else 0.02
+        assert (a.double() - b.double()).norm() <= tolerance * b.double().norm()
 
 
 @pytest.fixture
@@ -43,11 +61,13 @@ def poison(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(owner, name, poisoned(getattr(owner, name)))
 
 
-@everywhere
+@of_loop
 @pytest.mark.parametrize("cell", CELLS)
 @pytest.mark.parametrize("with_h0", [False, True])
 @pytest.mark.parametrize("reset_rate", [None, 0.3])
-def test_gradcheck(backend: str, device: str, cell: str, with_h0: bool, reset_rate: float | None) -> None:
+def test_gradcheck(
+    backend: str, device: str, dtype: torch.dtype, cell: str, with_h0: bool, reset_rate: float | None
+) -> None:
     p = draw(5, 3, 4, device=device, with_h0=with_h0, reset_rate=reset_rate)
     inputs = [x.requires_grad_() for x in (p.pre, p.weight, p.h0) if x is not None]
     assert torch.autograd.gradcheck(
@@ -55,11 +75,11 @@ def test_gradcheck(backend: str, device: str, cell: str, with_h0: bool, reset_ra
     )
 
 
-@everywhere
+@on_each
 @settings(max_examples=60, deadline=None, derandomize=True)
 @given(
-    shape=st.tuples(st.integers(1, 12), st.integers(1, 9), st.one_of(st.integers(1, 40), st.sampled_from([64, 256]))),
-    dtype=st.sampled_from(CPU_DTYPES),
+    shape=st.tuples(st.integers(1, 12), st.integers(1, 20), st.one_of(st.integers(1, 80), st.sampled_from([256, 520]))),
+    which_dtype=st.integers(0, 5),
     cell=st.sampled_from(sorted(CELLS)),
     with_h0=st.booleans(),
     reset_rate=st.sampled_from([None, 0.0, 0.3, 1.0]),
@@ -69,58 +89,77 @@ def test_gradcheck(backend: str, device: str, cell: str, with_h0: bool, reset_ra
 def test_errs_no_more_than_the_reference(
     backend: str,
     device: str,
-    shape: tuple[int, int, int],
     dtype: torch.dtype,
+    shape: tuple[int, int, int],
+    which_dtype: int,
     cell: str,
     with_h0: bool,
     reset_rate: float | None,
     wants: str,
     seed: int,
 ) -> None:
-    p = draw(*shape, dtype=dtype, device=device, seed=seed, with_h0=with_h0, reset_rate=reset_rate, cell=cell)
+    seq_len, batch, hidden = shape
+    p = draw(
+        seq_len,
+        batch,
+        width(backend, hidden),
+        dtype=DTYPES[backend][which_dtype % len(DTYPES[backend])],
+        device=device,
+        seed=seed,
+        with_h0=with_h0,
+        reset_rate=reset_rate,
+        cell=cell,
+    )
     p = replace(p, dh=None) if wants == "h_last" else p
     p = replace(p, dh_last=None) if wants == "h" else p
     assert_as_exact_as_reference(p, backend)
 
 
-@on_gpu
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+@gpu
 @pytest.mark.parametrize("shape", [(64, 16, 512), (32, 64, 1280), (16, 7, 1001), (512, 1, 8), (3, 300, 24)])
+@pytest.mark.parametrize(
+    ("backend", "dtype"), [*(("loop", dtype) for dtype in (F64, F32, BF16, F16)), ("persistent", BF16)]
+)
 def test_errs_no_more_than_the_reference_on_large_shapes(
-    backend: str, device: str, dtype: torch.dtype, shape: tuple[int, int, int]
+    backend: str, dtype: torch.dtype, shape: tuple[int, int, int]
 ) -> None:
-    assert_as_exact_as_reference(draw(*shape, dtype=dtype, device=device, reset_rate=0.02), backend)
+    seq_len, batch, hidden = shape
+    p = draw(seq_len, batch, width(backend, hidden), dtype=dtype, device="cuda", reset_rate=0.02)
+    assert_as_exact_as_reference(p, backend)
 
 
-@everywhere
+@on_each
 @pytest.mark.parametrize("cell", CELLS)
-def test_saturated_units_keep_their_gradient(backend: str, device: str, cell: str) -> None:
+def test_saturated_units_keep_their_gradient(backend: str, device: str, dtype: torch.dtype, cell: str) -> None:
     """From |v| = 3.5 bf16 rounds tanh(v) to ±1; the reference's f′ is 0 there, ours is not."""
-    p = draw(6, 4, 16, dtype=torch.bfloat16, device=device, reset_rate=None, scale=8.0, cell=cell)
+    p = draw(6, 4, 16, dtype=BF16, device=device, reset_rate=None, scale=8.0, cell=cell)
     p = replace(p, pre=p.pre.abs() + 4)
     assert_as_exact_as_reference(p, backend)
     assert (solve(p, backend)["dpre"] != 0).all()
 
 
-@everywhere
+@on_each
 @pytest.mark.parametrize("at", range(4))
-def test_resets_at_every_step(backend: str, device: str, at: int) -> None:
-    p = draw(4, 3, 8, device=device, reset_rate=0.0)
+def test_resets_at_every_step(backend: str, device: str, dtype: torch.dtype, at: int) -> None:
+    p = draw(4, 3, 8, dtype=dtype, device=device, reset_rate=0.0)
     assert p.reset is not None
     p.reset[at, 1] = True
     assert_as_exact_as_reference(p, backend)
 
 
-@everywhere
-def test_every_element_is_written(poison: None, backend: str, device: str) -> None:
-    for hidden in (5, 64):
-        assert_as_exact_as_reference(draw(3, 5, hidden, device=device), backend)
-        assert_as_exact_as_reference(draw(1, 1, hidden, device=device, reset_rate=None, with_h0=False), backend)
+@on_each
+def test_every_element_is_written(poison: None, backend: str, device: str, dtype: torch.dtype) -> None:
+    for hidden in (width(backend, 5), 64):
+        for p in (
+            draw(3, 5, hidden, dtype=dtype, device=device),
+            draw(1, 1, hidden, dtype=dtype, device=device, reset_rate=None, with_h0=False),
+        ):
+            assert all(x.isfinite().all() for x in solve(p, backend).values())
 
 
-@everywhere
-def test_a_nan_spreads_until_a_reset(backend: str, device: str) -> None:
-    p = draw(6, 4, 8, device=device, reset_rate=0.0)
+@on_each
+def test_a_nan_spreads_until_a_reset(backend: str, device: str, dtype: torch.dtype) -> None:
+    p = draw(6, 4, 8, dtype=dtype, device=device, reset_rate=0.0)
     assert p.reset is not None
     p.pre[2, 1, 3] = torch.nan
     p.reset[4, 1] = True
@@ -133,9 +172,9 @@ def test_a_nan_spreads_until_a_reset(backend: str, device: str) -> None:
     assert result["dweight"].isnan().any()
 
 
-@everywhere
-def test_layouts_that_are_not_contiguous(backend: str, device: str) -> None:
-    p = draw(5, 4, 16, device=device)
+@on_each
+def test_layouts_that_are_not_contiguous(backend: str, device: str, dtype: torch.dtype) -> None:
+    p = draw(5, 4, 16, dtype=dtype, device=device)
     expected = solve(p, backend)
 
     def embed(x: Tensor) -> Tensor:
@@ -144,47 +183,51 @@ def test_layouts_that_are_not_contiguous(backend: str, device: str) -> None:
         part.copy_(x)
         return part
 
+    def shift(x: Tensor) -> Tensor:
+        part = x.new_full((x.numel() + 1,), torch.nan)[1:].view(x.shape)
+        part.copy_(x)
+        return part
+
     def transpose(x: Tensor) -> Tensor:
         return x.transpose(0, -1).contiguous().transpose(0, -1)
 
-    for change in (embed, transpose):
+    for change in (embed, shift, transpose):
         q = Problem(*(change(x) for x in (p.pre, p.weight, p.h0)), transpose(p.reset), change(p.dh), change(p.dh_last))
         inputs = [x.detach().requires_grad_() for x in (q.pre, q.weight, q.h0)]
-        assert not inputs[0].is_contiguous()
         h, h_last = recurrence(*inputs, reset=q.reset, backend=backend)
-        gradients = torch.autograd.grad([h, h_last], inputs, [q.dh, q.dh_last])
-        for ours, name in zip((h, h_last, *gradients), expected, strict=True):
+        results = torch.autograd.grad([h, h_last], inputs, [q.dh, q.dh_last])
+        for ours, name in zip((h, h_last, *results), expected, strict=True):
             torch.testing.assert_close(ours, expected[name], msg=f"{change.__name__}: {name}")
 
-    expanded = replace(p, dh=torch.ones((), dtype=p.dh.dtype, device=device).expand(p.dh.shape))
+    expanded = replace(p, dh=torch.ones((), dtype=dtype, device=device).expand(p.dh.shape))
     dense = replace(expanded, dh=expanded.dh.contiguous())
     assert torch.equal(solve(expanded, backend)["dpre"], solve(dense, backend)["dpre"])
 
 
-@everywhere
-def test_only_the_gradients_asked_for(backend: str, device: str) -> None:
-    p = draw(4, 3, 8, device=device)
-    expected = solve(p, "reference")
+@on_each
+def test_only_the_gradients_asked_for(backend: str, device: str, dtype: torch.dtype) -> None:
+    p = draw(4, 3, 8, dtype=dtype, device=device)
+    expected = solve(p, backend)
     for name in ("pre", "weight", "h0"):
         inputs = {n: getattr(p, n).clone() for n in ("pre", "weight", "h0")}
         inputs[name].requires_grad_()
         h, h_last = recurrence(**inputs, reset=p.reset, backend=backend)
         (gradient,) = torch.autograd.grad([h, h_last], [inputs[name]], [p.dh, p.dh_last])
-        torch.testing.assert_close(gradient, expected[f"d{name}"])
+        assert torch.equal(gradient, expected[f"d{name}"])
 
 
-@everywhere
-def test_every_run_gives_the_same_bits(backend: str, device: str) -> None:
-    p = draw(32, 8, 64, dtype=torch.bfloat16, device=device)
+@on_each
+def test_every_run_gives_the_same_bits(backend: str, device: str, dtype: torch.dtype) -> None:
+    p = draw(32, 8, 64, dtype=BF16, device=device)
     first = solve(p, backend)
     for _ in range(3):
         again = solve(p, backend)
         assert all(torch.equal(first[name], again[name]) for name in first)
 
 
-@everywhere
-def test_chunks_with_carried_state_equal_one_piece(backend: str, device: str) -> None:
-    p = draw(9, 4, 16, device=device)
+@on_each
+def test_chunks_with_carried_state_equal_one_piece(backend: str, device: str, dtype: torch.dtype) -> None:
+    p = draw(9, 4, 16, dtype=dtype, device=device)
     whole, whole_last = recurrence(p.pre, p.weight, p.h0, reset=p.reset, backend=backend)
     first, carried = recurrence(p.pre[:4], p.weight, p.h0, reset=p.reset[:4], backend=backend)
     second, last = recurrence(p.pre[4:], p.weight, carried, reset=p.reset[4:], backend=backend)
@@ -192,10 +235,10 @@ def test_chunks_with_carried_state_equal_one_piece(backend: str, device: str) ->
     assert torch.equal(whole_last, last)
 
 
-@everywhere
+@on_each
 @pytest.mark.parametrize("with_h0", [False, True])
-def test_opcheck(backend: str, device: str, with_h0: bool) -> None:
-    p = draw(3, 2, 4, device=device, with_h0=with_h0)
+def test_opcheck(backend: str, device: str, dtype: torch.dtype, with_h0: bool) -> None:
+    p = draw(3, 2, 8, dtype=dtype, device=device, with_h0=with_h0)
     inputs = [None if x is None else x.clone().requires_grad_() for x in (p.pre, p.weight, p.h0)]
     torch.library.opcheck(torch.ops.elman.recurrence.default, (*inputs, p.reset, "tanh", backend, True))
     backward = (p.dh, None, p.dh, p.dh, p.weight, p.h0, p.reset, "tanh", backend, True, with_h0)
@@ -203,7 +246,7 @@ def test_opcheck(backend: str, device: str, with_h0: bool) -> None:
 
 
 class Layer(torch.nn.Module):
-    """A recurrence with its input product, batch-major: what a model makes of the op."""
+    """A recurrence with its input product: what a model makes of the op."""
 
     def __init__(self, hidden: int, backend: str) -> None:
         super().__init__()
@@ -213,7 +256,13 @@ class Layer(torch.nn.Module):
 
     def forward(self, x: Tensor, reset: Tensor | None = None) -> Tensor:
         h, h_last = recurrence(self.input(x), self.weight, reset=reset, backend=self.backend)
-        return h.sum() + h_last.square().sum()
+        return h.float().sum() + h_last.float().square().sum()
+
+
+def copy_of(layer: Layer, backend: str) -> Layer:
+    twin = Layer(32, backend).to(layer.weight)
+    twin.load_state_dict(layer.state_dict())
+    return twin
 
 
 def gradients(run: Callable[[Tensor], Tensor], layer: torch.nn.Module, x: Tensor) -> list[Tensor]:
@@ -224,34 +273,34 @@ def gradients(run: Callable[[Tensor], Tensor], layer: torch.nn.Module, x: Tensor
 
 
 @pytest.fixture
-def layer_and_input(backend: str, device: str) -> tuple[Layer, Tensor]:
+def layer_and_input(backend: str, device: str, dtype: torch.dtype) -> tuple[Layer, Tensor]:
     torch.manual_seed(0)
-    return Layer(32, backend).to(device), torch.randn(6, 3, 32, device=device)
+    return Layer(32, backend).to(device, dtype), torch.randn(6, 3, 32, device=device, dtype=dtype)
 
 
-@everywhere
+@on_each
 @compilers_own_warnings
 def test_torch_compile_in_one_graph(layer_and_input: tuple[Layer, Tensor], device: str) -> None:
     layer, x = layer_and_input
     torch._dynamo.reset()
     compiled = torch.compile(layer, fullgraph=True, backend="inductor" if device == "cuda" else "aot_eager")
-    torch.testing.assert_close(gradients(compiled, layer, x), gradients(layer, layer, x))
+    assert_alike(gradients(compiled, layer, x), gradients(layer, layer, x))
     with torch.no_grad():
-        torch.testing.assert_close(compiled(x), layer(x))
+        assert_alike([compiled(x)], [layer(x)])
 
 
-@everywhere
+@on_each
 @compilers_own_warnings
 def test_torch_compile_with_dynamic_shapes(layer_and_input: tuple[Layer, Tensor]) -> None:
-    layer, _ = layer_and_input
+    layer, x = layer_and_input
     torch._dynamo.reset()
     compiled = torch.compile(layer, fullgraph=True, dynamic=True, backend="aot_eager")
     for seq_len, batch in ((5, 2), (9, 4)):
-        x = torch.randn(seq_len, batch, 32, device=layer.weight.device)
-        torch.testing.assert_close(gradients(compiled, layer, x), gradients(layer, layer, x))
+        other = torch.randn(seq_len, batch, 32).to(x)
+        assert_alike(gradients(compiled, layer, other), gradients(layer, layer, other))
 
 
-@everywhere
+@on_each
 @pytest.mark.parametrize("reentrant", [False, True])
 def test_activation_checkpointing(layer_and_input: tuple[Layer, Tensor], reentrant: bool) -> None:
     layer, x = layer_and_input
@@ -261,46 +310,42 @@ def test_activation_checkpointing(layer_and_input: tuple[Layer, Tensor], reentra
         assert torch.equal(ours, expected)
 
 
-@everywhere
+@on_each
 def test_distributed_data_parallel(layer_and_input: tuple[Layer, Tensor], device: str, tmp_path: Path) -> None:
     layer, x = layer_and_input
-    torch.distributed.init_process_group(
-        "nccl" if device == "cuda" else "gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1
-    )
+    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
     try:
         parallel = torch.nn.parallel.DistributedDataParallel(layer, device_ids=[0] if device == "cuda" else None)
         distributed = gradients(parallel, layer, x)
     finally:
         torch.distributed.destroy_process_group()
-    torch.testing.assert_close(distributed, gradients(layer, layer, x))
+    assert_alike(distributed, gradients(layer, layer, x))
 
 
-@everywhere
+@on_each
 def test_autocast_around_both_passes(layer_and_input: tuple[Layer, Tensor], device: str) -> None:
-    layer, x = layer_and_input
-    with torch.autocast(device, torch.bfloat16):
+    layer, x = layer_and_input[0].float(), layer_and_input[1].float()
+    with torch.autocast(device, BF16):
         _, *inside = gradients(layer, layer, x)
         layer.zero_grad()
         loss = layer(x)
     loss.backward()
     outside = [parameter.grad for parameter in layer.parameters()]
-    exact = Layer(32, layer.backend).to(device)
-    exact.load_state_dict(layer.state_dict())
-    exact.double()
+    exact = copy_of(layer, "reference").double()
     _, *expected = gradients(exact, exact, x.double())
     for ours in (inside, outside):
         for gradient, truth in zip(ours, expected, strict=True):
-            assert gradient.dtype == torch.float32
+            assert gradient.dtype == F32
             assert (gradient - truth).norm() < 0.02 * truth.norm()
 
 
-@everywhere
-def test_float32_stays_float32_when_backward_runs_under_autocast(backend: str, device: str) -> None:
-    p = draw(4, 3, 16, dtype=torch.float32, device=device)
+@of_loop
+def test_float32_stays_float32_when_backward_runs_under_autocast(backend: str, device: str, dtype: torch.dtype) -> None:
+    p = draw(4, 3, 16, dtype=F32, device=device)
     inputs = [x.requires_grad_() for x in (p.pre, p.weight, p.h0)]
     h, _ = recurrence(*inputs, reset=p.reset, backend=backend)
     expected = torch.autograd.grad(h.sum(), inputs, retain_graph=True)
-    with torch.autocast(device, torch.bfloat16):
+    with torch.autocast(device, BF16):
         ours = torch.autograd.grad(h.sum(), inputs)
     assert all(torch.equal(a, b) for a, b in zip(ours, expected, strict=True))
 
@@ -315,9 +360,9 @@ def test_the_first_call_does_not_import_the_compiler() -> None:
     subprocess.run([sys.executable, "-c", code], check=True, cwd=Path(__file__).parents[2])
 
 
-@everywhere
-def test_saves_only_what_backward_needs(backend: str, device: str) -> None:
-    p = draw(8, 4, 16, device=device, reset_rate=None)
+@on_each
+def test_saves_only_what_backward_needs(backend: str, device: str, dtype: torch.dtype) -> None:
+    p = draw(8, 4, 16, dtype=dtype, device=device, reset_rate=None)
     saved: dict[int, int] = {}
 
     def pack(x: Tensor) -> Tensor:
@@ -331,16 +376,16 @@ def test_saves_only_what_backward_needs(backend: str, device: str) -> None:
         assert torch.ops.elman.recurrence(p.pre, p.weight, None, None, "tanh", backend, False)[2].numel() == 0
 
 
-@everywhere
-def test_differentiating_twice_is_an_error(backend: str, device: str) -> None:
-    p = draw(2, 2, 4, device=device)
+@on_each
+def test_differentiating_twice_is_an_error(backend: str, device: str, dtype: torch.dtype) -> None:
+    p = draw(2, 2, 8, dtype=dtype, device=device)
     h, _ = recurrence(p.pre.requires_grad_(), p.weight, backend=backend)
     (gradient,) = torch.autograd.grad(h.square().sum(), p.pre, create_graph=True)
     with pytest.raises(UsageError, match="cannot be differentiated itself: use backend='reference'"):
         torch.autograd.grad(gradient.sum(), p.pre)
 
 
-@on_gpu
+@on_each_gpu
 def test_cuda_graph_of_both_passes(layer_and_input: tuple[Layer, Tensor]) -> None:
     layer, x = layer_and_input
     stream = torch.cuda.Stream()
@@ -360,14 +405,13 @@ def test_cuda_graph_of_both_passes(layer_and_input: tuple[Layer, Tensor]) -> Non
             value.zero_()
         graph.replay()
         results = [value.clone() for value in captured]
-        twin = Layer(32, layer.backend).to(x.device)
-        twin.load_state_dict(layer.state_dict())
-        torch.testing.assert_close(results, gradients(twin, twin, x))
+        twin = copy_of(layer, layer.backend)
+        assert_alike(results, gradients(twin, twin, x))
 
 
-@on_gpu
-def test_two_streams_at_once(backend: str, device: str) -> None:
-    problems = [draw(64, 16, 256, dtype=torch.bfloat16, device=device, seed=seed) for seed in range(2)]
+@on_each_gpu
+def test_two_streams_at_once(backend: str, device: str, dtype: torch.dtype) -> None:
+    problems = [draw(64, 16, 256, dtype=BF16, device=device, seed=seed) for seed in range(2)]
     expected = [solve(p, backend) for p in problems]
     streams = [torch.cuda.Stream() for _ in problems]
     torch.cuda.synchronize()
@@ -378,21 +422,20 @@ def test_two_streams_at_once(backend: str, device: str) -> None:
                 results.append(solve(p, backend))
         torch.cuda.synchronize()
         for ours, theirs in zip(results, expected, strict=True):
-            for name, value in theirs.items():
-                torch.testing.assert_close(ours[name], value)
+            assert_alike([ours[name] for name in theirs], list(theirs.values()))
 
 
-@on_gpu
+@on_each_gpu
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
-def test_another_device_than_the_current_one(backend: str, device: str) -> None:
+def test_another_device_than_the_current_one(backend: str, device: str, dtype: torch.dtype) -> None:
     with torch.cuda.device(0):
-        assert_as_exact_as_reference(draw(4, 3, 64, device="cuda:1"), backend)
+        assert_as_exact_as_reference(draw(4, 3, 64, dtype=dtype, device="cuda:1"), backend)
 
 
-@on_gpu
-def test_peak_memory(backend: str, device: str) -> None:
+@on_each_gpu
+def test_peak_memory(backend: str, device: str, dtype: torch.dtype) -> None:
     """Beyond inputs, outputs and their gradients, both passes take at most 3 times (T, B, H)."""
-    p = draw(64, 64, 512, dtype=torch.bfloat16, device=device)
+    p = draw(64, 64, 512, dtype=BF16, device=device)
     solve(p, backend)
     inputs = [x.requires_grad_() for x in (p.pre, p.weight, p.h0)]
     torch.cuda.synchronize()

@@ -39,12 +39,14 @@ class Module:
         kernels: C++ names of the kernels, template arguments included: ``"step_forward<Tanh, bf16, 8>"``.
         defines: macros, as (name, value).
         architectures: what it compiles for, the empty tuple being everything that NVRTC knows.
+        spill_limit: bytes a thread that its kernels may spill, each way; a test holds them to it.
     """
 
     source: str
     kernels: tuple[str, ...]
     defines: tuple[tuple[str, str], ...] = ()
     architectures: tuple[str, ...] = ()
+    spill_limit: int = 0
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""Every shipped kernel compiles for every architecture with no GPU present, without spills; and the cache's key."""
+"""Every shipped kernel compiles for its architectures with no GPU present, with few or no spills; and the cache."""
 
 import subprocess
 import sys
@@ -37,18 +37,19 @@ def fresh_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 @needs_nvrtc
-@pytest.mark.parametrize("arch", ARCHITECTURES)
-@pytest.mark.parametrize("module", shipped_modules(), ids=lambda module: f"{module.source}:{module.kernels[0]}")
-def test_every_kernel_compiles_without_spills(module: Module, arch: str) -> None:
-    if module.architectures and arch not in module.architectures:
-        pytest.skip(f"made for {', '.join(module.architectures)}")
+@pytest.mark.parametrize(
+    ("module", "arch"),
+    [(module, arch) for module in shipped_modules() for arch in module.architectures or ARCHITECTURES],
+    ids=lambda value: value.kernels[0] if isinstance(value, Module) else value,
+)
+def test_every_kernel_compiles_within_its_spill_limit(module: Module, arch: str) -> None:
     binary = compiler.compile_module(module, arch)
     assert binary.cubin.startswith(b"\x7fELF")
     assert "warning" not in binary.log
     reports = binary.resources()
     assert reports.keys() == set(module.kernels)
     for name, report in reports.items():
-        assert report.spill_stores == report.spill_loads == 0, (name, report)
+        assert max(report.spill_stores, report.spill_loads) <= module.spill_limit, (name, report)
         assert 0 < report.registers <= 255, (name, report)
 
 

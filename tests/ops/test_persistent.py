@@ -1,0 +1,129 @@
+"""Which plans the persistent backend makes, and why it refuses, for GPUs that need not be there."""
+
+import re
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from elman.errors import UsageError
+from elman.ops import backends, persistent
+from elman.ops.cells import CELLS, Cell
+from elman.ops.cuda.compiler import CompilerUnavailableError, flatten
+from elman.ops.operators import Dense
+from elman.ops.persistent import Chip, Plan
+
+H200 = Chip((9, 0), 132, 227 * 1024)
+A100 = Chip((8, 0), 108, 163 * 1024)
+RTX_4090 = Chip((8, 9), 128, 99 * 1024)
+CHIPS = {"H200": H200, "A100": A100, "RTX 4090": RTX_4090}
+MEASURED = [
+    (16, 512),
+    (64, 512),
+    (64, 1024),
+    (64, 1280),
+    (256, 1280),
+    (512, 1280),
+    (48, 1760),
+    (256, 2048),
+    (128, 3584),
+]
+
+
+def assert_covers(plan: Plan, chip: Chip, batch: int, hidden: int) -> None:
+    """Every batch row and every unit has its CTA, all of the weight has its place, and all CTAs that wait are there."""
+    assert 16 * plan.row_tiles * plan.columns >= hidden > 16 * plan.row_tiles * (plan.columns - 1)
+    rows = 8 * plan.blocks * plan.tiles
+    assert rows * plan.groups >= batch > rows * (plan.groups - 1)
+    assert plan.register_units >= 1
+    assert plan.register_units + plan.shared_units == -(-hidden // 256)
+    assert plan.shared_bytes <= chip.shared_bytes
+    if plan.exchange == "ClusterPush":
+        assert plan.columns <= 16
+        assert chip.capability >= (9, 0)
+    else:
+        assert plan.groups * plan.columns <= chip.multiprocessors
+
+
+@settings(deadline=None, derandomize=True)
+@given(chip=st.sampled_from(sorted(CHIPS)), batch=st.integers(1, 1000), hidden=st.integers(1, 150).map(lambda n: 8 * n))
+def test_a_plan_covers_the_problem(chip: str, batch: int, hidden: int) -> None:
+    assert_covers(persistent.make_plan(CHIPS[chip], batch, hidden), CHIPS[chip], batch, hidden)
+
+
+@pytest.mark.parametrize(("batch", "hidden"), MEASURED)
+def test_every_measured_shape_fits_an_h200(batch: int, hidden: int) -> None:
+    assert_covers(persistent.make_plan(H200, batch, hidden), H200, batch, hidden)
+    assert persistent.largest_hidden(H200) >= 3584
+
+
+@pytest.fixture
+def on_an_h200(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(persistent, "chip_of", lambda index: H200)
+    monkeypatch.setattr(persistent, "compiler_version", lambda: "13.0.88")
+
+
+def problem(**changes: object) -> backends.Problem:
+    given = {
+        "seq_len": 8,
+        "batch_size": 4,
+        "hidden_size": 64,
+        "dtype": torch.bfloat16,
+        "device": torch.device("cuda:0"),
+        "operator": Dense,
+        "cell": CELLS["tanh"],
+    }
+    return backends.Problem(**{**given, **changes})
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"dtype": torch.float32}, r"bf16 or fp16, not torch\.float32: cast the inputs, or use backend='loop'"),
+        ({"device": torch.device("cpu")}, "needs an NVIDIA GPU, not device cpu"),
+        ({"hidden_size": 60}, r"H = 60 is not a multiple of 8: .*backend='loop'"),
+        ({"hidden_size": 8192}, r"H = 8192 is over its limit \d+ on this GPU: use backend='loop'"),
+        ({"seq_len": 2**20, "batch_size": 2**11}, r"T × B = .* split the batch"),
+        ({"seq_len": 1, "batch_size": 2**20, "hidden_size": 512}, r"B × H = .* split the batch"),
+        ({"operator": object}, "dense weights"),
+        ({"cell": Cell("odd", "h = pre", lambda pre, rec, h: pre)}, "cell='odd'"),
+    ],
+)
+def test_why_not_names_the_limit_and_the_cure(on_an_h200: None, changes: dict[str, object], words: str) -> None:
+    reason = persistent.why_not(problem(**changes))
+    assert reason is not None
+    assert re.search(words, reason), reason
+
+
+def test_auto_takes_it_where_it_can(on_an_h200: None) -> None:
+    assert persistent.why_not(problem()) is None
+    assert backends.choose("auto", problem()) == "persistent"
+    assert backends.choose("auto", problem(dtype=torch.float32)) == "loop"
+    assert backends.choose("auto", problem(hidden_size=8192)) == "loop"
+    with pytest.raises(UsageError, match="backend='persistent' cannot run this problem: H = 60"):
+        backends.choose("persistent", problem(hidden_size=60))
+
+
+def test_an_old_gpu_and_a_missing_compiler_are_reasons(on_an_h200: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(persistent, "chip_of", lambda index: Chip((7, 5), 40, 64 * 1024))
+    assert "compute capability 8.0 or newer, not 7.5" in str(persistent.why_not(problem()))
+
+    def missing() -> str:
+        raise CompilerUnavailableError("no NVRTC: pip install nvidia-cuda-nvrtc")
+
+    monkeypatch.setattr(persistent, "compiler_version", missing)
+    assert "pip install nvidia-cuda-nvrtc" in str(persistent.why_not(problem()))
+
+
+def test_arguments_are_in_the_kernels_order() -> None:
+    """What ``_launch`` hands over by position is what the sources name at those positions."""
+    text = flatten("persistent.cuh")
+    for name, expected in (
+        ("persistent_forward", "pre weight h0 reset h v ring steps batch hidden tiles"),
+        ("persistent_backward", "dh weight dh_last reset v dpre dh0 ring steps batch hidden tiles"),
+    ):
+        parameters = re.search(rf"{name}\(([^)]*)\)", text)
+        assert parameters is not None
+        assert [part.split()[-1].lstrip("*") for part in parameters[1].split(",")] == expected.split()
