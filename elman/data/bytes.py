@@ -81,7 +81,7 @@ def map_bytes(path: Path, option: str, advice: int = mmap.MADV_SEQUENTIAL) -> By
                 raise UsageError(f"{option} {path} is empty: give a file of raw text, or make one by `elman data pack`")
             file.seek(0)
             if file.read(6).startswith((b"\x1f\x8b", b"\xfd7zXZ\x00", b"\x28\xb5\x2f\xfd", b"BZh", b"PK\x03\x04")):
-                raise UsageError(f"{option} {path} is compressed: unpack it first, or gzip by `elman data pack`")
+                raise UsageError(f"{option} {path} is compressed: unpack it first; `elman data pack` reads gzip itself")
             mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
     except FileNotFoundError:
         raise UsageError(
