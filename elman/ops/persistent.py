@@ -37,7 +37,7 @@ _UNIT_BYTES = _BLOCK_ROWS * _UNIT_DEPTH * 2
 _RING_SLOTS = 8
 
 #: Bytes a thread. Weights take all registers that are left, and ptxas does not place the last few of them perfectly.
-_SPILL_LIMIT = 96
+_SPILL_LIMIT = 64
 _MAX_ROW_TILES = 7
 _MAX_CLUSTER = 16
 #: How CTAs hand each other the state, by the name in exchange.cuh, and the copies of a tile that each stages.

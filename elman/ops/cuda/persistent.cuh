@@ -20,7 +20,7 @@ namespace persistent {
 
 constexpr int kThreads = 512;
 constexpr int kProductThreads = kProductWarps * 32;
-constexpr int kSpareWarp = kThreads / 32 - 1;
+constexpr int kLastWarp = kThreads / 32 - 1;
 
 // Named barriers; 0 is __syncthreads. Sums alternate between two buffers.
 constexpr int kSumsFull = 1, kSumsEmpty = 3, kStepDone = 5;
@@ -40,40 +40,50 @@ struct Problem {
   int tiles;  // row tiles of a group
 };
 
-// The shape of one instantiation: 16 x kRowTiles rows of W a CTA, of which a product warp holds kRegisterUnits units of
-// depth in registers and kSharedUnits in shared memory, against tiles of 8 x kBlocks batch rows.
-template <typename Cell, bool kBackward_, int kRowTiles_, int kRegisterUnits_, int kSharedUnits_, int kBlocks_>
-struct Shape {
+// What the cell warps need to know of a kernel: kRows rows of W a CTA, tiles of kTileRows batch rows, of which the cell
+// threads take kPassRows at once, and kParts partial sums of every product.
+template <typename Cell, bool kBackward_, int kRows_, int kTileRows_, int kPassRows_, int kParts_, int kWeightBytes>
+struct Layout {
   static constexpr bool kBackward = kBackward_;
-  static constexpr int kRowTiles = kRowTiles_, kRegisterUnits = kRegisterUnits_, kSharedUnits = kSharedUnits_;
-  static constexpr int kBlocks = kBlocks_, kTileRows = kBlocks * kBlockRows;
-  static constexpr int kUnits = kRegisterUnits + kSharedUnits;
-  static constexpr int kRows = 16 * kRowTiles;
-  // Units whose fragments are received together: enough to keep the tensor cores busy, few enough for the registers.
-  static constexpr int kGroupLimit = kBlocks == 1 ? 5 : 3;
-  static constexpr int kGroups = (kUnits + kGroupLimit - 1) / kGroupLimit;
-  static constexpr int kGroup = (kUnits + kGroups - 1) / kGroups;
+  static constexpr int kRows = kRows_, kTileRows = kTileRows_, kPassRows = kPassRows_, kParts = kParts_;
+  static constexpr int kPasses = kTileRows / kPassRows;
   static constexpr int kGates = Cell::kGates;
   static constexpr int kIn = kBackward ? kGates : 1;   // values that a hidden unit publishes
   static constexpr int kOut = kBackward ? 1 : kGates;  // rows of the product that a hidden unit needs
   static constexpr int kColumns = kRows / kOut;        // hidden units a CTA
   static constexpr int kQuads = kColumns / 4;
-  static constexpr int kCellThreads = (kBlockRows * kQuads + 31) / 32 * 32;
-  // Registers of a product thread and of the others: 512 threads share 65536.
-  static constexpr int kProductRegisters = kBlocks == 1 ? 208 : 200, kOtherRegisters = 256 - kProductRegisters;
-  static constexpr bool kExactThreads = kCellThreads == kBlockRows * kQuads;
+  static constexpr int kCellThreads = (kPassRows * kQuads + 31) / 32 * 32;
+  static constexpr bool kExactThreads = kCellThreads == kPassRows * kQuads;
   static constexpr int kSumsThreads = kProductThreads + kCellThreads;
+  static constexpr bool kSpareWarp = kSumsThreads < kThreads;
   // +4 words: the lane quads of a fragment store fall on different banks.
   static constexpr int kSumPitch = kRows + 4;
-  static constexpr int kWarpSums = kTileRows * kSumPitch;
-  static constexpr int kBufferSums = kProductWarps * kWarpSums;
-  static constexpr int kWeightOffset = 2 * kBufferSums * 4;
-  static constexpr int kInputOffset = kWeightOffset + kProductWarps * kSharedUnits * kRowTiles * 1024;
+  static constexpr int kPartSums = kTileRows * kSumPitch;
+  static constexpr int kBufferSums = kParts * kPartSums;
   static constexpr int kInputs = kBackward ? 1 + kGates : kGates;  // values a cell thread reads, for each unit
-  static constexpr int kStages = 8 / kBlocks;                      // phases whose inputs are in shared memory or on the way
-  static constexpr int kExchangeOffset = kInputOffset + kStages * kBlocks * kInputs * kCellThreads * 8;
+  // Tiles whose inputs are in shared memory or on the way.
+  static constexpr int kStages = kTileRows > 32 ? 2 : 64 / kTileRows;
+  static constexpr int kWeightOffset = 2 * kBufferSums * 4;
+  static constexpr int kInputOffset = kWeightOffset + kWeightBytes;
+  static constexpr int kExchangeOffset = kInputOffset + kStages * kPasses * kInputs * kCellThreads * 8;
   static_assert(kColumns % 4 == 0, "a cell thread handles four hidden units");
-  static_assert(kProductThreads + kCellThreads + 32 <= kThreads, "too many rows of W for the cell warps");
+  static_assert(kSumsThreads <= kThreads, "too many rows of W for the cell warps");
+};
+
+// The shape of one instantiation for mma.sync: 16 x kRowTiles rows of W a CTA, of which a product warp holds
+// kRegisterUnits units of depth in registers and kSharedUnits in shared memory, against tiles of 8 x kBlocks batch rows.
+template <typename Cell, bool kBackward, int kRowTiles_, int kRegisterUnits_, int kSharedUnits_, int kBlocks_>
+struct Shape : Layout<Cell, kBackward, 16 * kRowTiles_, kBlocks_ * kBlockRows, kBlockRows, kProductWarps,
+                      kProductWarps * kSharedUnits_ * kRowTiles_ * 1024> {
+  static constexpr int kRowTiles = kRowTiles_, kRegisterUnits = kRegisterUnits_, kSharedUnits = kSharedUnits_;
+  static constexpr int kBlocks = kBlocks_, kUnits = kRegisterUnits + kSharedUnits;
+  // Units whose fragments are received together: enough to keep the tensor cores busy, few enough for the registers.
+  static constexpr int kGroupLimit = kBlocks == 1 ? 5 : 3;
+  static constexpr int kGroups = (kUnits + kGroupLimit - 1) / kGroupLimit;
+  static constexpr int kGroup = (kUnits + kGroups - 1) / kGroups;
+  // Registers of a product thread and of the others: 512 threads share 65536.
+  static constexpr int kProductRegisters = kBlocks == 1 ? 208 : 200, kOtherRegisters = 256 - kProductRegisters;
+  static_assert(Shape::kSpareWarp, "too many rows of W for the cell warps");
 };
 
 // Eight consecutive k of one row of the stationary operand, zero outside the matrix.
@@ -126,7 +136,7 @@ __device__ __forceinline__ void run_products(const Problem<T>& p, Exchange& exch
       }
     }
 
-  float* sums = reinterpret_cast<float*>(shared) + warp * S::kWarpSums + (lane & 3) * 2 * S::kSumPitch + lane_row();
+  float* sums = reinterpret_cast<float*>(shared) + warp * S::kPartSums + (lane & 3) * 2 * S::kSumPitch + lane_row();
   exchange.start();
 
   int phase = 0;
@@ -178,19 +188,19 @@ __device__ __forceinline__ void run_products(const Problem<T>& p, Exchange& exch
   for (int last = max(phase - 2, 0); last < phase; ++last) barrier_sync(kSumsEmpty + (last & 1), S::kSumsThreads);
 }
 
-// A cell thread looks after four hidden units of one row of every block.
+// A cell thread looks after four hidden units of one row of every pass.
 template <typename S, typename Cell, typename T, typename Exchange>
 __device__ __forceinline__ void run_cells(const Problem<T>& p, const Exchange& exchange, const char* shared,
                                           const Part& part, int products) {
-  constexpr int kGates = S::kGates, kBlocks = S::kBlocks;
+  constexpr int kGates = S::kGates, kPasses = S::kPasses;
   const int thread = threadIdx.x - kProductThreads;
-  const int block_row = thread / S::kQuads, unit = part.first_unit + thread % S::kQuads * 4;
-  const bool working = block_row < kBlockRows && unit < p.hidden;
-  auto group_row = [&](int tile, int n) { return (tile * kBlocks + n) * kBlockRows + block_row; };
+  const int pass_row = thread / S::kQuads, unit = part.first_unit + thread % S::kQuads * 4;
+  const bool working = pass_row < S::kPassRows && unit < p.hidden;
+  auto group_row = [&](int tile, int n) { return (tile * kPasses + n) * S::kPassRows + pass_row; };
   auto inside = [&](int tile, int n) { return working && group_row(tile, n) < part.rows; };
 
   for (int tile = 0; tile < part.tiles; ++tile)
-    for (int n = 0; n < kBlocks; ++n) {
+    for (int n = 0; n < kPasses; ++n) {
       const int row = part.first_row + group_row(tile, n);
       Words2 words{0, 0};
       if (!S::kBackward && p.initial && inside(tile, n) && !(p.reset && p.reset[row])) {
@@ -204,68 +214,65 @@ __device__ __forceinline__ void run_cells(const Problem<T>& p, const Exchange& e
         exchange.publish(0, group_row(tile, n), gate * p.hidden + unit, words, working);
     }
 
-  // Where a thread stands in the tensors of the whole sequence: its offset in a tensor of one gate, in bytes, which
-  // moves from tile to tile and from step to step. Rows of the later blocks of a tile are a fixed distance further on.
-  const u32 row_bytes = p.hidden * sizeof(T), block_bytes = kBlockRows * row_bytes, unit_bytes = unit * sizeof(T);
-  const long long step_bytes = static_cast<long long>(p.batch) * row_bytes;
-  const long long next_tile = kBlocks * static_cast<long long>(block_bytes);
-  const long long next_step = (S::kBackward ? -step_bytes : step_bytes) - part.tiles * next_tile;
-  const long long group_offset = static_cast<long long>(part.first_row + block_row) * row_bytes + unit_bytes;
-  const long long start = (S::kBackward ? (p.steps - 1) * step_bytes : 0) + group_offset;
-  auto at = [&](const T* base, long long offset, int gates, int gate) {
-    return reinterpret_cast<char*>(const_cast<T*>(base)) + (offset * gates + static_cast<long long>(gate * row_bytes) -
-                                                         (gates - 1) * unit_bytes);
+  // Rows of the whole sequence, (t, batch row), count in 32 bits; a thread moves on from tile to tile and step to step.
+  const u32 row_bytes = p.hidden * sizeof(T), unit_bytes = unit * sizeof(T);
+  const u32 next_step = (S::kBackward ? -p.batch : p.batch) - part.tiles * S::kTileRows;
+  const u32 group_start = part.first_row + pass_row;
+  const u32 start = (S::kBackward ? (p.steps - 1) * p.batch : 0) + group_start;
+  auto at = [&](const T* base, u32 row, int gates, int gate) {
+    return reinterpret_cast<char*>(const_cast<T*>(base)) +
+           (static_cast<u64>(row) * (gates * row_bytes) + (gate * row_bytes + unit_bytes));
   };
 
   // Every thread copies its own inputs, so it alone waits for them. Backwards, the gradient of h comes before the v's.
   const u32 inputs = shared_address(shared + S::kInputOffset) + thread * 8;
-  constexpr int kStageBytes = kBlocks * S::kInputs * S::kCellThreads * 8;
+  constexpr int kStageBytes = kPasses * S::kInputs * S::kCellThreads * 8;
   auto input_slot = [&](int stage, int n, int i) {
     return inputs + stage * kStageBytes + (n * S::kInputs + i) * (S::kCellThreads * 8);
   };
-  long long ahead = start;
+  u32 ahead = start;
   int ahead_stage = 0, ahead_step = 0, ahead_tile = 0;
   auto fetch_ahead = [&]() {
 #pragma unroll
-    for (int n = 0; n < kBlocks; ++n)
+    for (int n = 0; n < kPasses; ++n)
       if (inside(ahead_tile, n) && ahead_step < p.steps) {
-        const long long offset = ahead + n * block_bytes;
-        if constexpr (S::kBackward) copy_async(input_slot(ahead_stage, n, 0), at(p.input, offset, 1, 0));
+        const u32 row = ahead + n * S::kPassRows;
+        if constexpr (S::kBackward) copy_async(input_slot(ahead_stage, n, 0), at(p.input, row, 1, 0));
 #pragma unroll
         for (int gate = 0; gate < kGates; ++gate)
           copy_async(input_slot(ahead_stage, n, gate + (S::kBackward ? 1 : 0)),
-                     at(S::kBackward ? p.v : p.input, offset, kGates, gate));
+                     at(S::kBackward ? p.v : p.input, row, kGates, gate));
       }
     commit_copies();
     ahead_stage = (ahead_stage + 1) % S::kStages;
-    ahead += next_tile;
+    ahead += S::kTileRows;
     if (++ahead_tile == part.tiles) ahead_tile = 0, ++ahead_step, ahead += next_step;
   };
   for (int i = 0; i < S::kStages - 1; ++i) fetch_ahead();
 
   // What a step publishes crosses into the next time step forwards, and out of its own backwards.
-  u32 masked[kBlocks] = {};
+  u32 masked[kPasses] = {};
   auto fetch_masks = [&](int step, int tile) {
     if (!p.reset || step + (S::kBackward ? 0 : 1) >= p.steps) return;
 #pragma unroll
-    for (int n = 0; n < kBlocks; ++n)
+    for (int n = 0; n < kPasses; ++n)
       if (inside(tile, n))
         masked[n] = p.reset[static_cast<size_t>(S::kBackward ? p.steps - 1 - step : step + 1) * p.batch +
                             part.first_row + group_row(tile, n)];
   };
   fetch_masks(0, 0);
 
-  const float* sums = reinterpret_cast<const float*>(shared) + block_row * S::kSumPitch + thread % S::kQuads * 4;
+  const float* sums = reinterpret_cast<const float*>(shared) + pass_row * S::kSumPitch + thread % S::kQuads * 4;
   int phase = 0;
-  long long here = start;
+  u32 here = start;
   for (int step = 0; step < products; ++step, here += next_step) {
-    for (int tile = 0; tile < part.tiles; ++tile, ++phase, here += next_tile) {
+    for (int tile = 0; tile < part.tiles; ++tile, ++phase, here += S::kTileRows) {
       const int buffer = phase & 1, stage = phase % S::kStages;
       // All that does not depend on the sums happens before they come: backwards, the derivative of the cell.
       wait_copies<S::kStages - 2>();
-      float given[kBlocks][S::kBackward ? 1 : kGates][4], slope[kBlocks][kGates][4];
+      float given[kPasses][S::kBackward ? 1 : kGates][4], slope[kPasses][kGates][4];
 #pragma unroll
-      for (int n = 0; n < kBlocks; ++n) {
+      for (int n = 0; n < kPasses; ++n) {
         if constexpr (S::kBackward) {
           unpack<T>(load_shared8(input_slot(stage, n, 0)), given[n][0]);
           float v[kGates][4];
@@ -283,7 +290,7 @@ __device__ __forceinline__ void run_cells(const Problem<T>& p, const Exchange& e
           if (step == 0 && p.last_gradient && inside(tile, n)) {
             float last[4];
             unpack<T>(*reinterpret_cast<const Words2*>(
-                          at(p.last_gradient, group_offset + tile * next_tile + n * block_bytes, 1, 0)),
+                          at(p.last_gradient, group_start + tile * S::kTileRows + n * S::kPassRows, 1, 0)),
                       last);
 #pragma unroll
             for (int j = 0; j < 4; ++j) given[n][0][j] += last[j];
@@ -296,16 +303,16 @@ __device__ __forceinline__ void run_cells(const Problem<T>& p, const Exchange& e
       }
 
       barrier_sync(kSumsFull + buffer, S::kSumsThreads);
-      float sum[kBlocks][S::kOut][4] = {};
-      if (S::kExactThreads || block_row < kBlockRows) {
+      float sum[kPasses][S::kOut][4] = {};
+      if (S::kExactThreads || pass_row < S::kPassRows) {
 #pragma unroll
-        for (int n = 0; n < kBlocks; ++n)
+        for (int n = 0; n < kPasses; ++n)
 #pragma unroll
-          for (int warp = 0; warp < kProductWarps; ++warp)
+          for (int part = 0; part < S::kParts; ++part)
 #pragma unroll
             for (int out = 0; out < S::kOut; ++out) {
               const float4 part_sum = *reinterpret_cast<const float4*>(
-                  sums + buffer * S::kBufferSums + warp * S::kWarpSums + n * kBlockRows * S::kSumPitch +
+                  sums + buffer * S::kBufferSums + part * S::kPartSums + n * S::kPassRows * S::kSumPitch +
                   out * S::kColumns);
               sum[n][out][0] += part_sum.x, sum[n][out][1] += part_sum.y;
               sum[n][out][2] += part_sum.z, sum[n][out][3] += part_sum.w;
@@ -315,17 +322,17 @@ __device__ __forceinline__ void run_cells(const Problem<T>& p, const Exchange& e
 
       if (S::kBackward && step == p.steps) {
 #pragma unroll
-        for (int n = 0; n < kBlocks; ++n)
+        for (int n = 0; n < kPasses; ++n)
           if (inside(tile, n))
-            store_stream(at(p.initial_gradient, group_offset + tile * next_tile + n * block_bytes, 1, 0),
+            store_stream(at(p.initial_gradient, group_start + tile * S::kTileRows + n * S::kPassRows, 1, 0),
                          pack<T>(sum[n][0]));
         fetch_ahead();
         continue;
       }
 
-      Words2 published[kBlocks][S::kIn], kept[kBlocks][kGates];
+      Words2 published[kPasses][S::kIn], kept[kPasses][kGates];
 #pragma unroll
-      for (int n = 0; n < kBlocks; ++n) {
+      for (int n = 0; n < kPasses; ++n) {
         if constexpr (S::kBackward) {
 #pragma unroll
           for (int gate = 0; gate < kGates; ++gate) {
@@ -355,31 +362,34 @@ __device__ __forceinline__ void run_cells(const Problem<T>& p, const Exchange& e
         }
       }
 #pragma unroll
-      for (int n = 0; n < kBlocks; ++n) {
+      for (int n = 0; n < kPasses; ++n) {
         if (step > 0 && working) {
 #pragma unroll
           for (int gate = 0; gate < S::kIn; ++gate)
             exchange.wipe(step - 1, group_row(tile, n), gate * p.hidden + unit);
         }
         if (!inside(tile, n)) continue;
-        const long long offset = here + n * block_bytes;
+        const u32 row = here + n * S::kPassRows;
 #pragma unroll
         for (int gate = 0; gate < S::kIn; ++gate)
-          store_stream(at(p.output, offset, S::kIn, gate), published[n][gate]);
+          store_stream(at(p.output, row, S::kIn, gate), published[n][gate]);
         if (!S::kBackward && p.v) {
 #pragma unroll
-          for (int gate = 0; gate < kGates; ++gate) store_stream(at(p.v, offset, kGates, gate), kept[n][gate]);
+          for (int gate = 0; gate < kGates; ++gate) store_stream(at(p.v, row, kGates, gate), kept[n][gate]);
         }
       }
       const bool last_tile = tile + 1 == part.tiles;
       fetch_masks(step + last_tile, last_tile ? 0 : tile + 1);
       fetch_ahead();
     }
-    if constexpr (Exchange::kWipes) barrier_sync(kStepDone, S::kCellThreads + 32);
+    if constexpr (Exchange::kWipes) {
+      barrier_sync(kStepDone, S::kCellThreads + (S::kSpareWarp ? 32 : 0));
+      if (!S::kSpareWarp && thread < 32) fence_gpu();
+    }
   }
 }
 
-// The fence behind a step's wipes takes about half a step: off the cell warps' path. They meet this warp at the end of
+// The fence behind a step's wipes takes about half a step: off the cell warps' path where a warp is free for it. They meet this warp at the end of
 // every step, so a fence is over before the last tile of the step after, several steps before anyone looks at the wiped
 // slot again.
 template <typename S, typename Exchange>
@@ -392,21 +402,26 @@ __device__ __forceinline__ void run_fences(int products) {
   }
 }
 
+template <typename S, typename T>
+__device__ __forceinline__ Part part_of(const Problem<T>& p) {
+  Part part;
+  part.peers = (p.hidden + S::kColumns - 1) / S::kColumns;
+  part.first_row = blockIdx.x / part.peers * p.tiles * S::kTileRows;
+  part.first_unit = blockIdx.x % part.peers * S::kColumns;
+  part.rows = min(p.tiles * S::kTileRows, p.batch - part.first_row);
+  part.tiles = (part.rows + S::kTileRows - 1) / S::kTileRows;
+  return part;
+}
+
 template <typename S, typename Cell, typename T, template <typename, int, int> class Exchange>
 __device__ __forceinline__ void run(const Problem<T>& p) {
   extern __shared__ __align__(128) char shared[];
-  const int columns = (p.hidden + S::kColumns - 1) / S::kColumns;
-  Part part;
-  part.first_row = blockIdx.x / columns * p.tiles * S::kTileRows;
-  part.first_unit = blockIdx.x % columns * S::kColumns;
-  part.rows = min(p.tiles * S::kTileRows, p.batch - part.first_row);
-  part.tiles = (part.rows + S::kTileRows - 1) / S::kTileRows;
-  part.peers = columns;
+  const Part part = part_of<S>(p);
   // Backwards, the gradient of h0 is one more product, with no cell behind it.
   const int products = p.steps + (S::kBackward && p.initial_gradient ? 1 : 0);
 
-  Exchange<T, S::kUnits, S::kBlocks> exchange(p.ring, shared + S::kExchangeOffset, part, gridDim.x / columns * p.tiles * S::kTileRows,
-                                                     S::kIn * p.hidden);
+  Exchange<T, S::kUnits, S::kBlocks> exchange(p.ring, shared + S::kExchangeOffset, part,
+                                              gridDim.x / part.peers * p.tiles * S::kTileRows, S::kIn * p.hidden);
   exchange.open();
   const int warp = threadIdx.x >> 5;
   if (warp < kProductWarps) {
@@ -416,7 +431,7 @@ __device__ __forceinline__ void run(const Problem<T>& p) {
     give_registers<S::kOtherRegisters>();
     if (warp < kProductWarps + S::kCellThreads / 32)
       run_cells<S, Cell>(p, exchange, shared, part, products);
-    else if (warp == kSpareWarp)
+    else if (warp == kLastWarp)
       run_fences<S, Exchange<T, S::kUnits, S::kBlocks>>(products);
   }
   __syncwarp();
