@@ -10,7 +10,8 @@ def cache_folder() -> Path | None:
     """Where elman keeps what it can make again, or None where nothing is kept.
 
     The environment variable ``ELMAN_CACHE`` names the folder; ``off`` disables it. Without it the folder is
-    ``$XDG_CACHE_HOME/elman``, or ``~/.cache/elman``. A user without a home folder has none either.
+    ``$XDG_CACHE_HOME/elman``, or ``~/.cache/elman``. A user without a home folder has none either. Its subfolder
+    ``kernels`` holds compiled kernels, ``data`` the demo's text.
     """
     setting = os.environ.get("ELMAN_CACHE", "")
     if setting == "off":

@@ -22,7 +22,7 @@ from elman.environment import driver_version, package_versions, resolve_device, 
 from elman.errors import UsageError
 from elman.generation import generate as generate_bytes
 from elman.mixers import mixer_config, mixer_names
-from elman.ops import BACKENDS
+from elman.ops import backend_status
 from elman.sizing import SizeError, flops_per_token, num_params, size_model, state_size
 from elman.text import one_line, readable
 from elman.training.run import load_model
@@ -99,7 +99,8 @@ def doctor(console: Console) -> int:
     table.add_row(
         "gpu", f"driver {driver_version()}, CUDA {torch.version.cuda}" if devices else f"none: {why_no_cuda()}"
     )
-    table.add_row("recurrence", f"backends {', '.join(BACKENDS)}: run on every device and dtype")
+    for backend, used, why in backend_status():
+        table.add_row(f"backend {backend}", why if used else f"not used: {why}")
     table.add_row("cache", _cache_state())
     table.add_row("trains on", f"{resolve_device('auto')} by default")
     console.print(table)

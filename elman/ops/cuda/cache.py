@@ -13,24 +13,9 @@ import tempfile
 import warnings
 from pathlib import Path
 
+from elman.cache import cache_folder
+
 _MAGIC = b"elman kernel 1\n"
-
-
-def cache_folder() -> Path | None:
-    """Where elman keeps what it can make again, or None where nothing is kept.
-
-    The environment variable ``ELMAN_CACHE`` names the folder; ``off`` disables it. Without it the folder is
-    ``$XDG_CACHE_HOME/elman``, or ``~/.cache/elman``. Compiled kernels lie in its subfolder ``kernels``.
-    """
-    setting = os.environ.get("ELMAN_CACHE", "")
-    if setting == "off":
-        return None
-    try:
-        if setting:
-            return Path(setting).expanduser().absolute()
-        return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser().absolute() / "elman"
-    except RuntimeError:  # no home folder
-        return None
 
 
 def kernel_folder() -> Path | None:
