@@ -1,6 +1,6 @@
 """What share of a training step is data loading, and what does `import elman` cost?
 
-    python benchmarks/data_loading.py [--steps 50] [--out benchmarks/results/data_loading.json]
+    python -m benchmarks.data_loading [--out benchmarks/results/data_loading.json] [--commit HASH]
 
 Times, in one run: drawing a batch from a file of real text (warm page cache) and a whole training step of the demo's
 model, on the CPU and, where there is one, on the GPU; and fresh interpreters that import torch with and without elman.
@@ -9,11 +9,11 @@ model, on the CPU and, where there is one, on the GPU; and fresh interpreters th
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
 import statistics
 import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -23,12 +23,12 @@ import tyro
 from rich.console import Console
 from rich.table import Table
 
-from elman.environment import describe_environment, resolve_device
+from benchmarks.machine import machine
+from elman.environment import resolve_device
 from elman.mixers import mixer_config
 from elman.sizing import size_model
 from elman.training.config import TrainConfig
 from elman.training.loop import Trainer
-from elman.training.run import RunFolder
 from elman.training.start import demo_data
 
 
@@ -50,17 +50,17 @@ def import_seconds(code: str) -> float:
     return median_seconds(lambda: subprocess.run([sys.executable, "-c", code], check=True), 5)
 
 
-def main(steps: int = 30, out: Path | None = None) -> None:
-    """Measure and print; write JSON too if ``out`` is given."""
+def main(steps: int = 30, out: Path | None = None, commit: str | None = None) -> None:
+    """Measure and print; write JSON too if ``out`` is given. ``commit`` is for sources that are no git checkout."""
     console = Console()
     config = TrainConfig(data=demo_data(console), params="1m", depth=2, seq_len=128, batch_size=32, steps=10**6)
     model = size_model((mixer_config("e1")(),), params=config.param_count, depth=config.depth)
     rows = []
     for device in ("cpu", "cuda") if torch.cuda.is_available() else ("cpu",):
-        with tempfile.TemporaryDirectory() as folder:
-            trainer = Trainer(dataclasses.replace(config, device=device), model, RunFolder(Path(folder)), console)
-            step = median_seconds(trainer._train_step, steps)
-            batch = median_seconds(lambda t=trainer: t.sampler.batch(t.step), steps)  # type: ignore[misc]
+        trainer = Trainer(dataclasses.replace(config, device=device), model, console)
+        step = median_seconds(trainer._train_step, steps)
+        steps_drawn = itertools.count()
+        batch = median_seconds(lambda t=trainer, n=steps_drawn: t.sampler.batch(next(n)), steps)  # type: ignore[misc]
         rows.append({"device": device, "step_ms": step * 1e3, "batch_ms": batch * 1e3, "share": batch / step})
     imports = {name: import_seconds(f"import {name}") for name in ("torch", "torch, elman", "torch, elman.cli")}
     table = Table("device", "step, ms", "batch, ms", "share")
@@ -70,8 +70,8 @@ def main(steps: int = 30, out: Path | None = None) -> None:
     for name, seconds in imports.items():
         console.print(f"import {name}: {seconds:.2f} s")
     if out is not None:
-        environment = describe_environment(resolve_device("auto"))
-        out.write_text(json.dumps({"environment": environment, "rows": rows, "import_s": imports}, indent=2) + "\n")
+        facts = machine(resolve_device("auto"), commit)
+        out.write_text(json.dumps({"machine": facts, "rows": rows, "import_s": imports}, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -12,7 +12,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import platform
 import re
 import statistics
 import subprocess
@@ -21,12 +20,12 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
-from datetime import UTC, datetime
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
+from benchmarks.machine import machine
 from elman.errors import UsageError
 from elman.ops import BACKENDS, recurrence
 
@@ -180,29 +179,6 @@ def start_up_seconds() -> dict[str, float]:
     return dict(zip(("cold", "warm"), seconds, strict=True))
 
 
-def machine(commit: str | None) -> dict[str, object]:
-    """What the figures depend on."""
-    from elman.ops.cuda.compiler import compiler_version
-
-    def output_of(*command: str) -> str:
-        try:
-            return subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip()
-        except (OSError, subprocess.CalledProcessError):
-            return "unknown"
-
-    return {
-        "gpu": torch.cuda.get_device_name(),
-        "driver": output_of("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader").split("\n")[0],
-        "torch": torch.__version__,
-        "cuda": torch.version.cuda,
-        "cudnn": torch.backends.cudnn.version(),  # type: ignore[no-untyped-call]
-        "nvrtc": compiler_version(),
-        "python": platform.python_version(),
-        "commit": commit or output_of("git", "describe", "--always", "--dirty", "--abbrev=40"),
-        "date": datetime.now(UTC).isoformat(timespec="seconds"),
-    }
-
-
 def table(found: list[Row]) -> str:
     """Markdown: a line a shape, a column a rival, "µs a step forward / ms both passes" in each cell."""
     rivals = list(dict.fromkeys(row.rival for row in found))
@@ -244,7 +220,7 @@ def main() -> None:
     )
 
     result = {
-        "machine": machine(args.commit),
+        "machine": machine(torch.device("cuda"), args.commit),
         "seq_len": args.seq_len,
         "repeats": args.repeats,
         "start_up_seconds": start_up,
