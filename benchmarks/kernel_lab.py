@@ -42,13 +42,9 @@ class Config:
 
     @property
     def template(self):
-        if self.exchange[0] == "W":
-            return f"{self.register_units}, {self.shared_units}, {self.blocks}, {self.exchange[-1]}"
         return f"{self.row_tiles}, {self.register_units}, {self.shared_units}, {self.blocks}, persistent::{self.exchange}"
 
     def ring_bytes(self, values):
-        if self.exchange[0] == "W":
-            return SLOTS * self.groups * self.tiles * self.blocks * values * 16
         return SLOTS * self.groups * self.tiles * self.blocks * -(-values // 32) * 512
 
     def __str__(self):
@@ -61,8 +57,6 @@ CLUSTERS = {16: 7, 15: 7, 14: 7, 13: 8, 12: 8, 11: 8, 10: 11, 9: 11, 8: 15, 7: 1
 def fit(row_tiles, batch, hidden, exchange="PolledRing", blocks=1, sms=132, arch="90a"):
     """The grid and the split of the weights for CTAs of 16 * row_tiles hidden units; None if they do not fit."""
     columns = -(-hidden // (16 * row_tiles))
-    if exchange[0] == "W":
-        return fit_wide(batch, hidden, int(exchange[-1]), blocks, sms) if row_tiles == 4 and arch == "90a" and columns <= sms else None
     cluster = exchange == "ClusterPush"
     if columns > (16 if cluster else sms):
         return None
@@ -84,24 +78,9 @@ def fit(row_tiles, batch, hidden, exchange="PolledRing", blocks=1, sms=132, arch
     return Config(row_tiles, register_units, units - register_units, blocks, exchange, columns, -(-all_tiles // tiles), tiles, shared)
 
 
-def fit_wide(batch, hidden, stages, blocks, sms):
-    columns, rows = -(-hidden // 64), 8 * blocks
-    steps = -(-hidden // 32)
-    registers = min(steps, 40)
-    all_tiles = -(-batch // rows)
-    tiles = -(-all_tiles // min(sms // columns, all_tiles))
-    shared = 4 * rows * 68 * 4 + 4096 * (steps - registers) + 64 // rows * 2 * rows * 16 * 8 + stages * 2 * blocks * steps * 256
-    if shared > SHARED_LIMIT["90a"] * 1024 or registers + (steps - registers) != steps:
-        return None
-    return Config(4, registers, steps - registers, blocks, f"Wide{stages}", columns, -(-all_tiles // tiles), tiles, shared)
-
-
 def model(c, hidden):
     """A rough time of a step in microseconds, to choose among configurations."""
     units = c.register_units + c.shared_units
-    if c.exchange[0] == "W":
-        tile = 2 * units * max(4 * c.blocks, 16 if c.shared_units else 8) + 250
-        return max(c.tiles * tile, tile + 2600) / 1900
     mma = units * c.row_tiles * c.blocks * 4 * 6.5
     shared = (WARPS * c.shared_units * c.row_tiles * 1024 + c.blocks * 2 * WARPS * 8 * 16 * c.row_tiles * 4 + units * WARPS * 512 * 2 * c.blocks) / 128
     phase = max(mma + 60, shared, 500 + 150 * c.blocks)
@@ -111,20 +90,20 @@ def model(c, hidden):
     return max(c.tiles * phase, latency + 100 * (c.exchange[0] == "S")) / 1900
 
 
-EXCHANGES = ("Wide2", "Wide3", "PolledRing", "StagedRing2", "StagedRing3", "ClusterPush")
+EXCHANGES = ("PolledRing", "StagedRing2", "StagedRing3", "ClusterPush")
 
 
 def fits(batch, hidden, exchanges=EXCHANGES):
     return [
         c for x in exchanges for m in (1, 2, 3, 4, 5, 6, 7) for n in (1, 2)
-        if (c := fit(m, batch, hidden, x, n)) and (n == 1 or batch > 8) and (c.tiles > 1 or x[0] not in "SW") and (c.tiles < 4 or x[0] != "P") and (c.tiles > 3 or x != "StagedRing3")
+        if (c := fit(m, batch, hidden, x, n)) and (n == 1 or batch > 8) and (c.tiles > 1 or x[0] != "S") and (c.tiles < 4 or x[0] != "P") and (c.tiles > 3 or x != "StagedRing3")
     ]
 
 
-def candidates(batch, hidden, most=6):
+def candidates(batch, hidden, most=5):
     by_time = sorted(fits(batch, hidden), key=lambda c: model(c, hidden))
     rings, clusters = [[c for c in by_time if (c.exchange == "ClusterPush") == k] for k in (False, True)]
-    return rings[:most] + [c for c in rings[most:] if c.exchange[0] == 'W'][:3] + clusters[:2]
+    return rings[:most] + clusters[:2]
 
 
 def choose(batch, hidden):
@@ -145,7 +124,7 @@ class Nvrtc:
                 break
         assert self.lib, "no libnvrtc found"
 
-    def compile(self, names, arch="90a", header="wide.cuh"):
+    def compile(self, names, arch="90a", header="persistent.cuh"):
         texts = "".join(open(f).read() for f in sorted(glob.glob(os.path.join(SOURCE, "*.cuh"))))
         key = os.path.join(CUBINS, hashlib.sha256(repr((names, arch, texts)).encode()).hexdigest()[:20])
         if os.path.exists(key):
@@ -235,8 +214,7 @@ _built = {}
 
 
 def names_of(c, dtype="bf16", cell="Tanh"):
-    family = "wide" if c.exchange[0] == "W" else "persistent"
-    return [f"{family}_{d}<{dtype}, {cell}, {c.template}>" for d in ("forward", "backward")]
+    return [f"persistent_{d}<{dtype}, {cell}, {c.template}>" for d in ("forward", "backward")]
 
 
 def kernels(c, dtype="bf16", cell="Tanh", arch="90a"):
@@ -335,8 +313,7 @@ CHECKS = [
     f"24,250,1280,{B},{TANH},4,1.0,1,1,'PolledRing',2", f"33,61,1024,{B},{TANH},4,1.0,1,1,'ClusterPush',2", f"9,256,2048,{F},{TANH},3,1.0,1,1,'PolledRing',2",
     f"24,250,1280,{B},{TANH},4,1.0,1,1,'StagedRing3'", f"24,250,1288,{F},{TANH},5,1.0,1,1,'StagedRing3'", f"24,61,1024,{B},{SOFT},3,1.0,0,1,'StagedRing2'",
     f"9,256,2048,{F},{TANH},4,1.0,1,1,'StagedRing2'", f"24,250,1280,{B},{TANH},4,1.0,1,1,'StagedRing2',2", f"24,250,328,{F},{TANH},3,1.0,1,1,'StagedRing2',2", f"1,250,1000,{F},{TANH},3,1.0,1,1,'StagedRing3',2",
-    f"24,250,1280,{B},{TANH},4,1.0,1,1,'Wide2',2", f"24,250,1280,{F},{SOFT},4,1.0,1,1,'Wide3',1", f"24,61,1000,{B},{TANH},4,1.0,0,1,'Wide3',2", f"9,200,2048,{F},{TANH},4,1.0,1,1,'Wide2',1",
-    f"1,20,72,{F},{TANH},4,1.0,1,1,'Wide2',2", f"5,33,1768,{B},{TANH},4,1.0,1,1,'Wide2',2", f"12,300,520,{B},{TANH},4,1.0,1,1,'Wide3',2",
+    f"24,61,1024,{B},{TANH},3,1.0,0,1,'StagedRing3'", f"20,64,2048,{B},{TANH},2,1.0,0,1,'PolledRing'", f"33,64,512,{B},{TANH},4,1.0,1,1,'PolledRing'",
     f"5,20,72,{F},{SOFT},2,1.0,1,1,'PolledRing',2", f"12,100,520,{B},{TANH},3,1.0,1,1,'PolledRing',2",
 ]
 
