@@ -23,7 +23,9 @@ constexpr int kProductThreads = kProductWarps * 32;
 constexpr int kLastWarp = kThreads / 32 - 1;
 
 // Named barriers; 0 is __syncthreads. Sums alternate between two buffers.
-constexpr int kSumsFull = 1, kSumsEmpty = 3, kStepDone = 5;
+constexpr int kSumsFull = 1, kSumsEmpty = 3;
+// So do these two, from step to step.
+constexpr int kStepDone = 5, kStepFenced = 7;
 
 template <typename T>
 struct Problem {
@@ -55,17 +57,20 @@ struct Layout {
   static constexpr int kCellThreads = (kPassRows * kQuads + 31) / 32 * 32;
   static constexpr bool kExactThreads = kCellThreads == kPassRows * kQuads;
   static constexpr int kSumsThreads = kProductThreads + kCellThreads;
-  static constexpr bool kSpareWarp = kSumsThreads < kThreads;
+  // Where there are warps enough, two groups of cell threads take turns, each with a buffer of sums of its own.
+  static constexpr int kCellGroups = kProductThreads + 2 * kCellThreads <= kThreads ? 2 : 1;
+  static constexpr int kAllCells = kCellGroups * kCellThreads;
+  static constexpr bool kSpareWarp = kProductThreads + kAllCells < kThreads;
   // +4 words: the lane quads of a fragment store fall on different banks.
   static constexpr int kSumPitch = kRows + 4;
   static constexpr int kPartSums = kTileRows * kSumPitch;
   static constexpr int kBufferSums = kParts * kPartSums;
   static constexpr int kInputs = kBackward ? 1 + kGates : kGates;  // values a cell thread reads, for each unit
-  // Tiles whose inputs are in shared memory or on the way.
-  static constexpr int kStages = kTileRows > 32 ? 2 : 64 / kTileRows;
+  // Tiles of a cell group whose inputs are in shared memory or on the way.
+  static constexpr int kStages = (kTileRows > 16 ? 4 : 64 / kTileRows) / kCellGroups;
   static constexpr int kWeightOffset = 2 * kBufferSums * 4;
   static constexpr int kInputOffset = kWeightOffset + kWeightBytes;
-  static constexpr int kExchangeOffset = kInputOffset + kStages * kPasses * kInputs * kCellThreads * 8;
+  static constexpr int kExchangeOffset = kInputOffset + kStages * kPasses * kInputs * kAllCells * 8;
   static_assert(kColumns % 4 == 0, "a cell thread handles four hidden units");
   static_assert(kSumsThreads <= kThreads, "too many rows of W for the cell warps");
 };
@@ -83,7 +88,6 @@ struct Shape : Layout<Cell, kBackward, 16 * kRowTiles_, kBlocks_ * kBlockRows, k
   static constexpr int kGroup = (kUnits + kGroups - 1) / kGroups;
   // Registers of a product thread and of the others: 512 threads share 65536.
   static constexpr int kProductRegisters = kBlocks == 1 ? 208 : 200, kOtherRegisters = 256 - kProductRegisters;
-  static_assert(Shape::kSpareWarp, "too many rows of W for the cell warps");
 };
 
 // Eight consecutive k of one row of the stationary operand, zero outside the matrix.
@@ -193,13 +197,14 @@ template <typename S, typename Cell, typename T, typename Exchange>
 __device__ __forceinline__ void run_cells(const Problem<T>& p, const Exchange& exchange, const char* shared,
                                           const Part& part, int products) {
   constexpr int kGates = S::kGates, kPasses = S::kPasses;
-  const int thread = threadIdx.x - kProductThreads;
+  const int group = (threadIdx.x - kProductThreads) / S::kCellThreads;
+  const int thread = (threadIdx.x - kProductThreads) % S::kCellThreads;
   const int pass_row = thread / S::kQuads, unit = part.first_unit + thread % S::kQuads * 4;
   const bool working = pass_row < S::kPassRows && unit < p.hidden;
   auto group_row = [&](int tile, int n) { return (tile * kPasses + n) * S::kPassRows + pass_row; };
   auto inside = [&](int tile, int n) { return working && group_row(tile, n) < part.rows; };
 
-  for (int tile = 0; tile < part.tiles; ++tile)
+  for (int tile = group; tile < part.tiles; tile += S::kCellGroups)
     for (int n = 0; n < kPasses; ++n) {
       const int row = part.first_row + group_row(tile, n);
       Words2 words{0, 0};
@@ -224,19 +229,32 @@ __device__ __forceinline__ void run_cells(const Problem<T>& p, const Exchange& e
            (static_cast<u64>(row) * (gates * row_bytes) + (gate * row_bytes + unit_bytes));
   };
 
+  // The tiles of all steps are dealt to the cell groups in turn.
+  struct Place {
+    int step, tile;
+    u32 row;
+  };
+  auto advance = [&](Place& place, int tiles) {
+    for (int i = 0; i < tiles; ++i) {
+      place.row += S::kTileRows;
+      if (++place.tile == part.tiles) place.tile = 0, ++place.step, place.row += next_step;
+    }
+  };
+
   // Every thread copies its own inputs, so it alone waits for them. Backwards, the gradient of h comes before the v's.
-  const u32 inputs = shared_address(shared + S::kInputOffset) + thread * 8;
+  const u32 inputs = shared_address(shared + S::kInputOffset) + (group * S::kStages * kPasses * S::kInputs * S::kCellThreads + thread) * 8;
   constexpr int kStageBytes = kPasses * S::kInputs * S::kCellThreads * 8;
   auto input_slot = [&](int stage, int n, int i) {
     return inputs + stage * kStageBytes + (n * S::kInputs + i) * (S::kCellThreads * 8);
   };
-  u32 ahead = start;
-  int ahead_stage = 0, ahead_step = 0, ahead_tile = 0;
+  Place ahead{0, 0, start};
+  advance(ahead, group);
+  int ahead_stage = 0;
   auto fetch_ahead = [&]() {
 #pragma unroll
     for (int n = 0; n < kPasses; ++n)
-      if (inside(ahead_tile, n) && ahead_step < p.steps) {
-        const u32 row = ahead + n * S::kPassRows;
+      if (inside(ahead.tile, n) && ahead.step < p.steps) {
+        const u32 row = ahead.row + n * S::kPassRows;
         if constexpr (S::kBackward) copy_async(input_slot(ahead_stage, n, 0), at(p.input, row, 1, 0));
 #pragma unroll
         for (int gate = 0; gate < kGates; ++gate)
@@ -245,8 +263,7 @@ __device__ __forceinline__ void run_cells(const Problem<T>& p, const Exchange& e
       }
     commit_copies();
     ahead_stage = (ahead_stage + 1) % S::kStages;
-    ahead += S::kTileRows;
-    if (++ahead_tile == part.tiles) ahead_tile = 0, ++ahead_step, ahead += next_step;
+    advance(ahead, S::kCellGroups);
   };
   for (int i = 0; i < S::kStages - 1; ++i) fetch_ahead();
 
@@ -260,14 +277,38 @@ __device__ __forceinline__ void run_cells(const Problem<T>& p, const Exchange& e
         masked[n] = p.reset[static_cast<size_t>(S::kBackward ? p.steps - 1 - step : step + 1) * p.batch +
                             part.first_row + group_row(tile, n)];
   };
-  fetch_masks(0, 0);
+
+  // A step's wipes are fenced while the next one runs, and over before anything after that is published: several steps
+  // before anyone looks at a wiped slot again. The fence takes about half a step, so a warp of its own does it, or the
+  // first cell warp where none is left.
+  auto finish_steps = [&](int from, int to) {
+    if constexpr (Exchange::kWipes) {
+      for (int step = from; step < to && step < products; ++step) {
+        if (step + 1 < products) {
+          if (S::kSpareWarp || group > 0 || thread >= 32) {
+            barrier_arrive(kStepDone + (step & 1), S::kAllCells + (S::kSpareWarp ? 32 : 0));
+          } else {
+            barrier_sync(kStepDone + (step & 1), S::kAllCells);
+            fence_gpu();
+            barrier_arrive(kStepFenced + (step & 1), S::kAllCells + 32);
+          }
+        }
+        if (step > 0) barrier_sync(kStepFenced + (step - 1 & 1), S::kAllCells + 32);
+      }
+    }
+  };
 
   const float* sums = reinterpret_cast<const float*>(shared) + pass_row * S::kSumPitch + thread % S::kQuads * 4;
-  int phase = 0;
-  u32 here = start;
-  for (int step = 0; step < products; ++step, here += next_step) {
-    for (int tile = 0; tile < part.tiles; ++tile, ++phase, here += S::kTileRows) {
-      const int buffer = phase & 1, stage = phase % S::kStages;
+  Place here{0, 0, start};
+  advance(here, group);
+  finish_steps(0, here.step);
+  fetch_masks(here.step, here.tile);
+  Place next = here;
+  for (int turn = 0; here.step < products; ++turn, here = next) {
+    const int step = here.step, tile = here.tile;
+    const int buffer = S::kCellGroups == 2 ? group : turn & 1, stage = turn % S::kStages;
+    advance(next, S::kCellGroups);
+    {
       // All that does not depend on the sums happens before they come: backwards, the derivative of the cell.
       wait_copies<S::kStages - 2>();
       float given[kPasses][S::kBackward ? 1 : kGates][4], slope[kPasses][kGates][4];
@@ -327,6 +368,7 @@ __device__ __forceinline__ void run_cells(const Problem<T>& p, const Exchange& e
             store_stream(at(p.initial_gradient, group_start + tile * S::kTileRows + n * S::kPassRows, 1, 0),
                          pack<T>(sum[n][0]));
         fetch_ahead();
+        finish_steps(step, next.step);
         continue;
       }
 
@@ -369,7 +411,7 @@ __device__ __forceinline__ void run_cells(const Problem<T>& p, const Exchange& e
             exchange.wipe(step - 1, group_row(tile, n), gate * p.hidden + unit);
         }
         if (!inside(tile, n)) continue;
-        const u32 row = here + n * S::kPassRows;
+        const u32 row = here.row + n * S::kPassRows;
 #pragma unroll
         for (int gate = 0; gate < S::kIn; ++gate)
           store_stream(at(p.output, row, S::kIn, gate), published[n][gate]);
@@ -378,26 +420,21 @@ __device__ __forceinline__ void run_cells(const Problem<T>& p, const Exchange& e
           for (int gate = 0; gate < kGates; ++gate) store_stream(at(p.v, row, kGates, gate), kept[n][gate]);
         }
       }
-      const bool last_tile = tile + 1 == part.tiles;
-      fetch_masks(step + last_tile, last_tile ? 0 : tile + 1);
+      fetch_masks(next.step, next.tile);
       fetch_ahead();
-    }
-    if constexpr (Exchange::kWipes) {
-      barrier_sync(kStepDone, S::kCellThreads + (S::kSpareWarp ? 32 : 0));
-      if (!S::kSpareWarp && thread < 32) fence_gpu();
+      finish_steps(step, next.step);
     }
   }
 }
 
-// The fence behind a step's wipes takes about half a step: off the cell warps' path where a warp is free for it. They meet this warp at the end of
-// every step, so a fence is over before the last tile of the step after, several steps before anyone looks at the wiped
-// slot again.
+// See finish_steps.
 template <typename S, typename Exchange>
 __device__ __forceinline__ void run_fences(int products) {
   if constexpr (Exchange::kWipes) {
-    for (int step = 0; step < products; ++step) {
-      barrier_sync(kStepDone, S::kCellThreads + 32);
+    for (int step = 0; step + 1 < products; ++step) {
+      barrier_sync(kStepDone + (step & 1), S::kAllCells + 32);
       fence_gpu();
+      barrier_arrive(kStepFenced + (step & 1), S::kAllCells + 32);
     }
   }
 }
@@ -429,9 +466,9 @@ __device__ __forceinline__ void run(const Problem<T>& p) {
     run_products<S>(p, exchange, shared, part, products);
   } else {
     give_registers<S::kOtherRegisters>();
-    if (warp < kProductWarps + S::kCellThreads / 32)
+    if (warp < kProductWarps + S::kAllCells / 32)
       run_cells<S, Cell>(p, exchange, shared, part, products);
-    else if (warp == kLastWarp)
+    else if (S::kSpareWarp && warp == kLastWarp)
       run_fences<S, Exchange<T, S::kUnits, S::kBlocks>>(products);
   }
   __syncwarp();
