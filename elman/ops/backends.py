@@ -37,11 +37,13 @@ class Backend:
         run: all steps, of arguments that have been checked: ``(pre, operator, h0, cell, reset) -> (h, h_last)``.
         why_not: in words, why it cannot run a problem, the cure included; None if it can.
         status: whether ``auto`` may use it on this machine, and how or why not.
+        pays: whether it is likely to beat the slower backends on a problem that it can run; ``auto`` asks.
     """
 
     run: Callable[[Tensor, Operator, Tensor | None, Cell, Tensor | None], tuple[Tensor, Tensor]]
     why_not: Callable[[Problem], str | None]
     status: Callable[[], tuple[bool, str]]
+    pays: Callable[[Problem], bool] = lambda problem: True
 
 
 #: Every backend by name, from the plainest to the fastest.
@@ -50,12 +52,14 @@ BACKENDS: dict[str, Backend] = {
         reference.run, lambda problem: None, lambda: (True, "every cell, operator, dtype and device, in plain PyTorch")
     ),
     "loop": Backend(functools.partial(fused.run, "loop"), loop.why_not, loop.status),
-    "persistent": Backend(functools.partial(fused.run, "persistent"), persistent.why_not, persistent.status),
+    "persistent": Backend(
+        functools.partial(fused.run, "persistent"), persistent.why_not, persistent.status, persistent.pays
+    ),
 }
 
 
 def choose(name: str, problem: Problem) -> str:
-    """The name itself where that backend can run the problem; for ``auto`` the fastest that can, on the CPU reference.
+    """The name itself where that backend can run the problem; for ``auto`` the fastest that can, reference on the CPU.
 
     Raises:
         UsageError: there is no such backend, or it cannot run the problem; the message says why.
@@ -63,7 +67,8 @@ def choose(name: str, problem: Problem) -> str:
     if name == "auto":
         if problem.device.type != "cuda":
             return "reference"
-        return next(name for name, backend in reversed(BACKENDS.items()) if backend.why_not(problem) is None)
+        able = (name for name, backend in reversed(BACKENDS.items()) if backend.why_not(problem) is None)
+        return next(name for name in able if BACKENDS[name].pays(problem))
     if name not in BACKENDS:
         raise UsageError(f"backend={name!r} is unknown: choose auto or one of {', '.join(BACKENDS)}")
     reason = BACKENDS[name].why_not(problem)

@@ -1,5 +1,7 @@
 """The choice of a backend: what auto takes, and what an explicit choice that cannot run says."""
 
+import dataclasses
+
 import pytest
 import torch
 
@@ -22,10 +24,14 @@ def test_auto_on_the_cpu_is_the_reference() -> None:
     assert torch.autograd.grad(first.sum(), p.pre)[0].isfinite().all()
 
 
-def test_auto_on_a_gpu_is_the_last_that_can() -> None:
-    chosen = backends.choose("auto", problem())
-    assert chosen == [name for name, backend in BACKENDS.items() if backend.why_not(problem()) is None][-1]
-    assert chosen != "reference"
+def test_auto_on_a_gpu_is_the_last_that_can_and_pays(monkeypatch: pytest.MonkeyPatch) -> None:
+    able = dataclasses.replace(BACKENDS["persistent"], why_not=lambda p: None, pays=lambda p: p.batch_size < 100)
+    monkeypatch.setitem(BACKENDS, "persistent", able)
+    assert backends.choose("auto", problem()) == "persistent"
+    assert backends.choose("auto", dataclasses.replace(problem(), batch_size=100)) == "loop"
+    unable = dataclasses.replace(able, why_not=lambda p: "no")
+    monkeypatch.setitem(BACKENDS, "persistent", unable)
+    assert backends.choose("auto", problem()) == "loop"
 
 
 def test_a_backend_that_cannot_run_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
