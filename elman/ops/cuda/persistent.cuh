@@ -9,8 +9,8 @@
 // Batch rows are independent, so each tile of 8 or 16 rows runs at its own pace: while one tile's state travels between
 // the CTAs (exchange.cuh), the tensor cores work on the next.
 //
-// Roles of the 16 warps: 0-7 products; then one a row tile of W sums, applies the cell, publishes and stores; the last
-// fences; any between have nothing to do.
+// Roles of the 16 warps: 0-7 multiply; then one or two a row tile of W sum up, apply the cell, publish and store; the
+// last, if it is left over, fences; any between have nothing to do.
 #pragma once
 
 #include "cells.cuh"
@@ -42,52 +42,50 @@ struct Problem {
   int tiles;  // row tiles of a group
 };
 
-// What the cell warps need to know of a kernel: kRows rows of W a CTA, tiles of kTileRows batch rows, of which the cell
-// threads take kPassRows at once, and kParts partial sums of every product.
-template <typename Cell, bool kBackward_, int kRows_, int kTileRows_, int kPassRows_, int kParts_, int kWeightBytes>
-struct Layout {
+// The shape of one instantiation: 16 x kRowTiles rows of W a CTA, of which a product warp holds kRegisterUnits units of
+// depth in registers and kSharedUnits in shared memory, against tiles of 8 x kBlocks batch rows.
+template <typename Cell, bool kBackward_, int kRowTiles_, int kRegisterUnits_, int kSharedUnits_, int kBlocks_>
+struct Shape {
   static constexpr bool kBackward = kBackward_;
-  static constexpr int kRows = kRows_, kTileRows = kTileRows_, kPassRows = kPassRows_, kParts = kParts_;
-  static constexpr int kPasses = kTileRows / kPassRows;
+  static constexpr int kRowTiles = kRowTiles_, kRegisterUnits = kRegisterUnits_, kSharedUnits = kSharedUnits_;
+  static constexpr int kUnits = kRegisterUnits + kSharedUnits;
+  static constexpr int kBlocks = kBlocks_, kTileRows = kBlocks * kBlockRows;
+  static constexpr int kRows = 16 * kRowTiles;
   static constexpr int kGates = Cell::kGates;
   static constexpr int kIn = kBackward ? kGates : 1;   // values that a hidden unit publishes
   static constexpr int kOut = kBackward ? 1 : kGates;  // rows of the product that a hidden unit needs
   static constexpr int kColumns = kRows / kOut;        // hidden units a CTA
   static constexpr int kQuads = kColumns / 4;
-  static constexpr int kCellThreads = (kPassRows * kQuads + 31) / 32 * 32;
-  static constexpr bool kExactThreads = kCellThreads == kPassRows * kQuads;
-  static constexpr int kSumsThreads = kProductThreads + kCellThreads;
-  // Where there are warps enough, two groups of cell threads take turns, each with a buffer of sums of its own.
-  static constexpr int kCellGroups = kProductThreads + 2 * kCellThreads <= kThreads ? 2 : 1;
-  static constexpr int kAllCells = kCellGroups * kCellThreads;
-  static constexpr bool kSpareWarp = kProductThreads + kAllCells < kThreads;
-  // +4 words: the lane quads of a fragment store fall on different banks.
-  static constexpr int kSumPitch = kRows + 4;
-  static constexpr int kPartSums = kTileRows * kSumPitch;
-  static constexpr int kBufferSums = kParts * kPartSums;
-  static constexpr int kInputs = kBackward ? 1 + kGates : kGates;  // values a cell thread reads, for each unit
-  // Tiles of a cell group whose inputs are in shared memory or on the way.
-  static constexpr int kStages = (kTileRows > 16 ? 4 : 64 / kTileRows) / kCellGroups;
-  static constexpr int kWeightOffset = 2 * kBufferSums * 4;
-  static constexpr int kInputOffset = kWeightOffset + kWeightBytes;
-  static constexpr int kExchangeOffset = kInputOffset + kStages * kPasses * kInputs * kAllCells * 8;
-  static_assert(kColumns % 4 == 0, "a cell thread handles four hidden units");
-  static_assert(kSumsThreads <= kThreads, "too many rows of W for the cell warps");
-};
 
-// The shape of one instantiation for mma.sync: 16 x kRowTiles rows of W a CTA, of which a product warp holds
-// kRegisterUnits units of depth in registers and kSharedUnits in shared memory, against tiles of 8 x kBlocks batch rows.
-template <typename Cell, bool kBackward, int kRowTiles_, int kRegisterUnits_, int kSharedUnits_, int kBlocks_>
-struct Shape : Layout<Cell, kBackward, 16 * kRowTiles_, kBlocks_ * kBlockRows, kBlockRows, kProductWarps,
-                      kProductWarps * kSharedUnits_ * kRowTiles_ * 1024> {
-  static constexpr int kRowTiles = kRowTiles_, kRegisterUnits = kRegisterUnits_, kSharedUnits = kSharedUnits_;
-  static constexpr int kBlocks = kBlocks_, kUnits = kRegisterUnits + kSharedUnits;
   // Units whose fragments are received together: enough to keep the tensor cores busy, few enough for the registers.
   static constexpr int kGroupLimit = kBlocks == 1 ? 5 : 3;
   static constexpr int kGroups = (kUnits + kGroupLimit - 1) / kGroupLimit;
   static constexpr int kGroup = (kUnits + kGroups - 1) / kGroups;
   // Registers of a product thread and of the others: 512 threads share 65536.
   static constexpr int kProductRegisters = kBlocks == 1 ? 208 : 200, kOtherRegisters = 256 - kProductRegisters;
+
+  static constexpr int kCellThreads = (kBlockRows * kQuads + 31) / 32 * 32;
+  static constexpr bool kExactThreads = kCellThreads == kBlockRows * kQuads;
+  static constexpr int kSumsThreads = kProductThreads + kCellThreads;
+  // Where there are warps enough, two groups of cell threads take turns, each with a buffer of sums of its own.
+  static constexpr int kCellGroups = kProductThreads + 2 * kCellThreads <= kThreads ? 2 : 1;
+  static constexpr int kAllCells = kCellGroups * kCellThreads;
+  static constexpr bool kSpareWarp = kProductThreads + kAllCells < kThreads;
+
+  // +4 words: the lane quads of a fragment store fall on different banks.
+  static constexpr int kSumPitch = kRows + 4;
+  static constexpr int kWarpSums = kTileRows * kSumPitch;
+  static constexpr int kBufferSums = kProductWarps * kWarpSums;
+  static constexpr int kInputs = kBackward ? 1 + kGates : kGates;  // values a cell thread reads, for each unit
+  // Tiles of a cell group whose inputs are in shared memory or on the way.
+  static constexpr int kStages = 8 / kBlocks / kCellGroups;
+  static constexpr int kWeightOffset = 2 * kBufferSums * 4;
+  static constexpr int kInputOffset = kWeightOffset + kProductWarps * kSharedUnits * kRowTiles * 1024;
+  static constexpr int kExchangeOffset = kInputOffset + kStages * kBlocks * kInputs * kAllCells * 8;
+
+  static_assert(kBlocks == 1 || kBlocks == 2, "stages of inputs are counted for tiles of 8 or 16 rows");
+  static_assert(kColumns % 4 == 0, "a cell thread handles four hidden units");
+  static_assert(kProductThreads + kAllCells <= kThreads, "too many rows of W for the cell warps");
 };
 
 // Eight consecutive k of one row of the stationary operand, zero outside the matrix.
@@ -140,7 +138,7 @@ __device__ __forceinline__ void run_products(const Problem<T>& p, Exchange& exch
       }
     }
 
-  float* sums = reinterpret_cast<float*>(shared) + warp * S::kPartSums + (lane & 3) * 2 * S::kSumPitch + lane_row();
+  float* sums = reinterpret_cast<float*>(shared) + warp * S::kWarpSums + (lane & 3) * 2 * S::kSumPitch + lane_row();
   exchange.start();
 
   int phase = 0;
@@ -192,20 +190,20 @@ __device__ __forceinline__ void run_products(const Problem<T>& p, Exchange& exch
   for (int last = max(phase - 2, 0); last < phase; ++last) barrier_sync(kSumsEmpty + (last & 1), S::kSumsThreads);
 }
 
-// A cell thread looks after four hidden units of one row of every pass.
+// A cell thread looks after four hidden units of one row of every block.
 template <typename S, typename Cell, typename T, typename Exchange>
 __device__ __forceinline__ void run_cells(const Problem<T>& p, const Exchange& exchange, const char* shared,
                                           const Part& part, int products) {
-  constexpr int kGates = S::kGates, kPasses = S::kPasses;
+  constexpr int kGates = S::kGates, kBlocks = S::kBlocks;
   const int group = (threadIdx.x - kProductThreads) / S::kCellThreads;
   const int thread = (threadIdx.x - kProductThreads) % S::kCellThreads;
-  const int pass_row = thread / S::kQuads, unit = part.first_unit + thread % S::kQuads * 4;
-  const bool working = pass_row < S::kPassRows && unit < p.hidden;
-  auto group_row = [&](int tile, int n) { return (tile * kPasses + n) * S::kPassRows + pass_row; };
+  const int block_row = thread / S::kQuads, unit = part.first_unit + thread % S::kQuads * 4;
+  const bool working = block_row < kBlockRows && unit < p.hidden;
+  auto group_row = [&](int tile, int n) { return (tile * kBlocks + n) * kBlockRows + block_row; };
   auto inside = [&](int tile, int n) { return working && group_row(tile, n) < part.rows; };
 
   for (int tile = group; tile < part.tiles; tile += S::kCellGroups)
-    for (int n = 0; n < kPasses; ++n) {
+    for (int n = 0; n < kBlocks; ++n) {
       const int row = part.first_row + group_row(tile, n);
       Words2 words{0, 0};
       if (!S::kBackward && p.initial && inside(tile, n) && !(p.reset && p.reset[row])) {
@@ -222,7 +220,7 @@ __device__ __forceinline__ void run_cells(const Problem<T>& p, const Exchange& e
   // Rows of the whole sequence, (t, batch row), count in 32 bits; a thread moves on from tile to tile and step to step.
   const u32 row_bytes = p.hidden * sizeof(T), unit_bytes = unit * sizeof(T);
   const u32 next_step = (S::kBackward ? -p.batch : p.batch) - part.tiles * S::kTileRows;
-  const u32 group_start = part.first_row + pass_row;
+  const u32 group_start = part.first_row + block_row;
   const u32 start = (S::kBackward ? (p.steps - 1) * p.batch : 0) + group_start;
   auto at = [&](const T* base, u32 row, int gates, int gate) {
     return reinterpret_cast<char*>(const_cast<T*>(base)) +
@@ -230,31 +228,31 @@ __device__ __forceinline__ void run_cells(const Problem<T>& p, const Exchange& e
   };
 
   // The tiles of all steps are dealt to the cell groups in turn.
-  struct Place {
+  struct Turn {
     int step, tile;
     u32 row;
   };
-  auto advance = [&](Place& place, int tiles) {
+  auto advance = [&](Turn& at, int tiles) {
     for (int i = 0; i < tiles; ++i) {
-      place.row += S::kTileRows;
-      if (++place.tile == part.tiles) place.tile = 0, ++place.step, place.row += next_step;
+      at.row += S::kTileRows;
+      if (++at.tile == part.tiles) at.tile = 0, ++at.step, at.row += next_step;
     }
   };
 
   // Every thread copies its own inputs, so it alone waits for them. Backwards, the gradient of h comes before the v's.
-  const u32 inputs = shared_address(shared + S::kInputOffset) + (group * S::kStages * kPasses * S::kInputs * S::kCellThreads + thread) * 8;
-  constexpr int kStageBytes = kPasses * S::kInputs * S::kCellThreads * 8;
+  constexpr int kStageBytes = kBlocks * S::kInputs * S::kCellThreads * 8;
+  const u32 inputs = shared_address(shared + S::kInputOffset) + group * S::kStages * kStageBytes + thread * 8;
   auto input_slot = [&](int stage, int n, int i) {
     return inputs + stage * kStageBytes + (n * S::kInputs + i) * (S::kCellThreads * 8);
   };
-  Place ahead{0, 0, start};
+  Turn ahead{0, 0, start};
   advance(ahead, group);
   int ahead_stage = 0;
   auto fetch_ahead = [&]() {
 #pragma unroll
-    for (int n = 0; n < kPasses; ++n)
+    for (int n = 0; n < kBlocks; ++n)
       if (inside(ahead.tile, n) && ahead.step < p.steps) {
-        const u32 row = ahead.row + n * S::kPassRows;
+        const u32 row = ahead.row + n * kBlockRows;
         if constexpr (S::kBackward) copy_async(input_slot(ahead_stage, n, 0), at(p.input, row, 1, 0));
 #pragma unroll
         for (int gate = 0; gate < kGates; ++gate)
@@ -268,11 +266,11 @@ __device__ __forceinline__ void run_cells(const Problem<T>& p, const Exchange& e
   for (int i = 0; i < S::kStages - 1; ++i) fetch_ahead();
 
   // What a step publishes crosses into the next time step forwards, and out of its own backwards.
-  u32 masked[kPasses] = {};
+  u32 masked[kBlocks] = {};
   auto fetch_masks = [&](int step, int tile) {
     if (!p.reset || step + (S::kBackward ? 0 : 1) >= p.steps) return;
 #pragma unroll
-    for (int n = 0; n < kPasses; ++n)
+    for (int n = 0; n < kBlocks; ++n)
       if (inside(tile, n))
         masked[n] = p.reset[static_cast<size_t>(S::kBackward ? p.steps - 1 - step : step + 1) * p.batch +
                             part.first_row + group_row(tile, n)];
@@ -293,137 +291,136 @@ __device__ __forceinline__ void run_cells(const Problem<T>& p, const Exchange& e
             barrier_arrive(kStepFenced + (step & 1), S::kAllCells + 32);
           }
         }
-        if (step > 0) barrier_sync(kStepFenced + (step - 1 & 1), S::kAllCells + 32);
+        if (step > 0) barrier_sync(kStepFenced + ((step - 1) & 1), S::kAllCells + 32);
       }
     }
   };
 
-  const float* sums = reinterpret_cast<const float*>(shared) + pass_row * S::kSumPitch + thread % S::kQuads * 4;
-  Place here{0, 0, start};
+  const float* sums = reinterpret_cast<const float*>(shared) + block_row * S::kSumPitch + thread % S::kQuads * 4;
+  Turn here{0, 0, start};
   advance(here, group);
   finish_steps(0, here.step);
   fetch_masks(here.step, here.tile);
-  Place next = here;
+  Turn next = here;
   for (int turn = 0; here.step < products; ++turn, here = next) {
     const int step = here.step, tile = here.tile;
     const int buffer = S::kCellGroups == 2 ? group : turn & 1, stage = turn % S::kStages;
     advance(next, S::kCellGroups);
-    {
-      // All that does not depend on the sums happens before they come: backwards, the derivative of the cell.
-      wait_copies<S::kStages - 2>();
-      float given[kPasses][S::kBackward ? 1 : kGates][4], slope[kPasses][kGates][4];
-#pragma unroll
-      for (int n = 0; n < kPasses; ++n) {
-        if constexpr (S::kBackward) {
-          unpack<T>(load_shared8(input_slot(stage, n, 0)), given[n][0]);
-          float v[kGates][4];
-#pragma unroll
-          for (int gate = 0; gate < kGates; ++gate) unpack<T>(load_shared8(input_slot(stage, n, 1 + gate)), v[gate]);
-#pragma unroll
-          for (int j = 0; j < 4; ++j) {
-            float unit_v[kGates], unit_slope[kGates];
-#pragma unroll
-            for (int gate = 0; gate < kGates; ++gate) unit_v[gate] = v[gate][j];
-            Cell::slope(unit_v, unit_slope);
-#pragma unroll
-            for (int gate = 0; gate < kGates; ++gate) settle(slope[n][gate][j] = unit_slope[gate]);
-          }
-          if (step == 0 && p.last_gradient && inside(tile, n)) {
-            float last[4];
-            unpack<T>(*reinterpret_cast<const Words2*>(
-                          at(p.last_gradient, group_start + tile * S::kTileRows + n * S::kPassRows, 1, 0)),
-                      last);
-#pragma unroll
-            for (int j = 0; j < 4; ++j) given[n][0][j] += last[j];
-          }
-        } else {
-#pragma unroll
-          for (int gate = 0; gate < kGates; ++gate)
-            unpack<T>(load_shared8(input_slot(stage, n, gate)), given[n][gate]);
-        }
-      }
 
-      barrier_sync(kSumsFull + buffer, S::kSumsThreads);
-      float sum[kPasses][S::kOut][4] = {};
-      if (S::kExactThreads || pass_row < S::kPassRows) {
+    // All that does not depend on the sums happens before they come: backwards, the derivative of the cell.
+    wait_copies<S::kStages - 2>();
+    float given[kBlocks][S::kBackward ? 1 : kGates][4], slope[kBlocks][kGates][4];
 #pragma unroll
-        for (int n = 0; n < kPasses; ++n)
+    for (int n = 0; n < kBlocks; ++n) {
+      if constexpr (S::kBackward) {
+        unpack<T>(load_shared8(input_slot(stage, n, 0)), given[n][0]);
+        float v[kGates][4];
 #pragma unroll
-          for (int part = 0; part < S::kParts; ++part)
+        for (int gate = 0; gate < kGates; ++gate) unpack<T>(load_shared8(input_slot(stage, n, 1 + gate)), v[gate]);
 #pragma unroll
-            for (int out = 0; out < S::kOut; ++out) {
-              const float4 part_sum = *reinterpret_cast<const float4*>(
-                  sums + buffer * S::kBufferSums + part * S::kPartSums + n * S::kPassRows * S::kSumPitch +
-                  out * S::kColumns);
-              sum[n][out][0] += part_sum.x, sum[n][out][1] += part_sum.y;
-              sum[n][out][2] += part_sum.z, sum[n][out][3] += part_sum.w;
-            }
+        for (int j = 0; j < 4; ++j) {
+          float unit_v[kGates], unit_slope[kGates];
+#pragma unroll
+          for (int gate = 0; gate < kGates; ++gate) unit_v[gate] = v[gate][j];
+          Cell::slope(unit_v, unit_slope);
+#pragma unroll
+          for (int gate = 0; gate < kGates; ++gate) settle(slope[n][gate][j] = unit_slope[gate]);
+        }
+        if (step == 0 && p.last_gradient && inside(tile, n)) {
+          float last[4];
+          unpack<T>(*reinterpret_cast<const Words2*>(
+                        at(p.last_gradient, group_start + tile * S::kTileRows + n * kBlockRows, 1, 0)),
+                    last);
+#pragma unroll
+          for (int j = 0; j < 4; ++j) given[n][0][j] += last[j];
+        }
+      } else {
+#pragma unroll
+        for (int gate = 0; gate < kGates; ++gate)
+          unpack<T>(load_shared8(input_slot(stage, n, gate)), given[n][gate]);
       }
-      barrier_arrive(kSumsEmpty + buffer, S::kSumsThreads);
+    }
 
-      if (S::kBackward && step == p.steps) {
+    barrier_sync(kSumsFull + buffer, S::kSumsThreads);
+    float sum[kBlocks][S::kOut][4] = {};
+    if (S::kExactThreads || block_row < kBlockRows) {
 #pragma unroll
-        for (int n = 0; n < kPasses; ++n)
-          if (inside(tile, n))
-            store_stream(at(p.initial_gradient, group_start + tile * S::kTileRows + n * S::kPassRows, 1, 0),
-                         pack<T>(sum[n][0]));
-        fetch_ahead();
-        finish_steps(step, next.step);
-        continue;
-      }
+      for (int n = 0; n < kBlocks; ++n)
+#pragma unroll
+        for (int warp = 0; warp < kProductWarps; ++warp)
+#pragma unroll
+          for (int out = 0; out < S::kOut; ++out) {
+            const float4 part_sum = *reinterpret_cast<const float4*>(
+                sums + buffer * S::kBufferSums + warp * S::kWarpSums + n * kBlockRows * S::kSumPitch +
+                out * S::kColumns);
+            sum[n][out][0] += part_sum.x, sum[n][out][1] += part_sum.y;
+            sum[n][out][2] += part_sum.z, sum[n][out][3] += part_sum.w;
+          }
+    }
+    barrier_arrive(kSumsEmpty + buffer, S::kSumsThreads);
 
-      Words2 published[kPasses][S::kIn], kept[kPasses][kGates];
+    if (S::kBackward && step == p.steps) {
 #pragma unroll
-      for (int n = 0; n < kPasses; ++n) {
-        if constexpr (S::kBackward) {
-#pragma unroll
-          for (int gate = 0; gate < kGates; ++gate) {
-            float dv[4];
-#pragma unroll
-            for (int j = 0; j < 4; ++j) dv[j] = (given[n][0][j] + sum[n][0][j]) * slope[n][gate][j];
-            published[n][gate] = pack<T>(dv);
-          }
-        } else {
-          float h[4];
-#pragma unroll
-          for (int j = 0; j < 4; ++j) {
-            float unit_v[kGates];
-#pragma unroll
-            for (int gate = 0; gate < kGates; ++gate) unit_v[gate] = given[n][gate][j] += sum[n][gate][j];
-            h[j] = Cell::template forward<T::kCoarse>(unit_v);
-          }
-          published[n][0] = pack<T>(h);
-#pragma unroll
-          for (int gate = 0; gate < kGates; ++gate) kept[n][gate] = pack<T>(given[n][gate]);
-        }
-        if (step + 1 < products) {
-#pragma unroll
-          for (int gate = 0; gate < S::kIn; ++gate)
-            exchange.publish(step + 1, group_row(tile, n), gate * p.hidden + unit,
-                             masked[n] ? Words2{0, 0} : published[n][gate], working);
-        }
-      }
-#pragma unroll
-      for (int n = 0; n < kPasses; ++n) {
-        if (step > 0 && working) {
-#pragma unroll
-          for (int gate = 0; gate < S::kIn; ++gate)
-            exchange.wipe(step - 1, group_row(tile, n), gate * p.hidden + unit);
-        }
-        if (!inside(tile, n)) continue;
-        const u32 row = here.row + n * S::kPassRows;
-#pragma unroll
-        for (int gate = 0; gate < S::kIn; ++gate)
-          store_stream(at(p.output, row, S::kIn, gate), published[n][gate]);
-        if (!S::kBackward && p.v) {
-#pragma unroll
-          for (int gate = 0; gate < kGates; ++gate) store_stream(at(p.v, row, kGates, gate), kept[n][gate]);
-        }
-      }
-      fetch_masks(next.step, next.tile);
+      for (int n = 0; n < kBlocks; ++n)
+        if (inside(tile, n))
+          store_stream(at(p.initial_gradient, group_start + tile * S::kTileRows + n * kBlockRows, 1, 0),
+                       pack<T>(sum[n][0]));
       fetch_ahead();
       finish_steps(step, next.step);
+      continue;
     }
+
+    Words2 published[kBlocks][S::kIn], kept[kBlocks][kGates];
+#pragma unroll
+    for (int n = 0; n < kBlocks; ++n) {
+      if constexpr (S::kBackward) {
+#pragma unroll
+        for (int gate = 0; gate < kGates; ++gate) {
+          float dv[4];
+#pragma unroll
+          for (int j = 0; j < 4; ++j) dv[j] = (given[n][0][j] + sum[n][0][j]) * slope[n][gate][j];
+          published[n][gate] = pack<T>(dv);
+        }
+      } else {
+        float h[4];
+#pragma unroll
+        for (int j = 0; j < 4; ++j) {
+          float unit_v[kGates];
+#pragma unroll
+          for (int gate = 0; gate < kGates; ++gate) unit_v[gate] = given[n][gate][j] += sum[n][gate][j];
+          h[j] = Cell::template forward<T::kCoarse>(unit_v);
+        }
+        published[n][0] = pack<T>(h);
+#pragma unroll
+        for (int gate = 0; gate < kGates; ++gate) kept[n][gate] = pack<T>(given[n][gate]);
+      }
+      if (step + 1 < products) {
+#pragma unroll
+        for (int gate = 0; gate < S::kIn; ++gate)
+          exchange.publish(step + 1, group_row(tile, n), gate * p.hidden + unit,
+                           masked[n] ? Words2{0, 0} : published[n][gate], working);
+      }
+    }
+#pragma unroll
+    for (int n = 0; n < kBlocks; ++n) {
+      if (step > 0 && working) {
+#pragma unroll
+        for (int gate = 0; gate < S::kIn; ++gate)
+          exchange.wipe(step - 1, group_row(tile, n), gate * p.hidden + unit);
+      }
+      if (!inside(tile, n)) continue;
+      const u32 row = here.row + n * kBlockRows;
+#pragma unroll
+      for (int gate = 0; gate < S::kIn; ++gate)
+        store_stream(at(p.output, row, S::kIn, gate), published[n][gate]);
+      if (!S::kBackward && p.v) {
+#pragma unroll
+        for (int gate = 0; gate < kGates; ++gate) store_stream(at(p.v, row, kGates, gate), kept[n][gate]);
+      }
+    }
+    fetch_masks(next.step, next.tile);
+    fetch_ahead();
+    finish_steps(step, next.step);
   }
 }
 
