@@ -14,7 +14,9 @@ constexpr int kBlockRows = 8;   // batch rows of a block: the n of mma.m16n8k16
 constexpr int kUnitDepth = 32;  // k of a unit of work: 16 bytes a lane, two mma deep
 constexpr int kProductWarps = 8;
 constexpr int kDepthStride = kProductWarps * kUnitDepth;  // units of depth are dealt to the warps in turn
-constexpr u32 kSpinLimit = 1u << 23;  // polls of about 0.3 us before a wait counts as a bug and ends the kernel
+// A wait that takes longer counts as a bug and ends the kernel: polls of about 0.3 us, or nanoseconds.
+constexpr u32 kSpinLimit = 1u << 23;
+constexpr u64 kPatience = 5'000'000'000;
 
 // What a CTA works on.
 struct Part {
@@ -248,8 +250,14 @@ struct ClusterPush {
   __device__ void await(int step, int tile) {
     const u32 count = barrier(step, tile);
     if (threadIdx.x == 0) mbarrier_expect(count, bytes_of_tile);
-    for (u32 polls = 0; !mbarrier_done(count, step >> 1 & 1); ++polls)
-      if (polls > kSpinLimit) __trap();
+    // A try suspends the thread for a time that the hardware chooses, so patience is counted in time, not in tries.
+    u64 since = 0;
+    for (u32 tries = 1; !mbarrier_done(count, step >> 1 & 1); ++tries) {
+      if (tries % 1024 != 0) continue;
+      const u64 now = nanoseconds();
+      if (since == 0) since = now;
+      if (now - since > kPatience) __trap();
+    }
     awaited = at(step, tile * kBlocks * kBlockRows, 0) + threadIdx.x * 16;
   }
   template <int kCount>
