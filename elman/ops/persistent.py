@@ -102,10 +102,10 @@ def why_not(problem: Problem) -> str | None:
         return f"T × B = {problem.seq_len} × {problem.batch_size} is not below 2^31: split the batch"
     if problem.batch_size * problem.hidden_size >= 2**27:
         return f"B × H = {problem.batch_size} × {problem.hidden_size} is not below 2^27: split the batch"
-    return _why_not_on_device(problem.device.index, int(problem.hidden_size))
+    return _why_not_on_device(problem.device.index, int(problem.batch_size), int(problem.hidden_size))
 
 
-def _why_not_on_device(index: int | None, hidden: int) -> str | None:
+def _why_not_on_device(index: int | None, batch: int, hidden: int) -> str | None:
     if not torch.cuda.is_available():
         return "there is no CUDA device: use backend='auto'"
     try:
@@ -115,8 +115,10 @@ def _why_not_on_device(index: int | None, hidden: int) -> str | None:
     chip = chip_of(torch.cuda.current_device() if index is None else index)
     if chip.capability < (8, 0):
         return f"it needs a GPU of compute capability 8.0 or newer, not {'.'.join(map(str, chip.capability))}"
-    if not any(_plans(chip, 1, hidden)):
+    if not _has_plan(chip, 1, hidden):
         return f"H = {hidden} is over its limit {largest_hidden(chip)} on this GPU: use backend='loop'"
+    if not _has_plan(chip, batch, hidden):
+        return f"B = {batch} is too large beside H = {hidden} on this GPU: split the batch, or use backend='loop'"
     return None
 
 
@@ -145,7 +147,7 @@ def status() -> tuple[bool, str]:
     if not torch.cuda.is_available():
         return False, "no CUDA device"
     index = torch.cuda.current_device()
-    reason = _why_not_on_device(index, 8)
+    reason = _why_not_on_device(index, 1, 8)
     if reason is not None:
         return False, reason
     return True, f"bf16 and fp16, H a multiple of 8 up to {largest_hidden(chip_of(index))}; NVRTC {compiler_version()}"
@@ -163,6 +165,11 @@ def chip_of(index: int) -> Chip:
 def largest_hidden(chip: Chip) -> int:
     """The widest state whose weights the GPU holds."""
     return max((hidden for hidden in range(8, 8192, 8) if any(_plans(chip, 1, hidden))), default=0)
+
+
+@functools.cache
+def _has_plan(chip: Chip, batch: int, hidden: int) -> bool:
+    return any(_plans(chip, batch, hidden))
 
 
 @functools.cache

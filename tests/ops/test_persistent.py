@@ -58,6 +58,23 @@ def test_every_measured_shape_fits_an_h200(batch: int, hidden: int) -> None:
     assert persistent.largest_hidden(H200) >= 3584
 
 
+@pytest.mark.parametrize("chip", sorted(CHIPS))
+def test_what_is_not_refused_has_a_plan(chip: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A wide state may fit with a small batch and not with a large one."""
+    monkeypatch.setattr(persistent, "chip_of", lambda index: CHIPS[chip])
+    monkeypatch.setattr(persistent, "compiler_version", lambda: "13")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    refused = set()
+    for hidden in range(8, 4400, 136):
+        for batch in (1, 9, 64, 1000):
+            reason = persistent._why_not_on_device(0, batch, hidden)
+            if reason is None:
+                assert_covers(persistent.make_plan(CHIPS[chip], batch, hidden), CHIPS[chip], batch, hidden)
+            else:
+                refused.add(reason.split(" = ")[0])
+    assert "H" in refused
+
+
 @pytest.mark.parametrize(("batch", "hidden"), MEASURED)
 def test_it_pays_where_it_was_measured_to(batch: int, hidden: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """128 × 3584 took 21 µs a step on an H200; the loop took 11 in a CUDA graph and 20 outside one."""
