@@ -71,6 +71,7 @@ def test_a_run_leaves_a_whole_folder(config: TrainConfig) -> None:
     summary = json.loads((out / "summary.json").read_text())
     assert summary["steps"] == 12
     assert summary["tokens"] == 12 * 8 * 32
+    assert summary["tokens_per_second"] == pytest.approx(summary["tokens"] / summary["train_seconds"])
     assert summary["last_100_loss"] == pytest.approx(sum(losses(out).values()) / 12)
     assert summary["heldout"]["bits_per_byte"] == pytest.approx(
         summary["heldout"]["nats_per_byte"] / 0.693147, rel=1e-4
