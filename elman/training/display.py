@@ -90,7 +90,7 @@ class TrainingDisplay:
         if not self.console.is_terminal and time.monotonic() - self._last_line >= _LINE_EVERY:
             self._last_line = time.monotonic()
             eta = format_duration(seconds * (1 - progress) / progress) if 0 < progress < 1 else "0s"
-            self.say(f"{head}  {progress:.0%}  {status}  ETA {eta}")
+            self.say(f"{head}  {min(progress, 1):.0%}  {status}  ETA {eta}")
 
     def say(self, line: str) -> None:
         """A line that stays, above the bar."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import signal
 import time
@@ -162,18 +163,21 @@ class Trainer:
         if not self._pending:
             return
         values = torch.stack([torch.stack((loss, norm)) for _, loss, norm in self._pending]).tolist()
-        rows = []
-        for (row, _, _), (loss, norm) in zip(self._pending, values, strict=True):
-            # One step of these may not be finite, and then all that follow: none is recorded, and none saved.
-            if not math.isfinite(loss) or not math.isfinite(norm):
-                raise TrainingError(
-                    f"the loss is {loss} and its gradient's norm {norm} at step {row['step']}: try a lower --lr "
-                    f"(it was {self.config.lr}), a longer --warmup or a lower --grad-clip"
-                )
-            rows.append({**row, "loss": loss, "grad_norm": norm, "tokens": row["step"] * self._tokens_per_step})
-            self.recent_losses.append(loss)
+        rows = [
+            {**row, "loss": loss, "grad_norm": norm, "tokens": row["step"] * self._tokens_per_step}
+            for (row, _, _), (loss, norm) in zip(self._pending, values, strict=True)
+        ]
         self._pending.clear()
-        self.run.append_metrics(rows)
+        finite = list(itertools.takewhile(lambda row: math.isfinite(row["loss"] + row["grad_norm"]), rows))
+        self.run.append_metrics(finite)
+        if len(finite) < len(rows):
+            # The weights are spoilt from this step on: they are not saved.
+            bad = rows[len(finite)]
+            raise TrainingError(
+                f"the loss is {bad['loss']} and its gradient's norm {bad['grad_norm']} at step {bad['step']}: try a lower "
+                f"--lr (it was {self.config.lr}), a longer --warmup or a lower --grad-clip"
+            )
+        self.recent_losses.extend(row["loss"] for row in rows)
         display.update(
             step=self.step,
             steps=self.config.steps,
