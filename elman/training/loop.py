@@ -174,8 +174,8 @@ class Trainer:
             # The weights are spoilt from this step on: they are not saved.
             bad = rows[len(finite)]
             raise TrainingError(
-                f"the loss is {bad['loss']} and its gradient's norm {bad['grad_norm']} at step {bad['step']}: try a lower "
-                f"--lr (it was {self.config.lr}), a longer --warmup or a lower --grad-clip"
+                f"the loss is {bad['loss']} and its gradient's norm {bad['grad_norm']} at step {bad['step']}: "
+                f"try a lower --lr (it was {self.config.lr}), a longer --warmup or a lower --grad-clip"
             )
         self.recent_losses.extend(row["loss"] for row in rows)
         display.update(
