@@ -200,13 +200,13 @@ def newest_checkpoint(run: RunFolder) -> Path | None:
     return found[-1] if found else None
 
 
-def load_model(path: Path) -> LanguageModel:
+def load_model(path: Path | str) -> LanguageModel:
     """The model of a run folder at its newest checkpoint, on the CPU, in evaluation mode.
 
     Raises:
         UsageError: no run there, or its checkpoint is damaged.
     """
-    run = open_run(path)
+    run = open_run(Path(path))
     _, config = run.read_config()
     checkpoint_path = newest_checkpoint(run)
     if checkpoint_path is None:
