@@ -79,7 +79,8 @@ class Doctor:
 class Pack:
     """Pack files and folders into one raw file of documents, each ended by the byte 0x1e.
 
-    Text and source files are one document each, .jsonl and .ndjson one a line; all of them may be gzipped (.gz).
+    Text and source files are one document each (packed files the documents they hold), .jsonl and .ndjson one a line;
+    all of them may be gzipped (.gz).
     Binary and hidden files are left out. Files come in an order fixed by a hash of their paths, so that the tail of
     the file, which training holds out, is a fair sample.
     """

@@ -132,7 +132,7 @@ def pack(paths: list[Path], out: Path, field: str, skip_bad: bool, console: Cons
         )
     console.print(f"{one_line(str(out))}: {summary.documents:,} documents, {summary.bytes:,} bytes", soft_wrap=True)
     if summary.replaced:
-        console.print(f"{summary.replaced:,} delimiter bytes (0x1e) inside documents became spaces")
+        console.print(f"{summary.replaced:,} delimiter bytes (0x1e) inside the texts of JSON lines became spaces")
     for reason, count in summary.skipped.items():
         console.print(f"left out: {count:,} {reason}")
     return 0

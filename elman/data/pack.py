@@ -34,7 +34,7 @@ class PackSummary:
     documents: int = 0
     bytes: int = 0
     replaced: int = 0
-    """Delimiter bytes inside documents, replaced by a space."""
+    """Delimiter bytes inside the texts of JSON lines, replaced by a space."""
     skipped: dict[str, int] = field(default_factory=dict)
     """Files and lines left out, by reason."""
 
@@ -89,7 +89,8 @@ def pack(
 ) -> PackSummary:
     """Write the documents of ``files`` into ``out``, whole or not at all.
 
-    A plain or gzipped file is one document of raw bytes; a .jsonl, .ndjson file (gzipped too) has one a line. Files
+    A plain or gzipped file is one document of raw bytes, or several where it holds delimiters already, as a packed file
+    does; a .jsonl, .ndjson file (gzipped too) has one a line. Files
     with a NUL byte near their start are taken for binary and left out, and so are empty documents.
 
     Raises:
@@ -129,17 +130,19 @@ def _reasons(summary: PackSummary) -> str:
 
 
 def _write_document(chunks: Iterator[bytes], sink: IO[bytes], summary: PackSummary) -> None:
-    size = 0
+    """One document, or several where the file has delimiters already."""
+    size, last = 0, b""
     for chunk in chunks:
-        summary.replaced += chunk.count(_DELIMITER)
-        sink.write(chunk.replace(_DELIMITER, b" "))
-        size += len(chunk)
-    if size:
+        summary.documents += chunk.count(_DELIMITER)
+        sink.write(chunk)
+        size, last = size + len(chunk), chunk[-1:]
+    if not size:
+        summary.skip("empty documents")
+    elif last != _DELIMITER:
         sink.write(_DELIMITER)
         summary.documents += 1
-        summary.bytes += size + 1
-    else:
-        summary.skip("empty documents")
+        size += 1
+    summary.bytes += size
 
 
 def _documents(
@@ -192,7 +195,9 @@ def _json_text(
     try:
         text = json.loads(line)[text_field]
         if isinstance(text, str):
-            return text.encode("utf-8", "surrogatepass")
+            document = text.encode("utf-8", "surrogatepass")
+            summary.replaced += document.count(_DELIMITER)
+            return document.replace(_DELIMITER, b" ")
         problem = f"has no text in field {text_field!r}"
     except KeyError:
         problem = f"has no field {text_field!r}"

@@ -24,7 +24,7 @@ def tree(tmp_path: Path) -> Path:
     (root / "a.py").write_bytes(b"print('a')\n")
     (root / "latin.txt").write_bytes(b"caf\xe9")
     (root / "sub" / "b.txt.gz").write_bytes(gzip.compress(b"packed " * 1000))
-    (root / "lines.jsonl").write_text('{"text": "one"}\n\n{"text": "zwei \\u00fc"}\n{"text": ""}\n')
+    (root / "lines.jsonl").write_text('{"text": "o\\u001ene"}\n\n{"text": "zwei \\u00fc"}\n{"text": ""}\n')
     (root / "more.ndjson.gz").write_bytes(gzip.compress(b'{"text": "three", "id": 3}\n'))
     (root / "delimited").write_bytes(b"left\x1eright")
     (root / "picture.png").write_bytes(b"\x89PNG\0\0")
@@ -37,7 +37,7 @@ def tree(tmp_path: Path) -> Path:
 def test_everything_that_is_text_goes_in_once(tree: Path, tmp_path: Path) -> None:
     out = tmp_path / "deep" / "out"
     summary = pack(find_files([tree, tree / "a.py"]), out)
-    expected = {b"print('a')\n", b"caf\xe9", b"packed " * 1000, b"one", "zwei ü".encode(), b"three", b"left right"}
+    expected = {b"print('a')\n", b"caf\xe9", b"packed " * 1000, b"o ne", "zwei ü".encode(), b"three", b"left", b"right"}
     assert set(documents(out)) == expected
     assert summary.documents == len(documents(out)) == len(expected)
     assert summary.bytes == out.stat().st_size
@@ -53,6 +53,14 @@ def test_the_order_is_fixed_and_independent_of_the_folder(tree: Path, tmp_path: 
     second = tmp_path / "second"
     pack(find_files([moved]), second)
     assert first.read_bytes() == second.read_bytes()
+
+
+def test_a_packed_file_keeps_its_documents(tree: Path, tmp_path: Path) -> None:
+    once, twice = tmp_path / "once", tmp_path / "twice"
+    first = pack(find_files([tree]), once)
+    second = pack([once], twice)
+    assert twice.read_bytes() == once.read_bytes()
+    assert (second.documents, second.bytes) == (first.documents, first.bytes)
 
 
 def test_long_documents_stream(tmp_path: Path) -> None:
