@@ -44,8 +44,8 @@ def parse_duration(text: str, option: str) -> float:
 def format_count(value: float) -> str:
     """49_490_000 -> ``"49.5M"``."""
     for size, suffix in ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "K")):
-        if abs(value) >= size:
-            return f"{value / size:.3g}{suffix}" if abs(value) < 999.5 * size else f"{value / size:.0f}{suffix}"
+        if abs(value) >= 0.9995 * size:  # 999,900 is 1M, not 1000K
+            return f"{value / size:.3g}{suffix}"
     return f"{value:.0f}"
 
 

@@ -30,6 +30,6 @@ def test_parse_duration_names_option_and_value(text: str) -> None:
 
 
 def test_formats() -> None:
-    assert [format_count(n) for n in (7, 1500, 49_490_000, 999_900, 1.2e9)] == ["7", "1.5K", "49.5M", "1000K", "1.2G"]
+    assert [format_count(n) for n in (7, 1500, 49_490_000, 999_900, 1.2e9)] == ["7", "1.5K", "49.5M", "1M", "1.2G"]
     assert [format_bytes(n) for n in (12, 2048, 3 << 30)] == ["12 B", "2.0 KiB", "3.0 GiB"]
     assert [format_duration(s) for s in (5, 61, 5400)] == ["5s", "1m01s", "1h30m"]

@@ -39,6 +39,8 @@ _RING_SLOTS = 8
 #: Bytes a thread. Weights take all registers that are left, and ptxas does not place the last few of them perfectly.
 _SPILL_LIMIT = 64
 _CLOCKS_PER_MICROSECOND = 1900
+#: A step of the loop backend outside a CUDA graph, where the host sets the pace (18 to 20 measured; NOTES.md).
+_LOOP_MICROSECONDS = 18
 _MAX_ROW_TILES = 7
 _MAX_CLUSTER = 16
 #: How CTAs hand each other the state, by the name in exchange.cuh, and the copies of a tile that each stages.
@@ -130,11 +132,7 @@ def pays(problem: Problem) -> bool:
 def _pays_on_device(index: int | None, batch: int, hidden: int) -> bool:
     chip = chip_of(torch.cuda.current_device() if index is None else index)
     # The model counts no stalls: on an H200 a step took 1.5 to 2.3 times its clocks (benchmarks/results).
-    persistent = 2 * _step_clocks(make_plan(chip, batch, hidden)) / _CLOCKS_PER_MICROSECOND
-    # Fitted to the loop in a CUDA graph on an H200, within 3%. Outside a graph the host cannot launch it any faster
-    # than one step in about 18 microseconds, and there is where a model runs unless its user captures it.
-    loop = max(18.0, 4.12 + 1.43e-3 * hidden + 3.5e-6 * batch * hidden)
-    return persistent < loop
+    return 2 * _step_clocks(make_plan(chip, batch, hidden)) / _CLOCKS_PER_MICROSECOND < _LOOP_MICROSECONDS
 
 
 # What torch.compiler.assume_constant_result sets, without its import of torch._dynamo, which takes seconds.

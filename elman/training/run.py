@@ -1,4 +1,4 @@
-"""A run is a folder: everything that is known of it lies there, and everything shown of it is read from there.
+"""A run is a folder: everything that is known of it lies there.
 
 config.json     the options and the model, resolved
 env.json        machine, versions, commit; one entry for each time the run was started
@@ -104,9 +104,7 @@ class RunFolder:
         except FileNotFoundError:
             return None
         except (ValueError, RecursionError) as error:
-            raise UsageError(
-                f"{self.path / name} is damaged ({error}): remove it; nothing is rebuilt from it"
-            ) from None
+            raise UsageError(f"{self.path / name} is damaged ({error}): remove it, and go on") from None
 
     def append_metrics(self, rows: list[dict[str, Any]]) -> None:
         """Add lines to metrics.jsonl."""
