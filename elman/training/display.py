@@ -97,6 +97,11 @@ class TrainingDisplay:
         self._progress.console.print(Text(line), soft_wrap=True)
 
 
+def say(console: Console, line: str) -> None:
+    """A line as it is, wrapped by nobody but the terminal."""
+    console.print(Text(line), soft_wrap=True)
+
+
 def print_summary(console: Console, summary: dict[str, Any], sample: str) -> None:
     """The table that a run ends with, and a sample of what it writes."""
     heldout = summary["heldout"]
