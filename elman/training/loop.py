@@ -7,6 +7,7 @@ import itertools
 import math
 import signal
 import time
+import warnings
 from collections import deque
 from contextlib import AbstractContextManager
 from dataclasses import asdict
@@ -110,7 +111,6 @@ class Trainer:
         if self.will_compile:
             try:
                 self._compile()
-                self._try_step()
             except Exception as error:
                 if is_out_of_memory(error):
                     raise
@@ -120,16 +120,11 @@ class Trainer:
                         f"--compile on: torch.compile fails here ({reason}); give --compile off"
                     ) from error
                 say(self.console, f"not compiled, so slower: torch.compile fails here ({reason})")
-                self._leave_uncompiled()
+                self.model.compile_training(lambda call: call)
+                self._loss = next_token_loss
         if self.device.type == "cuda" and not self.compiled:
             self._try_step()
         self.start_up_seconds = time.perf_counter() - started
-
-    def _try_step(self) -> None:
-        try:
-            self._accumulate_gradients().item()
-        finally:
-            self.optimizer.zero_grad(set_to_none=True)
 
     def _compile(self) -> None:
         # Kernels chosen by timing would sum in another order in another process, and resuming would not be exact.
@@ -139,12 +134,18 @@ class Trainer:
         wrap = functools.partial(torch.compile, fullgraph=True, options=options)
         self.model.compile_training(wrap)
         self._loss = wrap(next_token_loss)
+        with warnings.catch_warnings():
+            # PyTorch's compiler warns of its own code.
+            warnings.filterwarnings("ignore", module=r"torch\b")
+            self._try_step()
         self.compiled = True
 
-    def _leave_uncompiled(self) -> None:
-        self.model.compile_training(lambda call: call)
-        self._loss = next_token_loss
-        self.compiled = False
+    def _try_step(self) -> None:
+        """A step up to its gradients, which are thrown away."""
+        try:
+            self._accumulate_gradients().item()
+        finally:
+            self.optimizer.zero_grad(set_to_none=True)
 
     @property
     def progress(self) -> float:
