@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from elman.errors import UsageError
 from elman.mixers import MixerConfig, State, mixer_config
+from elman.ops import add_norm
 
 
 @dataclass(frozen=True)
@@ -71,16 +72,20 @@ class ModelConfig:
         return cls(**{**values, "mixers": tuple(mixers)})
 
 
-class RMSNorm(nn.RMSNorm):
-    """The norm of Zhang and Sennrich (2019) in the dtype of x, its result under autocast in autocast's dtype.
+class AddNorm(nn.Module):
+    """``x + y``, in the dtype of the residual stream, and its root-mean-square norm, under autocast in autocast's.
 
-    So a float32 residual stream is rounded once, for all the products that read the result.
+    So a float32 stream is rounded once for all the products that read its norm.
     """
 
-    def forward(self, x: Tensor) -> Tensor:
-        y = super().forward(x)
+    def __init__(self, dim: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(dim))
+
+    def forward(self, x: Tensor, y: Tensor | None = None) -> tuple[Tensor, Tensor]:
         device = x.device.type
-        return y.to(torch.get_autocast_dtype(device)) if torch.is_autocast_enabled(device) else y
+        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
+        return add_norm(x, y, self.weight, dtype=dtype)
 
 
 class Layer(nn.Module):
@@ -88,17 +93,17 @@ class Layer(nn.Module):
 
     def __init__(self, dim: int, mixer: MixerConfig) -> None:
         super().__init__()
-        self.norm = RMSNorm(dim)
+        self.norm = AddNorm(dim)
         self.mixer = mixer.build(dim)
         self.mixer.initialize()
 
     def forward(
         self, x: Tensor, normed: Tensor, next_norm: nn.Module, state: State, reset: Tensor | None
     ) -> tuple[Tensor, Tensor, State]:
-        """From behind this layer's norm to behind the next: compiled, a sum and its norm are one pass over memory."""
+        """From behind this layer's norm to behind the next: a sum and its norm are one pass over memory."""
         y, state = self.mixer(normed, state, reset)
-        x = x + y
-        return x, next_norm(x), state
+        x, normed = next_norm(x, y)
+        return x, normed, state
 
 
 def _call(module: nn.Module, *arguments: Any) -> Any:
@@ -118,7 +123,7 @@ class LanguageModel(nn.Module):
         self.config = config
         self.embedding = nn.Embedding(config.vocab_size, config.dim)
         self.layers = nn.ModuleList(Layer(config.dim, mixer) for mixer in config.layers())
-        self.norm = RMSNorm(config.dim)
+        self.norm = AddNorm(config.dim)
         nn.init.normal_(self.embedding.weight, std=0.02)
         self._call_in_training = _call
 
@@ -151,7 +156,7 @@ class LanguageModel(nn.Module):
         x = self.embedding(tokens.t().long())
         call = self._call_in_training if self.training else _call
         norms: list[Any] = [*(layer.norm for layer in self.layers), self.norm]
-        normed = call(norms[0], x)
+        x, normed = call(norms[0], x)
         new_state = []
         for i, layer in enumerate(self.layers):
             layer_state = None if state is None else state[i]

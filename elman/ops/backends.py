@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from elman.errors import UsageError
-from elman.ops import fused, loop, persistent, reference
+from elman.ops import fused, loop, norm, persistent, reference
 from elman.ops.cells import Cell
 from elman.ops.cuda.compiler import Module
 from elman.ops.operators import Operator
@@ -84,5 +84,5 @@ def backend_status() -> list[tuple[str, bool, str]]:
 
 
 def shipped_modules() -> list[Module]:
-    """Every module of CUDA kernels that a backend may compile, for tests without a GPU and for compiling ahead."""
-    return loop.shipped_modules() + persistent.shipped_modules()
+    """Every module of CUDA kernels that may be compiled, for tests without a GPU and for compiling ahead."""
+    return loop.shipped_modules() + persistent.shipped_modules() + norm.shipped_modules()
