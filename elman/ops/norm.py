@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from elman.errors import UsageError
 from elman.ops.cuda.compiler import CompilerUnavailableError, Module, compiler_version, kernels
 
 _NUMBERS = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "float"}
@@ -19,8 +20,8 @@ _MOST_THREADS = 512
 #: Packs a thread, the fewest that suffice; two or more keep enough loads on their way.
 _PACKS = (2, 4)
 _WIDEST = _PACKS[-1] * _PACK * _MOST_THREADS
-#: Threads a multiprocessor in all its blocks: each block adds a row to the table of the weight's gradient.
-_RESIDENT_THREADS = 768
+#: Threads a multiprocessor in all its blocks, as many as its registers hold at a width of 1280; fastest there (H200).
+_RESIDENT_THREADS = {"forward": 1280, "backward": 960}
 
 
 def add_norm(
@@ -100,7 +101,7 @@ def _backward(
     dn, ds, s, weight = _dense(dn), None if ds is None else _dense(ds), _dense(s), _dense(weight)
     dx = torch.empty_like(s)
     dy = torch.empty_like(dn) if need_y else None
-    parts = s.new_empty(_blocks(s), s.shape[-1])
+    parts = s.new_empty(_blocks("backward", s), s.shape[-1])  # a row a block, so that no two add to the same number
     _launch("backward", dn.dtype, s, (dn, ds, s, weight, r, dx, dy, parts))
     return dx, dn.new_empty(0) if dy is None else dy, parts.sum(0)
 
@@ -132,6 +133,10 @@ def _differentiate(ctx: Any, ds: Tensor | None, dn: Tensor | None, dr: None) -> 
     return dx, (dy if rounds else dx) if need_y else None, dweight if need_weight else None, None, None
 
 
+def _refuse_to_differentiate_twice(ctx: Any, *gradients: Tensor | None) -> None:
+    raise UsageError("the norm's backward pass on a GPU cannot be differentiated itself: use float64, or the CPU")
+
+
 # Not torch.library.custom_op: its first call imports torch._dynamo, which takes seconds.
 for _name, _implementation, _fake in (
     ("elman::add_norm", _forward, _fake_forward),
@@ -141,6 +146,7 @@ for _name, _implementation, _fake in (
     torch.library.impl(_name, "default", _implementation)
     torch.library.register_fake(_name, _fake)
 torch.library.register_autograd("elman::add_norm", _differentiate, setup_context=_setup_context)
+torch.library.register_autograd("elman::add_norm_backward", _refuse_to_differentiate_twice)
 
 
 def _dense(x: Tensor) -> Tensor:
@@ -157,11 +163,11 @@ def _threads(width: int) -> int:
     return 32 * -(-width // (32 * _PACK * _packs(width)))
 
 
-def _blocks(x: Tensor) -> int:
+def _blocks(direction: str, x: Tensor) -> int:
     """Of the grid: as many as run at once, each with rows of its own."""
     multiprocessors = torch.cuda.get_device_properties(x.device).multi_processor_count
     width = x.shape[-1]
-    return min(x.numel() // width, multiprocessors * max(1, _RESIDENT_THREADS // _threads(width)))
+    return min(x.numel() // width, multiprocessors * max(1, _RESIDENT_THREADS[direction] // _threads(width)))
 
 
 def _launch(direction: str, dtype: torch.dtype, like: Tensor, arguments: tuple[Tensor | float | None, ...]) -> None:
@@ -177,7 +183,7 @@ def _launch(direction: str, dtype: torch.dtype, like: Tensor, arguments: tuple[T
         kernel = kernels(_module(dtype), torch.cuda.get_device_capability(like.device))[name]
         values = [x.data_ptr() if isinstance(x, Tensor) else 0 if x is None else np.float64(x) for x in arguments]
         stream = Stream.from_handle(torch.cuda.current_stream(like.device).cuda_stream)
-        config = LaunchConfig(grid=_blocks(like), block=_threads(width))
+        config = LaunchConfig(grid=_blocks(direction, like), block=_threads(width))
         launch(stream, config, kernel, *values, np.int64(like.numel() // width), np.int64(width))
 
 
