@@ -111,6 +111,8 @@ def print_summary(console: Console, summary: dict[str, Any], sample: str) -> Non
     table.add_row("parameters", f"{summary['params']:,}")
     table.add_row("tokens", f"{summary['tokens']:,}")
     table.add_row("training time", format_duration(summary["train_seconds"]))
+    if summary["compiled"]:
+        table.add_row("compiling, beside that", format_duration(summary["start_up_seconds"]))
     table.add_row("speed", f"{format_count(summary['tokens_per_second'])} tokens/s")
     table.add_row("peak memory", format_bytes(summary["peak_memory_bytes"]))
     table.add_row("loss, mean of the last 100 steps", f"{summary['last_100_loss']:.4f} nats/byte")

@@ -316,7 +316,8 @@ def test_a_cpu_compiles_only_when_asked(config: TrainConfig, monkeypatch: pytest
 @pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs g++ on a CPU")
 def test_compiled_training_on_a_cpu(config: TrainConfig, tmp_path: Path) -> None:
     start(replace(config, out=tmp_path / "plain"))
-    start(replace(config, compile="on"))
+    _, output = start(replace(config, compile="on"))
+    assert "compiling, beside that" in output
     compiled, plain = losses(config.out), losses(tmp_path / "plain")  # type: ignore[arg-type]
     assert list(compiled.values()) == pytest.approx(list(plain.values()), rel=1e-4)
 
