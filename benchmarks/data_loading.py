@@ -58,6 +58,7 @@ def main(steps: int = 30, out: Path | None = None, commit: str | None = None) ->
     rows = []
     for device in ("cpu", "cuda") if torch.cuda.is_available() else ("cpu",):
         trainer = Trainer(dataclasses.replace(config, device=device), model, console)
+        trainer.warm_up()
         step = median_seconds(trainer._train_step, steps)
         steps_drawn = itertools.count()
         batch = median_seconds(lambda t=trainer, n=steps_drawn: t.sampler.batch(next(n)), steps)  # type: ignore[misc]

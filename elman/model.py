@@ -8,15 +8,17 @@ Batch-major outside, time-major inside: the tokens are transposed once, and no a
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from elman.errors import UsageError
 from elman.mixers import MixerConfig, State, mixer_config
+from elman.ops import add_norm
 
 
 @dataclass(frozen=True)
@@ -70,24 +72,50 @@ class ModelConfig:
         return cls(**{**values, "mixers": tuple(mixers)})
 
 
+class AddNorm(nn.Module):
+    """``x + y``, in the dtype of the residual stream, and its root-mean-square norm, under autocast in autocast's.
+
+    So a float32 stream is rounded once for all the products that read its norm.
+    """
+
+    def __init__(self, dim: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(dim))
+
+    def forward(self, x: Tensor, y: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        device = x.device.type
+        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
+        return add_norm(x, y, self.weight, dtype=dtype)
+
+
 class Layer(nn.Module):
     """``x + mixer(norm(x))``."""
 
     def __init__(self, dim: int, mixer: MixerConfig) -> None:
         super().__init__()
-        self.norm = nn.RMSNorm(dim)
+        self.norm = AddNorm(dim)
         self.mixer = mixer.build(dim)
         self.mixer.initialize()
 
-    def forward(self, x: Tensor, state: State, reset: Tensor | None) -> tuple[Tensor, State]:
-        y, state = self.mixer(self.norm(x), state, reset)
-        return x + y, state
+    def forward(
+        self, x: Tensor, normed: Tensor, next_norm: nn.Module, state: State, reset: Tensor | None
+    ) -> tuple[Tensor, Tensor, State]:
+        """From behind this layer's norm to behind the next: a sum and its norm are one pass over memory."""
+        y, state = self.mixer(normed, state, reset)
+        x, normed = next_norm(x, y)
+        return x, normed, state
+
+
+def _call(module: nn.Module, *arguments: Any) -> Any:
+    """The module is an argument, so that layers of one kind share one compilation of this."""
+    return module(*arguments)
 
 
 class LanguageModel(nn.Module):
     """A byte-level (or token-level) language model with explicit state.
 
-    The embedding starts as N(0, 0.02); the mixers' weights start as ``Mixer.initialize`` says.
+    The embedding starts as N(0, 0.02); the mixers' weights start as ``Mixer.initialize`` says. Under autocast the
+    residual stream stays float32, and what enters a mixer or the head is of autocast's dtype.
     """
 
     def __init__(self, config: ModelConfig) -> None:
@@ -95,8 +123,16 @@ class LanguageModel(nn.Module):
         self.config = config
         self.embedding = nn.Embedding(config.vocab_size, config.dim)
         self.layers = nn.ModuleList(Layer(config.dim, mixer) for mixer in config.layers())
-        self.norm = nn.RMSNorm(config.dim)
+        self.norm = AddNorm(config.dim)
         nn.init.normal_(self.embedding.weight, std=0.02)
+        self._call_in_training = _call
+
+    def compile_training(self, wrap: Callable[[Callable[..., Any]], Callable[..., Any]] = torch.compile) -> None:
+        """Have ``wrap``, such as ``torch.compile``, make the function that runs the layers in training mode.
+
+        Evaluation mode stays plain: with and without a state, it meets texts of many lengths, each a compilation.
+        """
+        self._call_in_training = wrap(_call)
 
     def forward(
         self, tokens: Tensor, state: State | None = None, reset: Tensor | None = None
@@ -118,11 +154,15 @@ class LanguageModel(nn.Module):
                 raise UsageError(f"reset has shape {tuple(reset.shape)}: give that of tokens, {tuple(tokens.shape)}")
             reset = reset.t().contiguous()
         x = self.embedding(tokens.t().long())
+        call = self._call_in_training if self.training else _call
+        norms: list[Any] = [*(layer.norm for layer in self.layers), self.norm]
+        x, normed = call(norms[0], x)
         new_state = []
         for i, layer in enumerate(self.layers):
-            x, layer_state = layer(x, None if state is None else state[i], reset)
+            layer_state = None if state is None else state[i]
+            x, normed, layer_state = call(layer, x, normed, norms[i + 1], layer_state, reset)
             new_state.append(layer_state)
-        logits = F.linear(self.norm(x), self.embedding.weight)
+        logits = F.linear(normed, self.embedding.weight)
         return logits.transpose(0, 1), tuple(new_state)
 
 

@@ -1,11 +1,13 @@
 """Every registered variant, by being registered: the shell, its state, its counts, its gradients."""
 
 import copy
+import functools
 import itertools
 from dataclasses import replace
 
 import pytest
 import torch
+from torch._dynamo.testing import CompileCounterWithBackend
 from torch.utils.flop_counter import FlopCounterMode
 
 from elman.errors import UsageError
@@ -37,6 +39,8 @@ def tokens(seed: int = 1) -> torch.Tensor:
 
 
 variants = pytest.mark.parametrize("mixer", VARIANTS, ids=str)
+#: PyTorch's compiler warns of its own code.
+compiles = pytest.mark.filterwarnings(r"ignore:::torch\b")
 
 
 @variants
@@ -111,6 +115,78 @@ def test_autocast_errs_no_more_than_bf16_weights_and_arithmetic(mixer: MixerConf
         autocast, _ = model.float()(text)
     assert autocast.dtype == torch.bfloat16
     assert 0 < (autocast.double() - exact).norm() <= 1.5 * (plain.double() - exact).norm()
+
+
+def gradients(model: LanguageModel, text: torch.Tensor, targets: torch.Tensor) -> dict[str, torch.Tensor]:
+    model.zero_grad()
+    next_token_loss(model(text)[0], targets).backward()
+    return {name: parameter.grad for name, parameter in model.named_parameters() if parameter.grad is not None}
+
+
+def compile_counting(model: LanguageModel, backend: str) -> CompileCounterWithBackend:
+    """Compile the model's training, anew even where a test before did, and count the compilations."""
+    torch._dynamo.reset()
+    counter = CompileCounterWithBackend(backend)
+    model.compile_training(functools.partial(torch.compile, fullgraph=True, backend=counter))
+    return counter
+
+
+@variants
+@compiles
+def test_compiled_training_is_plain_training_and_one_compilation_a_kind_of_layer(mixer: MixerConfig) -> None:
+    model, text, targets = build(mixer, depth=4), tokens(), tokens(3)
+    plain = gradients(model, text, targets)
+    counter = compile_counting(model, "aot_eager")
+    torch.testing.assert_close(gradients(model, text, targets), plain)
+    assert counter.frame_count == 2  # the first norm and the layers
+    model.eval()(tokens(4)[:, :5])
+    assert counter.frame_count == 2
+
+
+@compiles
+def test_compiled_training_takes_a_pattern_and_chunks_of_any_length() -> None:
+    model, text = build(mixer_config("e0")(), mixer_config("e1")(), depth=4), torch.randint(256, (B, 60))
+    whole, last = model(text)
+    with torch._dynamo.config.patch(recompile_limit=64):
+        counter = compile_counting(model, "aot_eager")
+        counts, state, pieces = [], None, []
+        for chunk in text.split([7, 5, 1, 9, 3, 12, 8, 1, 10, 4], dim=1):
+            logits, state = model(chunk, state)
+            pieces.append(logits)
+            counts.append(counter.frame_count)
+    torch.testing.assert_close(torch.cat(pieces, dim=1), whole)
+    torch.testing.assert_close(state, last)
+    # Without a state, with one, of any length, of length 1: after that every length has been compiled for.
+    assert counts[2] == counts[-1]
+
+
+def test_autocast_keeps_the_residual_stream_and_rounds_what_products_read() -> None:
+    model = build(mixer_config("e1")()).float()
+    seen = []
+    for layer in model.layers:
+        layer.register_forward_hook(lambda layer, inputs, outputs: seen.append((inputs[1].dtype, outputs[0].dtype)))
+    with torch.autocast("cpu", torch.bfloat16):
+        model(tokens())
+    assert seen == [(torch.bfloat16, torch.float32)] * 2
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", mixer_names())
+@compiles
+def test_compiled_training_on_the_gpu_errs_no_more_than_plain(name: str) -> None:
+    """Over float64, as a multiple of what plain autocast errs; and twice the same bits."""
+    model = build(mixer_config(name)(), dim=64).cuda()
+    text, targets = (torch.randint(256, (16, 64), device="cuda") for _ in range(2))
+    exact = gradients(model, text, targets)
+    model.float()
+    with torch.autocast("cuda", torch.bfloat16):
+        plain = gradients(model, text, targets)
+        compile_counting(model, "inductor")
+        compiled, again = gradients(model, text, targets), gradients(model, text, targets)
+    for name, truth in exact.items():
+        errors = [(found[name].double() - truth).norm() for found in (compiled, plain)]
+        assert 0 < errors[0] <= 1.5 * errors[1], name
+        assert torch.equal(compiled[name], again[name]), name
 
 
 def test_a_pattern_repeats_over_the_depth() -> None:

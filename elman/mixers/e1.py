@@ -15,7 +15,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -61,12 +60,14 @@ class E1(Mixer):
 
     def forward(self, x: Tensor, state: State, reset: Tensor | None) -> tuple[Tensor, State]:
         if self.gate_proj is None:
-            u, z = self.in_proj(x).chunk(2, dim=-1)
+            # Two products, since the halves of one of both would have to be cut apart, and their gradients joined.
+            u, z = (F.linear(x, weight) for weight in self.in_proj.weight.chunk(2))
             u = F.silu(u)
             h, h_last = self.recurrence(u, state, reset)
         else:
             u = F.silu(self.in_proj(x))
             h, h_last = self.recurrence(u, state, reset)
-            z = self.gate_proj(torch.cat([h, u], dim=-1))
+            weight_h, weight_u = self.gate_proj.weight.chunk(2, dim=1)
+            z = F.linear(h, weight_h) + F.linear(u, weight_u, self.gate_proj.bias)
         y = h * (z.sigmoid() if self.gate == "sigmoid" else F.silu(z))
         return self.out_proj(y), h_last

@@ -63,6 +63,9 @@ class TrainConfig:
     """cpu, cuda, cuda:1, ...; auto takes a CUDA GPU where there is one."""
     precision: Literal["auto", "bf16", "fp32"] = "auto"
     """Of the products; weights stay float32. auto is bf16 on a GPU, fp32 on a CPU."""
+    compile: Literal["auto", "on", "off"] = "auto"
+    """Fuse what stands between the products by torch.compile before training starts, which is not charged to
+    --time-limit. auto does on a GPU, where a C compiler is there."""
     eval_every: int = 500
     """Steps between evaluations on the held-out part; 0 evaluates only at the end."""
     eval_bytes: str = "1m"

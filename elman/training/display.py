@@ -97,6 +97,11 @@ class TrainingDisplay:
         self._progress.console.print(Text(line), soft_wrap=True)
 
 
+def say(console: Console, line: str) -> None:
+    """A line as it is, wrapped by nobody but the terminal."""
+    console.print(Text(line), soft_wrap=True)
+
+
 def print_summary(console: Console, summary: dict[str, Any], sample: str) -> None:
     """The table that a run ends with, and a sample of what it writes."""
     heldout = summary["heldout"]
@@ -106,6 +111,8 @@ def print_summary(console: Console, summary: dict[str, Any], sample: str) -> Non
     table.add_row("parameters", f"{summary['params']:,}")
     table.add_row("tokens", f"{summary['tokens']:,}")
     table.add_row("training time", format_duration(summary["train_seconds"]))
+    if summary["compiled"]:
+        table.add_row("compiling, beside that", format_duration(summary["start_up_seconds"]))
     table.add_row("speed", f"{format_count(summary['tokens_per_second'])} tokens/s")
     table.add_row("peak memory", format_bytes(summary["peak_memory_bytes"]))
     table.add_row("loss, mean of the last 100 steps", f"{summary['last_100_loss']:.4f} nats/byte")

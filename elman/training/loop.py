@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 import math
 import signal
 import time
+import warnings
 from collections import deque
 from contextlib import AbstractContextManager
 from dataclasses import asdict
@@ -17,7 +19,7 @@ from rich.console import Console
 from safetensors import SafetensorError
 
 from elman.data.bytes import WindowSampler, heldout_starts, open_bytes
-from elman.environment import peak_memory, resolve_device, supports_bf16, total_memory
+from elman.environment import is_out_of_memory, peak_memory, resolve_device, supports_bf16, total_memory
 from elman.errors import TrainingError, UsageError
 from elman.evaluation.heldout import HeldoutLoss, evaluate
 from elman.generation import generate
@@ -26,7 +28,7 @@ from elman.sizing import flops_per_token, num_params, state_size
 from elman.text import readable
 from elman.training.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
 from elman.training.config import TrainConfig
-from elman.training.display import TrainingDisplay, print_summary
+from elman.training.display import TrainingDisplay, print_summary, say
 from elman.training.optim import build_optimizer, learning_rate
 from elman.training.plot import plot_losses
 from elman.training.run import RunFolder, load_weights, newest_checkpoint
@@ -57,6 +59,9 @@ class Trainer:
         torch.manual_seed(config.seed)
         self.model = LanguageModel(model_config).to(self.device)
         self.optimizer = build_optimizer(self.model, config)
+        self.compiled = False
+        self.start_up_seconds = 0.0
+        self._loss = next_token_loss
         self.step = 0
         self.seconds = 0.0
         # Where this process took over: speed is shown for its own steps.
@@ -90,6 +95,57 @@ class Trainer:
         self._first_step, self._first_second = self.step, self.seconds
         rows = [row for row in run.read_metrics() if row["step"] <= self.step]
         self.recent_losses.extend(row["loss"] for row in rows if isinstance(row.get("loss"), float))
+
+    @property
+    def will_compile(self) -> bool:
+        """Whether ``warm_up`` tries to."""
+        return self.config.compile == "on" or (self.config.compile == "auto" and self.device.type == "cuda")
+
+    def warm_up(self) -> None:
+        """Compile all that a step needs, by a forward and a backward pass that leave no trace.
+
+        Raises:
+            UsageError: ``--compile on``, and it cannot be done.
+        """
+        started = time.perf_counter()
+        if self.will_compile:
+            try:
+                self._compile()
+            except Exception as error:
+                if is_out_of_memory(error):
+                    raise
+                reason = _compiler_complaint(error)
+                if self.config.compile == "on":
+                    raise UsageError(
+                        f"--compile on: torch.compile fails here ({reason}); give --compile off"
+                    ) from error
+                say(self.console, f"not compiled, so slower: torch.compile fails here ({reason})")
+                self.model.compile_training(lambda call: call)
+                self._loss = next_token_loss
+        if self.device.type == "cuda" and not self.compiled:
+            self._try_step()
+        self.start_up_seconds = time.perf_counter() - started
+
+    def _compile(self) -> None:
+        # Kernels chosen by timing would sum in another order in another process, and resuming would not be exact.
+        options = {"deterministic": True} if "deterministic" in torch._inductor.list_options() else {}
+        # Each kind of layer is a compilation of the same function: none of a long pattern's may be refused.
+        torch._dynamo.config.recompile_limit = 64
+        wrap = functools.partial(torch.compile, fullgraph=True, options=options)
+        self.model.compile_training(wrap)
+        self._loss = wrap(next_token_loss)
+        with warnings.catch_warnings():
+            # PyTorch's compiler warns of its own code.
+            warnings.filterwarnings("ignore", module=r"torch\b")
+            self._try_step()
+        self.compiled = True
+
+    def _try_step(self) -> None:
+        """A step up to its gradients, which are thrown away."""
+        try:
+            self._accumulate_gradients().item()
+        finally:
+            self.optimizer.zero_grad(set_to_none=True)
 
     @property
     def progress(self) -> float:
@@ -141,6 +197,15 @@ class Trainer:
         rate = learning_rate(self.config, self.step, self.progress)
         for group in self.optimizer.param_groups:
             group["lr"] = rate
+        loss = self._accumulate_gradients()
+        norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.config.grad_clip or float("inf"))
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        self.step += 1
+        return rate, loss, norm
+
+    def _accumulate_gradients(self) -> torch.Tensor:
+        """Both passes over this step's batch, a part at a time; the loss is their mean."""
         windows = torch.from_numpy(self.sampler.batch(self.step))
         if self.device.type == "cuda":
             windows = windows.pin_memory().to(self.device, non_blocking=True)
@@ -150,14 +215,10 @@ class Trainer:
         for part in windows.chunk(self.config.grad_accum):
             with self.autocast():
                 logits, _ = self.model(part[:, :-1])
-            part_loss = next_token_loss(logits, part[:, 1:]) / self.config.grad_accum
+            part_loss = self._loss(logits, part[:, 1:]) / self.config.grad_accum
             part_loss.backward()  # type: ignore[no-untyped-call]
             loss += part_loss.detach()
-        norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.config.grad_clip or float("inf"))
-        self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
-        self.step += 1
-        return rate, loss, norm
+        return loss
 
     def _fetch_losses(self, display: TrainingDisplay) -> None:
         if not self._pending:
@@ -243,6 +304,8 @@ class Trainer:
             "batch_size": self.config.batch_size,
             "steps": self.step,
             "tokens": tokens,
+            "compiled": self.compiled,
+            "start_up_seconds": self.start_up_seconds,
             "train_seconds": self.seconds,
             "tokens_per_second": tokens / self.seconds,
             "peak_memory_bytes": peak_memory(self.device),
@@ -279,6 +342,13 @@ def _check_memory(config: ModelConfig, device: torch.device) -> None:
             f"a model of {format_count(num_params(config))} parameters needs {format_bytes(needed)} for weights and "
             f"optimiser, but {device} has {format_bytes(there)}: give a smaller --params, --dim or --depth"
         )
+
+
+def _compiler_complaint(error: Exception) -> str:
+    """The cause in one line, without torch.compile's wrapping."""
+    cause = getattr(error, "inner_exception", error)
+    lines = [line.strip() for line in str(cause).splitlines() if line.strip()]
+    return f"{type(cause).__name__}: {lines[0] if lines else 'no message'}"
 
 
 def _due(step: int, every: int) -> bool:

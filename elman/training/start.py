@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import datetime
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -10,10 +12,9 @@ from typing import Any
 import torch
 from rich.console import Console
 from rich.progress import Progress
-from rich.text import Text
 
 from elman.data.stdlib import pack_stdlib, stdlib_files, stdlib_path
-from elman.environment import describe_environment
+from elman.environment import describe_environment, is_out_of_memory
 from elman.errors import TrainingError, UsageError
 from elman.mixers import MixerConfig
 from elman.model import ModelConfig
@@ -21,12 +22,13 @@ from elman.ops import record_backends
 from elman.options import flag
 from elman.sizing import flops_per_token, num_params, size_model, state_size
 from elman.training.config import TrainConfig
+from elman.training.display import say
 from elman.training.loop import Trainer
 from elman.training.run import RunFolder, check_free, create, open_run
 from elman.units import format_count, format_duration
 
 #: What may be given anew when a run goes on; anything else would make it another run.
-_RESUMABLE = ("steps", "time_limit", "data", "device", "eval_every", "save_every")
+_RESUMABLE = ("steps", "time_limit", "data", "device", "compile", "eval_every", "save_every")
 
 
 def start_run(config: TrainConfig, mixers: tuple[MixerConfig, ...], console: Console) -> int:
@@ -36,6 +38,7 @@ def start_run(config: TrainConfig, mixers: tuple[MixerConfig, ...], console: Con
     model_config = size_model(mixers, params=config.param_count, dim=config.dim, depth=config.depth)
     config = replace(config, data=config.data if config.data is not None else demo_data(console))
     trainer = Trainer(config, model_config, console)
+    _warm_up(trainer)
     with create(config.out, model_config.pattern) as run:
         _write_config(run, config, model_config)
         return _train(trainer, run)
@@ -70,9 +73,10 @@ def resume_run(config: TrainConfig, mixers: tuple[MixerConfig, ...], console: Co
                 f"--resume {run.path}: this run has reached its end (step {trainer.step}, "
                 f"{format_duration(trainer.seconds)}): give more --steps or a longer --time-limit"
             )
+        _warm_up(trainer)
         run.rewind_metrics(trainer.step)
         _write_config(run, config, model_config)
-        _say(console, f"going on from step {trainer.step}")
+        say(console, f"going on from step {trainer.step}")
         return _train(trainer, run)
 
 
@@ -93,6 +97,26 @@ def demo_data(console: Console) -> Path:
     return path
 
 
+def _warm_up(trainer: Trainer) -> None:
+    if trainer.will_compile:
+        say(trainer.console, "compiling; this is not training time (--compile off does without)")
+    with _advice_on_memory(trainer):
+        trainer.warm_up()
+
+
+@contextlib.contextmanager
+def _advice_on_memory(trainer: Trainer) -> Iterator[None]:
+    try:
+        yield
+    except (MemoryError, RuntimeError) as error:
+        if not is_out_of_memory(error):
+            raise
+        raise TrainingError(
+            f"out of memory at step {trainer.step} ({str(error).splitlines()[0]}): give a smaller --batch-size, "
+            f"--seq-len or --params, or a larger --grad-accum, which splits a step's batch into parts"
+        ) from None
+
+
 def _train(trainer: Trainer, run: RunFolder) -> int:
     console = trainer.console
     _print_head(trainer, run)
@@ -101,27 +125,16 @@ def _train(trainer: Trainer, run: RunFolder) -> int:
         sessions = run.read_json("env.json")
         sessions = sessions if isinstance(sessions, list) else []
         run.write_json("env.json", [*sessions, _environment(trainer)])
-        finished = trainer.train(run)
+        with _advice_on_memory(trainer):
+            finished = trainer.train(run)
     except OSError as error:
         raise TrainingError(f"{run.path} cannot be written ({error.strerror or error}); {cure}") from None
-    except (MemoryError, RuntimeError) as error:
-        if not _is_out_of_memory(error):
-            raise
-        raise TrainingError(
-            f"out of memory at step {trainer.step} ({str(error).splitlines()[0]}): give a smaller --batch-size, "
-            f"--seq-len or --params, or a larger --grad-accum, which splits a step's batch into parts"
-        ) from None
     if finished:
-        _say(console, f"results in {run.path}: summary.json, metrics.jsonl, loss.png, sample.txt, checkpoints/")
-        _say(console, f"write with it: elman generate {run.path} --prompt 'def '")
+        say(console, f"results in {run.path}: summary.json, metrics.jsonl, loss.png, sample.txt, checkpoints/")
+        say(console, f"write with it: elman generate {run.path} --prompt 'def '")
         return 0
-    _say(console, f"stopped at step {trainer.step}, saved in {run.path}; go on with: elman train --resume {run.path}")
+    say(console, f"stopped at step {trainer.step}, saved in {run.path}; go on with: elman train --resume {run.path}")
     return 130
-
-
-def _is_out_of_memory(error: Exception) -> bool:
-    # On a CPU torch raises a plain RuntimeError.
-    return isinstance(error, MemoryError | torch.OutOfMemoryError) or "can't allocate memory" in str(error)
 
 
 def _environment(trainer: Trainer) -> dict[str, Any]:
@@ -129,12 +142,18 @@ def _environment(trainer: Trainer) -> dict[str, Any]:
     config = trainer.config
     rows = config.batch_size // config.grad_accum
     tokens = torch.zeros(rows, 1, dtype=torch.long, device=trainer.device)
+    trainer.model.eval()
     with record_backends() as backends, torch.no_grad(), trainer.autocast():
         trainer.model(tokens)
+    trainer.model.train()
+    if trainer.compiled and trainer.device.type == "cpu":
+        backends = ["loop" if backend == "reference" else backend for backend in backends]
     return {
         "time": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "from_step": trainer.step,
         "precision": "bf16" if trainer.bf16 else "fp32",
+        "compiled": trainer.compiled,
+        "start_up_seconds": trainer.start_up_seconds,
         "backends": backends,
         **describe_environment(trainer.device),
     }
@@ -142,12 +161,13 @@ def _environment(trainer: Trainer) -> dict[str, Any]:
 
 def _print_head(trainer: Trainer, run: RunFolder) -> None:
     model, config = trainer.model_config, trainer.config
-    _say(trainer.console, model_line(model, config.seq_len))
+    say(trainer.console, model_line(model, config.seq_len))
     where = torch.cuda.get_device_name(trainer.device) if trainer.device.type == "cuda" else str(trainer.device)
-    _say(
+    how = f"{'bf16' if trainer.bf16 else 'fp32'}, {'compiled' if trainer.compiled else 'not compiled'}"
+    say(
         trainer.console,
         f"{config.data}: {len(trainer.sampler.data):,} bytes to train on, {len(trainer.heldout):,} held out; "
-        f"{where}, {'bf16' if trainer.bf16 else 'fp32'}; run folder {run.path}",
+        f"{where}, {how}; run folder {run.path}",
     )
 
 
@@ -158,7 +178,3 @@ def model_line(model: ModelConfig, seq_len: int) -> str:
         f"{format_count(flops_per_token(model, seq_len))} forward FLOPs a token, "
         f"{format_count(state_size(model, seq_len))} numbers of state"
     )
-
-
-def _say(console: Console, line: str) -> None:
-    console.print(Text(line), soft_wrap=True)

@@ -260,6 +260,68 @@ def test_the_optimiser_sees_the_rate_and_the_clipped_gradient(
     assert all(row["grad_norm"] > 0.02 for row in rows if "grad_norm" in row)
 
 
+def pretend_to_compile(monkeypatch: pytest.MonkeyPatch, error: Exception | None = None) -> list[Any]:
+    """Let ``torch.compile`` give its function back, or fail at the first call of what it gives; returns its calls."""
+    calls = []
+
+    def compile_(function: Any, **options: Any) -> Any:
+        def fail(*arguments: Any) -> Any:
+            raise error  # type: ignore[misc]
+
+        calls.append(function)
+        return function if error is None else fail
+
+    monkeypatch.setattr(torch, "compile", compile_)
+    return calls
+
+
+def test_compiling_leaves_no_trace_but_its_time(
+    config: TrainConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    start(replace(config, out=tmp_path / "plain", grad_accum=2))
+    calls = pretend_to_compile(monkeypatch)
+    start(replace(config, compile="on", grad_accum=2))
+    assert len(calls) == 2  # layers and loss
+    assert losses(config.out) == losses(tmp_path / "plain")  # type: ignore[arg-type]
+    for out, compiled, backend in ((config.out, True, "loop"), (tmp_path / "plain", False, "reference")):
+        run = RunFolder(out)  # type: ignore[arg-type]
+        summary, (session,) = run.read_json("summary.json"), run.read_json("env.json")
+        assert summary["compiled"] == session["compiled"] == compiled
+        assert (summary["start_up_seconds"] > 1e-3) == compiled
+        assert session["backends"] == [backend] * 2
+
+
+def test_without_a_compiler_auto_goes_on_plain_and_on_refuses(
+    config: TrainConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    start(replace(config, out=tmp_path / "plain"))
+    pretend_to_compile(monkeypatch, RuntimeError("no C compiler found\nset CC"))
+    with pytest.raises(UsageError, match=r"--compile on: .*\(RuntimeError: no C compiler found\); give --compile off"):
+        start(replace(config, compile="on"))
+    assert not config.out.exists()  # type: ignore[union-attr]
+    monkeypatch.setattr(Trainer, "will_compile", True)
+    code, output = start(config)
+    assert code == 0
+    assert output.count("not compiled, so slower: torch.compile fails here (RuntimeError: no C compiler found)") == 1
+    assert losses(config.out) == losses(tmp_path / "plain")  # type: ignore[arg-type]
+    assert RunFolder(config.out).read_json("summary.json")["compiled"] is False  # type: ignore[arg-type]
+
+
+def test_a_cpu_compiles_only_when_asked(config: TrainConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = pretend_to_compile(monkeypatch)
+    start(config)
+    assert not calls
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs g++ on a CPU")
+def test_compiled_training_on_a_cpu(config: TrainConfig, tmp_path: Path) -> None:
+    start(replace(config, out=tmp_path / "plain"))
+    _, output = start(replace(config, compile="on"))
+    assert "compiling, beside that" in output
+    compiled, plain = losses(config.out), losses(tmp_path / "plain")  # type: ignore[arg-type]
+    assert list(compiled.values()) == pytest.approx(list(plain.values()), rel=1e-4)
+
+
 def test_precision_is_the_one_asked_for(config: TrainConfig, tmp_path: Path) -> None:
     start(replace(config, out=tmp_path / "fp32"))
     start(replace(config, out=tmp_path / "bf16", precision="bf16"))
@@ -378,10 +440,14 @@ def test_sigterm_to_a_real_process_ends_in_a_checkpoint(config: TrainConfig, tmp
 
 
 @pytest.mark.gpu
-def test_a_run_on_the_gpu_learns_in_bf16_and_resumes(config: TrainConfig) -> None:
-    config = replace(config, device="cuda", steps=100, lr=1e-2)
-    assert start(config)[0] == 0
-    assert RunFolder(config.out).read_json("env.json")[0]["precision"] == "bf16"  # type: ignore[arg-type]
-    history = losses(config.out)  # type: ignore[arg-type]
-    assert history[100] < 0.6 * history[1]
-    assert resume(config, steps=110)[0] == 0
+def test_a_run_on_the_gpu_learns_in_bf16_compiled_and_resumes_bit_for_bit(config: TrainConfig, tmp_path: Path) -> None:
+    config = replace(config, device="cuda", steps=100, lr=1e-2, schedule="constant", save_every=60)
+    assert start(replace(config, out=tmp_path / "whole"))[0] == 0
+    assert start(replace(config, steps=60))[0] == 0
+    assert resume(config, steps=100)[0] == 0
+    whole = losses(tmp_path / "whole")
+    assert losses(config.out) == whole  # type: ignore[arg-type]
+    assert whole[100] < 0.6 * whole[1]
+    session = RunFolder(config.out).read_json("env.json")[0]  # type: ignore[arg-type]
+    assert session["precision"] == "bf16"
+    assert session["compiled"] is True
