@@ -9,7 +9,7 @@ from __future__ import annotations
 import functools
 import itertools
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -19,7 +19,7 @@ from torch import Tensor
 
 from elman.ops.cells import Cell
 from elman.ops.cuda.compiler import CompilerUnavailableError, Module, compiler_version, kernels
-from elman.ops.operators import Dense
+from elman.ops.operators import Dense, Operator
 
 if TYPE_CHECKING:
     from elman.ops.backends import Problem
@@ -237,40 +237,42 @@ def _step_clocks(plan: Plan) -> float:
 
 
 def forward(
-    pre: Tensor, weight: Tensor, h0: Tensor | None, reset: Tensor | None, cell: Cell, save: bool
-) -> tuple[Tensor, Tensor]:
-    """All steps.
-
-    Returns:
-        The states h (T, B, H), and v = pre + rec (T, B, H) where it is to be saved, else an empty tensor.
-    """
-    h = pre.new_empty(pre.shape)
-    v = pre.new_empty(pre.shape if save else 0)
-    tensors = (_dense(pre), _dense(weight), _dense(h0), _dense(reset), h, v if save else None)
-    _launch("forward", cell, tensors, pre)
-    return h, v
+    pre: Tensor,
+    operator: Operator,
+    bias: Tensor | None,
+    states: Sequence[Tensor],
+    reset: Tensor | None,
+    cell: Cell,
+    save: bool,
+) -> tuple[Tensor, list[Tensor], list[Tensor]]:
+    """All steps; see ``fused.Walk``."""
+    h = pre.new_empty(pre[:, :, 0].shape)
+    v = pre.new_empty(pre.shape) if save else None
+    h0 = states[0] if states else None
+    tensors = (_dense(pre), *map(_dense, operator.weights), _dense(h0), _dense(reset), h, v)
+    _launch("forward", cell, tensors, h)
+    return h, [], [] if v is None else [v]
 
 
 def backward(
     dh: Tensor | None,
-    dh_last: Tensor | None,
-    v: Tensor,
-    weight: Tensor,
+    dlast: Sequence[Tensor],
+    h: Tensor,
+    saved: Sequence[Tensor],
+    operator: Operator,
+    states: Sequence[Tensor],
     reset: Tensor | None,
     cell: Cell,
-    need_h0: bool,
-) -> tuple[Tensor, Tensor | None]:
-    """All steps, the last one first. A gradient that is None is zero, but one of the two is there.
-
-    Returns:
-        dpre (T, B, H), and dh0 (B, H) where needed.
-    """
-    dh = torch.zeros_like(v) if dh is None else dh
-    dpre = v.new_empty(v.shape)
-    dh0 = v.new_empty(v.shape[1:]) if need_h0 else None
-    tensors = (_dense(dh), _dense(weight), _dense(dh_last), _dense(reset), v, dpre, dh0)
-    _launch("backward", cell, tensors, v)
-    return dpre, dh0
+    need_states: bool,
+) -> tuple[Tensor, Tensor, list[Tensor]]:
+    """All steps, the last one first; see ``fused.Walk``."""
+    dh = torch.zeros_like(h) if dh is None else dh
+    dpre = torch.empty_like(saved[0])
+    dh0 = h.new_empty(h.shape[1:]) if need_states else None
+    dh_last = dlast[0] if dlast else None
+    tensors = (_dense(dh), *map(_dense, operator.weights), _dense(dh_last), _dense(reset), saved[0], dpre, dh0)
+    _launch("backward", cell, tensors, h)
+    return dpre, dpre, [] if dh0 is None else [dh0]
 
 
 def _dense(x: Tensor | None) -> Tensor | None:

@@ -68,10 +68,10 @@ def poison(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_gradcheck(
     backend: str, device: str, dtype: torch.dtype, cell: str, with_h0: bool, reset_rate: float | None
 ) -> None:
-    p = draw(5, 3, 4, device=device, with_h0=with_h0, reset_rate=reset_rate)
-    inputs = [x.requires_grad_() for x in (p.pre, p.weight, p.h0) if x is not None]
+    p = draw(5, 3, 4, device=device, with_h0=with_h0, with_bias=with_h0, reset_rate=reset_rate, cell=cell)
+    inputs = {name: x.requires_grad_() for name, x in p.inputs().items()}
     assert torch.autograd.gradcheck(
-        lambda *args: recurrence(*args, cell=cell, reset=p.reset, backend=backend), inputs, nondet_tol=0.0
+        lambda *args: p.run(backend, dict(zip(inputs, args, strict=True))), list(inputs.values()), nondet_tol=0.0
     )
 
 
@@ -82,6 +82,7 @@ def test_gradcheck(
     which_dtype=st.integers(0, 5),
     cell=st.sampled_from(sorted(CELLS)),
     with_h0=st.booleans(),
+    with_bias=st.booleans(),
     reset_rate=st.sampled_from([None, 0.0, 0.3, 1.0]),
     wants=st.sampled_from(["h", "h_last", "both"]),
     seed=st.integers(0, 2**16),
@@ -94,6 +95,7 @@ def test_errs_no_more_than_the_reference(
     which_dtype: int,
     cell: str,
     with_h0: bool,
+    with_bias: bool,
     reset_rate: float | None,
     wants: str,
     seed: int,
@@ -107,6 +109,7 @@ def test_errs_no_more_than_the_reference(
         device=device,
         seed=seed,
         with_h0=with_h0,
+        with_bias=with_bias,
         reset_rate=reset_rate,
         cell=cell,
     )
@@ -239,9 +242,14 @@ def test_chunks_with_carried_state_equal_one_piece(backend: str, device: str, dt
 @pytest.mark.parametrize("with_h0", [False, True])
 def test_opcheck(backend: str, device: str, dtype: torch.dtype, with_h0: bool) -> None:
     p = draw(3, 2, 8, dtype=dtype, device=device, with_h0=with_h0)
-    inputs = [None if x is None else x.clone().requires_grad_() for x in (p.pre, p.weight, p.h0)]
-    torch.library.opcheck(torch.ops.elman.recurrence.default, (*inputs, p.reset, "tanh", backend, True))
-    backward = (p.dh, None, p.dh, p.dh, p.weight, p.h0, p.reset, "tanh", backend, True, with_h0)
+    states = [] if p.h0 is None else [p.h0]
+    names = ("tanh", "dense", backend)
+    inputs = p.map(lambda x: x.clone().requires_grad_())
+    pre = p.pre.unsqueeze(2).clone().requires_grad_()
+    given = (pre, [inputs.weight], None, [] if p.h0 is None else [inputs.h0], p.reset)
+    torch.library.opcheck(torch.ops.elman.recurrence.default, (*given, *names, True))
+    saved = [p.dh.unsqueeze(2)]
+    backward = (p.dh, [], p.dh, saved, [p.weight], states, p.reset, *names, True, False, with_h0)
     torch.library.opcheck(torch.ops.elman.recurrence_backward.default, backward)
 
 
@@ -373,7 +381,8 @@ def test_saves_only_what_backward_needs(backend: str, device: str, dtype: torch.
         recurrence(p.pre.requires_grad_(), p.weight, p.h0, backend=backend)
     assert sum(saved.values()) == 2 * p.pre.numel() + p.weight.numel() + p.h0.numel()  # h, v and the small ones
     with torch.no_grad():
-        assert torch.ops.elman.recurrence(p.pre, p.weight, None, None, "tanh", backend, False)[2].numel() == 0
+        names = ("tanh", "dense", backend)
+        assert torch.ops.elman.recurrence(p.pre.unsqueeze(2), [p.weight], None, [], None, *names, False)[2] == []
 
 
 @on_each

@@ -324,7 +324,7 @@ __device__ __forceinline__ void run_cells(const Problem<T>& p, const Exchange& e
             float unit_v[kGates], unit_slope[kGates];
 #pragma unroll
             for (int gate = 0; gate < kGates; ++gate) unit_v[gate] = v[gate][j];
-            Cell::template slope<typename T::Math>(unit_v, unit_slope);
+            Cell::template slopes<typename T::Math>(unit_v, 0.0f, unit_slope);
 #pragma unroll
             for (int gate = 0; gate < kGates; ++gate) settle(slope[n][gate][j] = unit_slope[gate]);
           }
@@ -387,10 +387,10 @@ __device__ __forceinline__ void run_cells(const Problem<T>& p, const Exchange& e
           float h[4];
 #pragma unroll
           for (int j = 0; j < 4; ++j) {
-            float unit_v[kGates];
-#pragma unroll
-            for (int gate = 0; gate < kGates; ++gate) unit_v[gate] = given[n][gate][j] += sum[n][gate][j];
-            h[j] = Cell::template forward<typename T::Math>(unit_v);
+            const float unit_pre[1] = {given[n][0][j]}, unit_rec[1] = {sum[n][0][j]};
+            float memory = 0.0f, unit_saved[1];
+            h[j] = Cell::template forward<typename T::Math>(unit_pre, unit_rec, memory, unit_saved);
+            given[n][0][j] = unit_saved[0];
           }
           published[n][0] = pack<T>(h);
 #pragma unroll
