@@ -16,16 +16,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from elman.ops.cells import Cell
+from elman.ops.cells import CELLS, Cell
 from elman.ops.cuda.compiler import CompilerUnavailableError, Module, compiler_version, kernels
 from elman.ops.operators import Dense, Operator
 
 if TYPE_CHECKING:
     from elman.ops.backends import Problem
 
-#: The names of dtypes and cells in the CUDA sources.
+#: The names of dtypes in the CUDA sources.
 _NUMBERS = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "float", torch.float64: "double"}
-_FUNCTORS = {"tanh": "Tanh", "softsign": "Softsign"}
 
 _THREADS = 256  # kStepThreads of steps.cuh
 #: Neighbouring columns a thread: a step is so short that more threads beat wider loads (measured, H200).
@@ -36,7 +35,7 @@ def why_not(problem: Problem) -> str | None:
     """In words, why this backend cannot run the problem; None if it can."""
     if problem.operator is not Dense:
         return "it runs dense weights (H, H) only: use backend='reference'"
-    if problem.cell.name not in _FUNCTORS:
+    if problem.cell.functor is None:
         return f"it does not run cell={problem.cell.name!r}: use backend='reference'"
     if problem.dtype not in _NUMBERS:
         return f"it does not run {problem.dtype}: cast to one of {', '.join(str(dtype) for dtype in _NUMBERS)}"
@@ -390,7 +389,7 @@ def _warn_of_slow_steps(reason: str) -> None:
 
 
 def _kernel_name(direction: str, cell: str, dtype: torch.dtype, width: int) -> str:
-    return f"step_{direction}<{_FUNCTORS[cell]}, {_NUMBERS[dtype]}, {width}>"
+    return f"step_{direction}<{CELLS[cell].functor}, {_NUMBERS[dtype]}, {width}>"
 
 
 @functools.cache
@@ -403,4 +402,4 @@ def step_module(cell: str, dtype: torch.dtype) -> Module:
 
 def shipped_modules() -> list[Module]:
     """Every module that this backend may compile."""
-    return [step_module(cell, dtype) for cell in _FUNCTORS for dtype in _NUMBERS]
+    return [step_module(cell, dtype) for cell in CELLS for dtype in _NUMBERS]

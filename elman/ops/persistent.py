@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from elman.ops.cells import Cell
+from elman.ops.cells import CELLS, Cell
 from elman.ops.cuda.compiler import CompilerUnavailableError, Module, compiler_version, kernels
 from elman.ops.operators import Dense, Operator
 
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from elman.ops.backends import Problem
 
 _NUMBERS = {torch.bfloat16: "bf16", torch.float16: "fp16"}
-_FUNCTORS = {"tanh": "Tanh", "softsign": "Softsign"}
+_RUNS = ("tanh", "softsign")
 _DIRECTIONS = ("forward", "backward")
 
 # What persistent.cuh and exchange.cuh fix.
@@ -92,7 +92,7 @@ def why_not(problem: Problem) -> str | None:
     """In words, why this backend cannot run the problem; None if it can."""
     if problem.operator is not Dense:
         return "it runs dense weights (H, H) only: use backend='auto'"
-    if problem.cell.name not in _FUNCTORS:
+    if problem.cell.name not in _RUNS:
         return f"it does not run cell={problem.cell.name!r}: use backend='auto'"
     if problem.dtype not in _NUMBERS:
         return f"it computes in bf16 or fp16, not {problem.dtype}: cast the inputs, or use backend='loop'"
@@ -327,7 +327,7 @@ def _kernel(direction: str, cell: str, dtype: torch.dtype, plan: Plan, index: in
 
 def _name(direction: str, cell: str, dtype: torch.dtype, plan: Plan) -> str:
     shape = f"{plan.row_tiles}, {plan.register_units}, {plan.shared_units}, {plan.blocks}, persistent::{plan.exchange}"
-    return f"persistent_{direction}<{_NUMBERS[dtype]}, {_FUNCTORS[cell]}, {shape}>"
+    return f"persistent_{direction}<{_NUMBERS[dtype]}, {CELLS[cell].functor}, {shape}>"
 
 
 def _module(cell: str, dtype: torch.dtype, plan: Plan, architectures: tuple[str, ...] = ()) -> Module:
@@ -353,5 +353,5 @@ def shipped_modules() -> list[Module]:
             for batch, hidden in ((64, 512), (256, 1280), (128, 3584))
             if hidden <= largest_hidden(chip)
         )
-        modules += [_module(cell, dtype, plan, (arch,)) for plan in plans for dtype in _NUMBERS for cell in _FUNCTORS]
+        modules += [_module(cell, dtype, plan, (arch,)) for plan in plans for dtype in _NUMBERS for cell in _RUNS]
     return modules

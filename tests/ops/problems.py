@@ -165,3 +165,12 @@ def assert_as_exact_as_reference(problem: Problem, backend: str) -> None:
     """No result errs more than ``errors`` allows."""
     for name, error in errors(problem, backend).items():
         assert error.ours <= error.allowed, f"{name}: {error}"
+
+
+def assert_chunks_equal_one_piece(problem: Problem, backend: str, cut: int) -> None:
+    """Bit for bit, states carried over from ``cut``."""
+    h, *last = problem.run(backend)
+    first, *carried = problem.piece(0, cut, problem.h0).run(backend)
+    second, *carried = problem.piece(cut, len(h), like(problem.dh_last, carried)).run(backend)
+    assert torch.equal(h, torch.cat([first, second]))
+    assert all(torch.equal(a, b) for a, b in zip(last, carried, strict=True))

@@ -51,7 +51,7 @@ def run_like_the_kernels(names: dict[int, str]) -> Launch:
 
     def launch(function: object, batch: int, y: int, z: int, threads: int, *rest: object) -> tuple[int]:
         direction, functor, _, width = re.fullmatch(r"step_(\w+)<(\w+), (\w+), (\d)>", names[int(function)]).groups()
-        cell = next(CELLS[name] for name, value in loop._FUNCTORS.items() if value == functor)
+        cell = next(cell for cell in CELLS.values() if cell.functor == functor)
         count = {"forward": 13, "backward": 11}[direction]
         table, extra = rest[-2:]
         arguments = [int(array(int(at), 1, dtype=np.int64)[0]) for at in array(table, count, dtype=np.int64)]
