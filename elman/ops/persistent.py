@@ -11,6 +11,7 @@ import itertools
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from operator import index as as_int  # unlike int, it makes a constant of a symbolic size under torch.compile
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -140,7 +141,7 @@ def why_not(problem: Problem) -> str | None:
         words = "B × H × products" if len(factors) == 3 else "B × H"
         return f"{words} = {' × '.join(map(str, factors))} is not below 2^27: split the batch"
     return _why_not_on_device(
-        problem.device.index, int(problem.batch_size), int(problem.hidden_size), problem.cell.name
+        problem.device.index, as_int(problem.batch_size), as_int(problem.hidden_size), problem.cell.name
     )
 
 
@@ -164,7 +165,9 @@ def _why_not_on_device(index: int | None, batch: int, hidden: int, cell: str) ->
 
 def pays(problem: Problem) -> bool:
     """Whether it is likely to be faster than the ``loop`` backend."""
-    return _pays_on_device(problem.device.index, int(problem.batch_size), int(problem.hidden_size), problem.cell.name)
+    return _pays_on_device(
+        problem.device.index, as_int(problem.batch_size), as_int(problem.hidden_size), problem.cell.name
+    )
 
 
 def _pays_on_device(index: int | None, batch: int, hidden: int, cell: str) -> bool:

@@ -520,5 +520,5 @@ def test_peak_memory(backend: str, device: str, dtype: torch.dtype, cell: str) -
     results = torch.autograd.grad(outputs, list(inputs.values()), [p.dh, *parts(p.dh_last)])
     of_user = sum(x.nbytes for x in (*outputs, *results))
     sequences = rule.saved + rule.states - 1 + 1 + (0 if rule.additive else rule.products)
-    # Weight gradients are summed in float32.
-    assert torch.cuda.max_memory_allocated() - before - of_user <= (sequences + 0.5) * p.dh.nbytes + 2 * p.weight.nbytes
+    # Weight gradients are two sums in float32.
+    assert torch.cuda.max_memory_allocated() - before - of_user <= (sequences + 0.5) * p.dh.nbytes + 4 * p.weight.nbytes
