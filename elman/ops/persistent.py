@@ -250,7 +250,7 @@ def _fit(chip: Chip, batch: int, hidden: int, task: Task, exchange: str, row_til
     units = math.ceil(depth / (_UNIT_DEPTH * _PRODUCT_WARPS))
     received = units if exchange == "PolledRing" else math.ceil(units / math.ceil(units / (5 if blocks == 1 else 3)))
     # setmaxnreg gives Hopper's product warps more registers than the cell's; elsewhere all warps have 128.
-    budget = 148 if task.cell.reads_memory else 196
+    budget = 156 if task.cell.reads_memory else 196
     budget = (budget if chip.capability == (9, 0) else 100) - (0 if blocks == 1 else 12)
     budget -= 4 * blocks * (received + row_tiles)
     register_units = max(1, min(units, budget // (8 * row_tiles)))
@@ -263,7 +263,8 @@ def _fit(chip: Chip, batch: int, hidden: int, task: Task, exchange: str, row_til
 
     shared = 2 * _PRODUCT_WARPS * rows * (16 * row_tiles + 4) * 4  # sums
     shared += _PRODUCT_WARPS * (units - register_units) * row_tiles * 1024  # weights
-    shared += (32 if task.cell.reads_memory else 64) * task.inputs * cell_threads
+    cell_groups = 2 if 2 * cell_threads <= _THREADS - 32 * _PRODUCT_WARPS else 1
+    shared += (32 * cell_groups if task.cell.reads_memory else 64) * task.inputs * cell_threads
     shared += 16 * tiles * cell_threads * task.cell.reads_memory  # carried from step to step
     shared += _EXCHANGES[exchange] * units * blocks * _PRODUCT_WARPS * _UNIT_BYTES
     if clustered:

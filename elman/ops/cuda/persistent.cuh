@@ -65,9 +65,8 @@ struct Layout {
   static constexpr int kCellThreads = (kPassRows * kQuads + 31) / 32 * 32;
   static constexpr bool kExactThreads = kCellThreads == kPassRows * kQuads;
   static constexpr int kSumsThreads = kProductThreads + kCellThreads;
-  // Where there are warps enough, two groups of cell threads take turns, each with a buffer of sums of its own. What a
-  // thread remembers of a tile it must find again: then there is one group.
-  static constexpr int kCellGroups = !kMemory && kProductThreads + 2 * kCellThreads <= kThreads ? 2 : 1;
+  // Where there are warps enough, two groups of cell threads take turns, each with a buffer of sums of its own.
+  static constexpr int kCellGroups = kProductThreads + 2 * kCellThreads <= kThreads ? 2 : 1;
   static constexpr int kAllCells = kCellGroups * kCellThreads;
   static constexpr bool kSpareWarp = kProductThreads + kAllCells < kThreads;
   // +4 words: the lane quads of a fragment store fall on different banks.
@@ -76,12 +75,18 @@ struct Layout {
   static constexpr int kBufferSums = kParts * kPartSums;
   static constexpr int kInputs = kBackward ? 1 + kSaved + kMemory : kGates;  // values a cell thread reads, for each unit
   // Tiles of a cell group whose inputs are in shared memory or on the way.
-  static constexpr int kStages = kMemory || kTileRows > 16 ? 4 : 64 / kTileRows / kCellGroups;
+  static constexpr int kStages = kMemory ? 4 : (kTileRows > 16 ? 4 : 64 / kTileRows) / kCellGroups;
   static constexpr int kWeightOffset = 2 * kBufferSums * 4;
   static constexpr int kInputOffset = kWeightOffset + kWeightBytes;
   static constexpr int kCarriedOffset = kInputOffset + kStages * kPasses * kInputs * kAllCells * 8;
-  static constexpr int kCarriedBytes = kMemory ? 16 * kPasses * kAllCells : 0;  // of a tile, see run_cells
+  static constexpr int kCarriedBytes = kMemory ? 16 * kPasses * kCellThreads : 0;  // of a tile, see run_cells
   static __device__ __forceinline__ int exchange_offset(int tiles) { return kCarriedOffset + tiles * kCarriedBytes; }
+  // The tiles of all steps are dealt to buffers and cell groups in turn; with memory those of each step anew, so that a
+  // thread finds again what it remembers of a tile.
+  static __device__ __forceinline__ int buffer_of(int phase, int tile) { return (kMemory ? tile : phase) & 1; }
+  static __device__ __forceinline__ bool buffer_used(int phase, int step, int tile) {
+    return kMemory ? step > 0 || tile >= 2 : phase >= 2;
+  }
   static_assert(kColumns > 0, "too few rows of W for the products of eight hidden units");
   static_assert(kSumsThreads <= kThreads, "too many rows of W for the cell warps");
 };
@@ -100,7 +105,7 @@ struct Shape : Layout<Cell, kBackward, 16 * kRowTiles_, kBlocks_ * kBlockRows,
   static constexpr int kGroups = (kUnits + kGroupLimit - 1) / kGroupLimit;
   static constexpr int kGroup = (kUnits + kGroups - 1) / kGroups;
   // Registers of a product thread and of the others: 512 threads share 65536.
-  static constexpr int kProductRegisters = Cell::kReadsMemory ? 160 : kBlocks == 1 ? 208 : 200;
+  static constexpr int kProductRegisters = Cell::kReadsMemory ? 176 : kBlocks == 1 ? 208 : 200;
   static constexpr int kOtherRegisters = 256 - kProductRegisters;
 };
 
@@ -191,8 +196,8 @@ __device__ __forceinline__ void run_products(const Problem<T>& p, Exchange& exch
           }
       }
 
-      const int buffer = phase & 1;
-      if (phase >= 2) barrier_sync(kSumsEmpty + buffer, S::kSumsThreads);
+      const int buffer = S::buffer_of(phase, tile);
+      if (S::buffer_used(phase, step, tile)) barrier_sync(kSumsEmpty + buffer, S::kSumsThreads);
 #pragma unroll
       for (int n = 0; n < S::kBlocks; ++n)
 #pragma unroll
@@ -203,7 +208,11 @@ __device__ __forceinline__ void run_products(const Problem<T>& p, Exchange& exch
         }
       barrier_arrive(kSumsFull + buffer, S::kSumsThreads);
     }
-  for (int last = max(phase - 2, 0); last < phase; ++last) barrier_sync(kSumsEmpty + (last & 1), S::kSumsThreads);
+  if constexpr (S::kMemory) {
+    for (int last = 0; last < min(2, part.tiles); ++last) barrier_sync(kSumsEmpty + last, S::kSumsThreads);
+  } else {
+    for (int last = max(phase - 2, 0); last < phase; ++last) barrier_sync(kSumsEmpty + (last & 1), S::kSumsThreads);
+  }
 }
 
 // A cell thread looks after four hidden units of one row of every pass. Where the cell has a memory, the thread carries it
@@ -258,17 +267,31 @@ __device__ __forceinline__ void run_cells(const Problem<T>& p, const Exchange& e
            (static_cast<u64>(row) * (values * row_bytes) + (value * row_bytes + unit_bytes));
   };
 
-  // The tiles of all steps are dealt to the cell groups in turn.
   struct Place {
     int step, tile;
     u32 row;
   };
+  // By some tiles; with memory, to the next of this group's. See buffer_of.
   auto advance = [&](Place& place, int tiles) {
-    for (int i = 0; i < tiles; ++i) {
-      place.row += S::kTileRows;
-      if (++place.tile == part.tiles) place.tile = 0, ++place.step, place.row += next_step;
+    if constexpr (S::kMemory) {
+      place.tile += S::kCellGroups, place.row += S::kCellGroups * S::kTileRows;
+      if (place.tile >= part.tiles) {
+        place.row += (S::kBackward ? -p.batch : p.batch) - (place.tile - group) * S::kTileRows;
+        place.tile = group, ++place.step;
+      }
+    } else {
+      for (int i = 0; i < tiles; ++i) {
+        place.row += S::kTileRows;
+        if (++place.tile == part.tiles) place.tile = 0, ++place.step, place.row += next_step;
+      }
     }
   };
+
+  Place first{0, 0, start};
+  if constexpr (S::kMemory)
+    first = {group < part.tiles ? 0 : p.steps + 1, group, start + group * S::kTileRows};
+  else
+    advance(first, group);
 
   // Every thread copies its own inputs, so it alone waits for them. Backwards they are the gradient of h, the saved values
   // and the memory before the step.
@@ -277,8 +300,7 @@ __device__ __forceinline__ void run_cells(const Problem<T>& p, const Exchange& e
   auto input_slot = [&](int stage, int n, int i) {
     return inputs + stage * kStageBytes + (n * S::kInputs + i) * (S::kCellThreads * 8);
   };
-  Place ahead{0, 0, start};
-  advance(ahead, group);
+  Place ahead = first;
   int ahead_stage = 0;
   auto fetch_ahead = [&]() {
 #pragma unroll
@@ -345,14 +367,13 @@ __device__ __forceinline__ void run_cells(const Problem<T>& p, const Exchange& e
   }
 
   const float* sums = reinterpret_cast<const float*>(shared) + pass_row * S::kSumPitch + thread % S::kQuads * 4;
-  Place here{0, 0, start};
-  advance(here, group);
+  Place here = first;
   finish_steps(0, here.step);
   fetch_masks(here.step, here.tile);
   Place next = here;
   for (int turn = 0; here.step < products; ++turn, here = next) {
     const int step = here.step, tile = here.tile;
-    const int buffer = S::kCellGroups == 2 ? group : turn & 1, stage = turn % S::kStages;
+    const int buffer = S::kCellGroups == 2 ? group : S::buffer_of(turn, tile), stage = turn % S::kStages;
     advance(next, S::kCellGroups);
     {
       // All that does not depend on the sums happens before they come: backwards, the derivative of the cell.
