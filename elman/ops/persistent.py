@@ -38,7 +38,10 @@ _RING_SLOTS = 8
 
 #: Bytes a thread. Weights take all registers that are left, and ptxas does not place the last few of them perfectly.
 _SPILL_LIMIT = 64
-_CLOCKS_PER_MICROSECOND = 1900
+#: Of a cell with memory, whose own warps are the slower ones: what registers they have saves more than the spills cost.
+_SPILL_LIMIT_WITH_MEMORY = 128
+#: Half the clock: nothing takes as few clocks as it might.
+_CLOCKS_PER_MICROSECOND = 950
 #: A step of the loop backend outside a CUDA graph, where the host sets the pace (18 to 20 measured; NOTES.md).
 _LOOP_MICROSECONDS = 18
 _MAX_ROW_TILES = 12
@@ -47,8 +50,9 @@ _MAX_CELL_THREADS = 7 * 32
 _MAX_CLUSTER = 16
 #: How CTAs hand each other the state, by the name in exchange.cuh, and the copies of a tile that each stages.
 _EXCHANGES = {"PolledRing": 0, "StagedRing2": 2, "StagedRing3": 3, "ClusterPush": 0}
-#: Clusters of 1, 2, … CTAs that an H200 runs at a time, measured; other chips are taken to be alike in proportion.
-_CLUSTERS = (132, 66, 40, 30, 22, 18, 16, 15, 11, 11, 8, 8, 8, 7, 7, 7)
+#: Clusters of 1, 2, … CTAs that an H200 runs at a time, measured, the fewest where two of them differed; other chips are
+#: taken to be alike in proportion.
+_CLUSTERS = (132, 66, 40, 30, 22, 18, 16, 15, 11, 11, 7, 7, 7, 7, 7, 7)
 
 
 @dataclass(frozen=True)
@@ -172,9 +176,8 @@ def pays(problem: Problem) -> bool:
 
 def _pays_on_device(index: int | None, batch: int, hidden: int, cell: str) -> bool:
     chip = chip_of(torch.cuda.current_device() if index is None else index)
-    both = [_step_clocks(make_plan(chip, batch, hidden, task), task) for task in _tasks(CELLS[cell])]
-    # The model counts no stalls: on an H200 a step took 1.5 to 2.3 times its clocks (benchmarks/results).
-    return sum(both) / _CLOCKS_PER_MICROSECOND < _LOOP_MICROSECONDS
+    both = [_step_microseconds(make_plan(chip, batch, hidden, task), task) for task in _tasks(CELLS[cell])]
+    return sum(both) / len(both) < _LOOP_MICROSECONDS
 
 
 # What torch.compiler.assume_constant_result sets, without its import of torch._dynamo, which takes seconds.
@@ -216,7 +219,7 @@ def _has_plans(chip: Chip, batch: int, hidden: int, cell: str) -> bool:
 @functools.cache
 def make_plan(chip: Chip, batch: int, hidden: int, task: Task) -> Plan:
     """The plan that the model of a step's time likes best."""
-    return min(_plans(chip, batch, hidden, task), key=lambda plan: _step_clocks(plan, task))
+    return min(_plans(chip, batch, hidden, task), key=lambda plan: _step_microseconds(plan, task))
 
 
 def _plans(chip: Chip, batch: int, hidden: int, task: Task) -> Iterator[Plan]:
@@ -250,10 +253,12 @@ def _fit(chip: Chip, batch: int, hidden: int, task: Task, exchange: str, row_til
     units = math.ceil(depth / (_UNIT_DEPTH * _PRODUCT_WARPS))
     received = units if exchange == "PolledRing" else math.ceil(units / math.ceil(units / (5 if blocks == 1 else 3)))
     # setmaxnreg gives Hopper's product warps more registers than the cell's; elsewhere all warps have 128.
-    budget = 156 if task.cell.reads_memory else 196
-    budget = (budget if chip.capability == (9, 0) else 100) - (0 if blocks == 1 else 12)
+    budget = {"forward": 140, "backward": 156}[task.direction] if task.cell.reads_memory else 196
+    budget = (budget if chip.capability == (9, 0) else 96 if task.cell.reads_memory else 100) - 12 * (blocks - 1)
     budget -= 4 * blocks * (received + row_tiles)
-    register_units = max(1, min(units, budget // (8 * row_tiles)))
+    register_units = min(units, budget // (8 * row_tiles))
+    if register_units < 1:
+        return None
 
     room = chip.multiprocessors // columns
     if clustered:
@@ -275,16 +280,23 @@ def _fit(chip: Chip, batch: int, hidden: int, task: Task, exchange: str, row_til
     return Plan(row_tiles, register_units, units - register_units, blocks, exchange, columns, groups, tiles, shared)
 
 
-def _step_clocks(plan: Plan, task: Task) -> float:
-    """A rough count of clocks a step: its tiles one after another, or the exchange's latency if that is longer."""
-    units = plan.register_units + plan.shared_units
-    product = units * plan.row_tiles * plan.blocks * 26
-    shared = 64 * (plan.shared_units * plan.row_tiles + plan.blocks * (plan.row_tiles + units))
-    tile = max(product + 60, shared, 500 + 150 * plan.blocks)
-    latency = (1000 if plan.clustered else 1500) + 350 + product
+def _step_microseconds(plan: Plan, task: Task) -> float:
+    """About how long a step takes, fitted to an H200: all tiles, or one and the exchange's latency if that is longer."""
+    units, rows = plan.register_units + plan.shared_units, _BLOCK_ROWS * plan.blocks
+    product = units * plan.row_tiles * plan.blocks * 26 / _CLOCKS_PER_MICROSECOND
+    shared = (
+        64 * (plan.shared_units * plan.row_tiles + plan.blocks * (plan.row_tiles + units)) / _CLOCKS_PER_MICROSECOND
+    )
+    shared *= 1 if plan.blocks == 1 else 0.93
+    cell = (350 + 100 * plan.blocks * task.cell.gates) / _CLOCKS_PER_MICROSECOND
+    tile = max(product + 0.06, shared, cell)
+    latency = 0.7 + 0.3 * plan.blocks + 0.1 * task.cell.gates + product
     if plan.exchange == "PolledRing":
-        return latency + (plan.tiles - 1) * (tile + 400)
-    return max(plan.tiles * tile, latency + (0 if plan.clustered else 100))
+        return latency + (plan.tiles - 1) * tile
+    if plan.clustered:
+        pushed = rows * units * _UNIT_DEPTH * _PRODUCT_WARPS * 2 / 16 / (2 * _CLOCKS_PER_MICROSECOND)
+        return latency - 0.25 + max(0, pushed - 0.27) + (plan.tiles - 1) * max(tile, pushed)
+    return max(plan.tiles * tile, latency + 0.2 * units + 0.5 * tile)
 
 
 def forward(
@@ -387,7 +399,8 @@ def _kernel(task: Task, dtype: torch.dtype, plan: Plan, index: int) -> object:
 def _module(task: Task, dtype: torch.dtype, plan: Plan, architectures: tuple[str, ...] = ()) -> Module:
     shape = f"{plan.row_tiles}, {plan.register_units}, {plan.shared_units}, {plan.blocks}, persistent::{plan.exchange}"
     name = f"persistent_{task.direction}<{_NUMBERS[dtype]}, {task.cell.functor}, {shape}>"
-    return Module("persistent.cuh", (name,), architectures=architectures, spill_limit=_SPILL_LIMIT)
+    spill_limit = _SPILL_LIMIT_WITH_MEMORY if task.cell.reads_memory else _SPILL_LIMIT
+    return Module("persistent.cuh", (name,), architectures=architectures, spill_limit=spill_limit)
 
 
 #: A GPU of each architecture: A100, RTX A6000, RTX 4090, H200.

@@ -105,7 +105,8 @@ struct Shape : Layout<Cell, kBackward, 16 * kRowTiles_, kBlocks_ * kBlockRows,
   static constexpr int kGroups = (kUnits + kGroupLimit - 1) / kGroupLimit;
   static constexpr int kGroup = (kUnits + kGroups - 1) / kGroups;
   // Registers of a product thread and of the others: 512 threads share 65536.
-  static constexpr int kProductRegisters = Cell::kReadsMemory ? 176 : kBlocks == 1 ? 208 : 200;
+  static constexpr int kProductRegisters =
+      Cell::kReadsMemory ? (kBackward ? 176 : 160) : kBlocks == 1 ? 208 : 200;
   static constexpr int kOtherRegisters = 256 - kProductRegisters;
 };
 
