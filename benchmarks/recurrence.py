@@ -1,10 +1,10 @@
-"""How fast is the recurrence, beside PyTorch's own RNN? Prints one table and writes it to benchmarks/results/.
+"""How fast is the recurrence, beside PyTorch's own layers? Prints a table a cell and writes all to benchmarks/results/.
 
 Every rival runs in this one process, on the same GPU, with T = 512 steps: our backends (the loop replayed as a CUDA
-graph, since a graph is how a model would run it), and ``torch.nn.RNN`` with cuDNN, whose figures include its input
-product because a user cannot leave it out. Times are medians of CUDA events over repeated, warmed-up runs with the L2
-cache flushed before each. A backend whose values err more than 1.5 times as much as plain PyTorch in the same dtype
-gets no time. Needs a GPU; run it from the repository's root: ``python -m benchmarks.recurrence``.
+graph, since a graph is how a model would run it), and ``torch.nn.RNN``, ``LSTM`` or ``GRU`` with cuDNN, whose figures
+include the input product because a user cannot leave it out. Times are medians of CUDA events over repeated, warmed-up
+runs with the L2 cache flushed before each. A backend whose values err more than 1.5 times as much as plain PyTorch in
+the same dtype gets no time. Needs a GPU; run it from the repository's root: ``python -m benchmarks.recurrence``.
 """
 
 from __future__ import annotations
@@ -28,8 +28,25 @@ from torch import Tensor
 from benchmarks.machine import machine
 from elman.errors import UsageError
 from elman.ops import BACKENDS, recurrence
+from elman.ops.cells import CELLS
 
-SHAPES = [(16, 512), (64, 512), (64, 1024), (64, 1280), (256, 1280), (512, 1280), (48, 1760), (256, 2048), (128, 3584)]
+#: B × H by cell.
+SHAPES = {
+    "tanh": [
+        (16, 512),
+        (64, 512),
+        (64, 1024),
+        (64, 1280),
+        (256, 1280),
+        (512, 1280),
+        (48, 1760),
+        (256, 2048),
+        (128, 3584),
+    ],
+    "lstm": [(64, 512), (64, 1024), (256, 1024)],
+    "gru": [(64, 512), (64, 1024), (256, 1024)],
+}
+MODULES = {"tanh": torch.nn.RNN, "lstm": torch.nn.LSTM, "gru": torch.nn.GRU}
 RESULTS = Path(__file__).parent / "results"
 
 Run = Callable[[], object]
@@ -39,6 +56,7 @@ Run = Callable[[], object]
 class Row:
     """One rival on one shape; a time that is None was not measured, and ``note`` says why."""
 
+    cell: str
     batch: int
     hidden: int
     rival: str
@@ -75,44 +93,58 @@ def in_graph(run: Run) -> Run:
     return graph.replay
 
 
-def inputs(seq_len: int, batch: int, hidden: int, dtype: torch.dtype) -> list[Tensor]:
-    """Random pre, weight and dh."""
-    pre = torch.randn(seq_len, batch, hidden, device="cuda", dtype=dtype)
-    weight = (torch.randn(hidden, hidden, device="cuda") / hidden**0.5).to(dtype)
-    return [pre.requires_grad_(), weight.requires_grad_(), torch.randn_like(pre)]
+@dataclass(frozen=True)
+class Case:
+    """What all rivals compute: a cell at a batch size and a width."""
+
+    cell: str
+    batch: int
+    hidden: int
+
+    def inputs(self, seq_len: int, dtype: torch.dtype) -> list[Tensor]:
+        """Random pre, weight and dh."""
+        rule = CELLS[self.cell]
+        gates = () if rule.gates == 1 else (rule.gates,)
+        products = () if rule.products == 1 else (rule.products,)
+        pre = torch.randn(seq_len, self.batch, *gates, self.hidden, device="cuda", dtype=dtype)
+        weight = (torch.randn(*products, self.hidden, self.hidden, device="cuda") / self.hidden**0.5).to(dtype)
+        dh = torch.randn(seq_len, self.batch, self.hidden, device="cuda", dtype=dtype)
+        return [pre.requires_grad_(), weight.requires_grad_(), dh]
+
+    def passes(self, backend: str, pre: Tensor, weight: Tensor, dh: Tensor) -> tuple[Run, Callable[[], list[Tensor]]]:
+        """The forward pass without autograd, and both passes with it, which return every result."""
+
+        @torch.no_grad()
+        def forward() -> object:
+            return recurrence(pre, weight, cell=self.cell, backend=backend)
+
+        def both() -> list[Tensor]:
+            h, _ = recurrence(pre, weight, cell=self.cell, backend=backend)
+            return [h, *torch.autograd.grad(h, (pre, weight), dh)]
+
+        return forward, both
+
+    def row(self, rival: str, note: str = "") -> Row:
+        return Row(self.cell, self.batch, self.hidden, rival, note=note)
 
 
-def passes(backend: str, pre: Tensor, weight: Tensor, dh: Tensor) -> tuple[Run, Callable[[], list[Tensor]]]:
-    """The forward pass without autograd, and both passes with it, which return every result."""
-
-    @torch.no_grad()
-    def forward() -> object:
-        return recurrence(pre, weight, backend=backend)
-
-    def both() -> list[Tensor]:
-        h, _ = recurrence(pre, weight, backend=backend)
-        return [h, *torch.autograd.grad(h, (pre, weight), dh)]
-
-    return forward, both
-
-
-def worst_error_ratio(backend: str, batch: int, hidden: int, dtype: torch.dtype) -> float:
+def worst_error_ratio(backend: str, case: Case, dtype: torch.dtype) -> float:
     """The backend's error against float64, as a multiple of the reference's in the same dtype; T = 32."""
-    given = inputs(32, batch, hidden, dtype)
+    given = case.inputs(32, dtype)
     exact = [x.detach().double().requires_grad_(x.requires_grad) for x in given]
     truth, plain, ours = (
-        [y.detach() for y in passes(name, *x)[1]()]
+        [y.detach() for y in case.passes(name, *x)[1]()]
         for name, x in (("reference", exact), ("reference", given), (backend, given))
     )
     ratios = [float((a - t).norm() / (p - t).norm()) for a, p, t in zip(ours, plain, truth, strict=True)]
     return max(ratios) if all(ratio == ratio for ratio in ratios) else float("nan")
 
 
-def our_row(backend: str, batch: int, hidden: int, dtype: torch.dtype, args: argparse.Namespace) -> Row:
+def our_row(backend: str, case: Case, dtype: torch.dtype, args: argparse.Namespace) -> Row:
     graphed = backend == "loop"
-    row = Row(batch, hidden, f"elman {backend}{' in a CUDA graph' if graphed else ''}, {name_of(dtype)}")
+    row = case.row(f"elman {backend}{' in a CUDA graph' if graphed else ''}, {name_of(dtype)}")
     try:
-        ratio = worst_error_ratio(backend, batch, hidden, dtype)
+        ratio = worst_error_ratio(backend, case, dtype)
     except UsageError as error:
         row.note = str(error)
         return row
@@ -120,14 +152,15 @@ def our_row(backend: str, batch: int, hidden: int, dtype: torch.dtype, args: arg
         row.note = f"WRONG: {ratio:.2f} times the error of the reference"
         return row
     row.note = f"error {ratio:.2f} × the reference's"
-    forward, both = passes(backend, *inputs(args.seq_len, batch, hidden, dtype))
+    forward, both = case.passes(backend, *case.inputs(args.seq_len, dtype))
     time_both(row, *((in_graph(forward), in_graph(both)) if graphed else (forward, both)), args)
     return row
 
 
-def cudnn_row(batch: int, hidden: int, dtype: torch.dtype, args: argparse.Namespace) -> Row:
-    rnn = torch.nn.RNN(hidden, hidden, device="cuda", dtype=dtype)
-    x = torch.randn(args.seq_len, batch, hidden, device="cuda", dtype=dtype, requires_grad=True)
+def cudnn_row(case: Case, dtype: torch.dtype, args: argparse.Namespace) -> Row:
+    module = MODULES[case.cell]
+    rnn = module(case.hidden, case.hidden, device="cuda", dtype=dtype)
+    x = torch.randn(args.seq_len, case.batch, case.hidden, device="cuda", dtype=dtype, requires_grad=True)
     dh = torch.randn_like(x)
 
     @torch.no_grad()
@@ -137,7 +170,7 @@ def cudnn_row(batch: int, hidden: int, dtype: torch.dtype, args: argparse.Namesp
     def both() -> object:
         return torch.autograd.grad(rnn(x)[0], (x, *rnn.parameters()), dh)
 
-    row = Row(batch, hidden, f"torch.nn.RNN, {name_of(dtype)}", note="with its input product")
+    row = case.row(f"torch.nn.{module.__name__}, {name_of(dtype)}", "with its input product")
     time_both(row, forward, both, args)
     return row
 
@@ -152,12 +185,12 @@ def name_of(dtype: torch.dtype) -> str:
 
 
 def rows(args: argparse.Namespace) -> Iterator[Row]:
-    for batch, hidden in SHAPES:
+    for case in (Case(cell, *shape) for cell in args.cells for shape in SHAPES[cell]):
         for backend in reversed(BACKENDS):
             if backend != "reference":
-                yield our_row(backend, batch, hidden, torch.bfloat16, args)
+                yield our_row(backend, case, torch.bfloat16, args)
         for dtype in (torch.bfloat16, torch.float16):
-            yield cudnn_row(batch, hidden, dtype, args)
+            yield cudnn_row(case, dtype, args)
 
 
 def start_up_seconds() -> dict[str, float]:
@@ -180,23 +213,30 @@ def start_up_seconds() -> dict[str, float]:
 
 
 def table(found: list[Row]) -> str:
-    """Markdown: a line a shape, a column a rival, "µs a step forward / ms both passes" in each cell."""
-    rivals = list(dict.fromkeys(row.rival for row in found))
-    lines = ["| B × H | " + " | ".join(rivals) + " |", "|---" * (len(rivals) + 1) + "|"]
-    for shape in dict.fromkeys((row.batch, row.hidden) for row in found):
-        cells = {row.rival: row for row in found if (row.batch, row.hidden) == shape}
-        texts = [
-            f"{row.forward_us_per_step:.2f} / {row.forward_backward_ms:.2f}" if row.forward_us_per_step else "–"
-            for row in (cells[rival] for rival in rivals)
-        ]
-        lines.append(f"| {shape[0]} × {shape[1]} | " + " | ".join(texts) + " |")
-    return "\n".join(lines)
+    """Markdown: a line a shape, a column a rival, "µs a step forward / ms both passes" in each cell; a table a cell."""
+    tables = []
+    for cell in dict.fromkeys(row.cell for row in found):
+        of_cell = [row for row in found if row.cell == cell]
+        rivals = list(dict.fromkeys(row.rival for row in of_cell))
+        lines = [f"| {cell}, B × H | " + " | ".join(rivals) + " |", "|---" * (len(rivals) + 1) + "|"]
+        for shape in dict.fromkeys((row.batch, row.hidden) for row in of_cell):
+            by_rival = {row.rival: row for row in of_cell if (row.batch, row.hidden) == shape}
+            texts = [
+                f"{row.forward_us_per_step:.2f} / {row.forward_backward_ms:.2f}" if row.forward_us_per_step else "–"
+                for row in (by_rival[rival] for rival in rivals)
+            ]
+            lines.append(f"| {shape[0]} × {shape[1]} | " + " | ".join(texts) + " |")
+        tables.append("\n".join(lines))
+    return "\n\n".join(tables)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--seq-len", type=int, default=512, help="steps of every run (default 512)")
     parser.add_argument("--repeats", type=int, default=20, help="runs of which the median is taken (default 20)")
+    parser.add_argument(
+        "--cells", nargs="+", choices=SHAPES, default=list(SHAPES), help="cells to measure (default all of them)"
+    )
     parser.add_argument("--commit", help="commit to record, where the sources are not a git checkout")
     parser.add_argument(
         "--out", type=Path, default=RESULTS, help="folder of the JSON file (default benchmarks/results)"
@@ -213,7 +253,7 @@ def main() -> None:
     print(table(found))
     for row in found:
         if row.forward_us_per_step is None:
-            print(f"{row.batch} × {row.hidden}, {row.rival}: {row.note}")
+            print(f"{row.cell}, {row.batch} × {row.hidden}, {row.rival}: {row.note}")
     start_up = start_up_seconds()
     print(
         f"\nfirst call of a process: {start_up['cold']:.2f} s cold, {start_up['warm']:.2f} s with kernels in the cache"

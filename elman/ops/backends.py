@@ -11,7 +11,7 @@ from torch import Tensor
 
 from elman.errors import UsageError
 from elman.ops import fused, loop, norm, persistent, reference
-from elman.ops.cells import Cell
+from elman.ops.cells import Cell, Tensors
 from elman.ops.cuda.compiler import Module
 from elman.ops.operators import Operator
 
@@ -34,13 +34,18 @@ class Backend:
     """One way to run the recurrence.
 
     Attributes:
-        run: all steps, of arguments that have been checked: ``(pre, operator, h0, cell, reset) -> (h, h_last)``.
+        run: all steps, of arguments that have been checked: ``(pre, operator, bias, states, cell, reset)`` to
+            ``(h, last)``, pre being (T, B, G, H), the first and the last states tuples, and the bias there only where
+            it cannot be added to pre.
         why_not: in words, why it cannot run a problem, the cure included; None if it can.
         status: whether ``auto`` may use it on this machine, and how or why not.
         pays: whether it is likely to beat the slower backends on a problem that it can run; ``auto`` asks.
     """
 
-    run: Callable[[Tensor, Operator, Tensor | None, Cell, Tensor | None], tuple[Tensor, Tensor]]
+    run: Callable[
+        [Tensor, Operator, Tensor | None, Tensors | None, Cell, Tensor | None],
+        tuple[Tensor, Tensors],
+    ]
     why_not: Callable[[Problem], str | None]
     status: Callable[[], tuple[bool, str]]
     pays: Callable[[Problem], bool] = lambda problem: True

@@ -1,54 +1,79 @@
-"""Cells: the pointwise rule of one step, apart from the product that feeds it.
+"""Cells: the pointwise rule of one step and its derivative, apart from the product that feeds it.
 
-A step of a recurrence is two independent ideas: an *operator* turns the previous state into a recurrent product
-(``operators.py``), and a *cell* turns that product, the input's part and the previous state into the next state.
-Any cell runs with any operator; the loop over time is written once for all of them (``reference.py``).
+A step of a recurrence is two independent ideas: an *operator* turns the previous state into recurrent products
+(``operators.py``), and a *cell* turns those, the input's part and the previous state into the next state. Any cell runs
+with any operator; the loop over time is written once for all of them. Each cell's twin on the GPU is in
+``cuda/cells.cuh``.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import functools
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-StepFunction = Callable[[Tensor, Tensor, Tensor], Tensor]
-
-
-@dataclass(frozen=True)
-class Activation:
-    """The function f of an additive cell, ``h = f(v)`` with ``v = pre + rec``, for backends that differentiate by hand.
-
-    Attributes:
-        value: f.
-        derivative: f′ as a function of v. Not of h, which low precision rounds to where f′ is 0.
-    """
-
-    value: Callable[[Tensor], Tensor]
-    derivative: Callable[[Tensor], Tensor]
+Tensors = tuple[Tensor, ...]
+Forward = Callable[[Sequence[Tensor], Sequence[Tensor], Tensor], tuple[Tensors, Tensors]]
+Backward = Callable[[Sequence[Tensor], Tensor, Tensor, Tensor], tuple[Tensors, Tensors, Tensor]]
 
 
 @dataclass(frozen=True)
 class Cell:
-    """One pointwise rule.
+    """One pointwise rule. Every tensor of ``forward`` and ``backward`` is one value a unit, (B, H).
+
+    The first state, h, is what the products see and what is returned for every step. A cell may read one state itself,
+    its *memory*: the last one, which is h where there is no other.
 
     Attributes:
         name: what ``recurrence(cell=...)`` calls it.
         equation: the rule for readers, ``pre`` being the input's part and ``rec`` the operator's.
-        step: ``(pre, rec, h) -> h``, each (B, H), in the dtype of ``pre``.
-        activation: f where the rule is ``h = f(pre + rec)``; None for a cell of another form.
+        functor: its twin's name in ``cuda/cells.cuh``; None if it has none.
+        forward: ``(pre, rec, memory) -> (states, saved)``, G and P tensors to S and those that backward needs.
+        backward: ``(saved, memory, dh, dmemory) -> (dpre, drec, dmemory)`` of one step: the memory before it; the
+            gradients of h and of the memory after it, ``dmemory`` being what the next step's cell made of the latter;
+            the gradient of the memory before it. Derivatives are functions of what enters the activations, never of
+            what comes out, which low precision rounds to where they are 0.
+        gates: G, the input's values a unit.
+        products: P, the operator's values a unit.
+        saved: how many values a unit forward saves.
+        states: S.
+        reads_memory: false where neither function looks at its memory; ``dmemory`` is then of no meaning.
+        additive: ``rec`` enters only as ``pre[i] + rec[i]``, so that its gradient is that of the first P of ``pre``.
     """
 
     name: str
     equation: str
-    step: StepFunction
-    activation: Activation | None = None
+    functor: str | None
+    forward: Forward
+    backward: Backward
+    gates: int = 1
+    products: int = 1
+    saved: int = 1
+    states: int = 1
+    reads_memory: bool = False
+    additive: bool = True
 
 
-def _additive(name: str, equation: str, activation: Activation) -> Cell:
-    return Cell(name, equation, lambda pre, rec, h: activation.value(pre + rec), activation)
+def _activation(
+    name: str, functor: str, equation: str, f: Callable[[Tensor], Tensor], derivative: Callable[[Tensor], Tensor]
+) -> Cell:
+    """The cell h = f(pre + rec)."""
+
+    def forward(pre: Sequence[Tensor], rec: Sequence[Tensor], memory: Tensor) -> tuple[Tensors, Tensors]:
+        v = pre[0] + rec[0]
+        return (f(v),), (v,)
+
+    def backward(
+        saved: Sequence[Tensor], memory: Tensor, dh: Tensor, dmemory: Tensor
+    ) -> tuple[Tensors, Tensors, Tensor]:
+        dv = dh * derivative(saved[0])
+        return (dv,), (dv,), dmemory
+
+    return Cell(name, equation, functor, forward, backward)
 
 
 def _tanh_derivative(v: Tensor) -> Tensor:
@@ -61,10 +86,101 @@ def _softsign_derivative(v: Tensor) -> Tensor:
     return (1 + v.abs()).square().reciprocal()
 
 
+def _sigmoid_derivative(v: Tensor) -> Tensor:
+    """σ(v) σ(−v), without the rounding of 1 − σ(v)."""
+    return torch.sigmoid(v) * torch.sigmoid(-v)
+
+
+def _sums(pre: Sequence[Tensor], rec: Sequence[Tensor]) -> Tensors:
+    """Pre-activations of an additive cell."""
+    return (*(x + r for x, r in zip(pre, rec, strict=False)), *pre[len(rec) :])
+
+
+def _delta_forward(pre: Sequence[Tensor], rec: Sequence[Tensor], h: Tensor) -> tuple[Tensors, Tensors]:
+    a, d = _sums(pre, rec)
+    return (torch.sigmoid(-d) * h + torch.sigmoid(d) * torch.tanh(a),), (a, d)
+
+
+def _delta_backward(
+    saved: Sequence[Tensor], h: Tensor, dh: Tensor, dmemory: Tensor, products: int
+) -> tuple[Tensors, Tensors, Tensor]:
+    a, d = saved
+    dh = dh + dmemory
+    dpre = dh * torch.sigmoid(d) * _tanh_derivative(a), dh * (torch.tanh(a) - h) * _sigmoid_derivative(d)
+    return dpre, dpre[:products], dh * torch.sigmoid(-d)
+
+
+def _delta(name: str, functor: str, equation: str, products: int) -> Cell:
+    """A leaky unit whose rate δ is learned; the second product, where there is one, is the rate's."""
+    backward = functools.partial(_delta_backward, products=products)
+    forward = _delta_forward
+    return Cell(name, equation, functor, forward, backward, gates=2, products=products, saved=2, reads_memory=True)
+
+
+def _lstm_forward(pre: Sequence[Tensor], rec: Sequence[Tensor], c: Tensor) -> tuple[Tensors, Tensors]:
+    i, f, g, o = v = _sums(pre, rec)
+    c = torch.sigmoid(f) * c + torch.sigmoid(i) * torch.tanh(g)
+    return (torch.sigmoid(o) * torch.tanh(c), c), v
+
+
+def _lstm_backward(saved: Sequence[Tensor], c: Tensor, dh: Tensor, dmemory: Tensor) -> tuple[Tensors, Tensors, Tensor]:
+    i, f, g, o = saved
+    after = torch.sigmoid(f) * c + torch.sigmoid(i) * torch.tanh(g)
+    dc = dmemory + dh * torch.sigmoid(o) * _tanh_derivative(after)
+    dv = (
+        dc * torch.tanh(g) * _sigmoid_derivative(i),
+        dc * c * _sigmoid_derivative(f),
+        dc * torch.sigmoid(i) * _tanh_derivative(g),
+        dh * torch.tanh(after) * _sigmoid_derivative(o),
+    )
+    return dv, dv, dc * torch.sigmoid(f)
+
+
+def _gru_forward(pre: Sequence[Tensor], rec: Sequence[Tensor], h: Tensor) -> tuple[Tensors, Tensors]:
+    r, z, q = pre[0] + rec[0], pre[1] + rec[1], rec[2]
+    n = pre[2] + torch.sigmoid(r) * q
+    return (torch.sigmoid(-z) * torch.tanh(n) + torch.sigmoid(z) * h,), (r, z, n, q)
+
+
+def _gru_backward(saved: Sequence[Tensor], h: Tensor, dh: Tensor, dmemory: Tensor) -> tuple[Tensors, Tensors, Tensor]:
+    r, z, n, q = saved
+    dh = dh + dmemory
+    dn = dh * torch.sigmoid(-z) * _tanh_derivative(n)
+    dr = dn * q * _sigmoid_derivative(r)
+    dz = dh * (h - torch.tanh(n)) * _sigmoid_derivative(z)
+    return (dr, dz, dn), (dr, dz, dn * torch.sigmoid(r)), dh * torch.sigmoid(z)
+
+
 CELLS: dict[str, Cell] = {
     cell.name: cell
     for cell in (
-        _additive("tanh", "h = tanh(pre + rec)", Activation(torch.tanh, _tanh_derivative)),
-        _additive("softsign", "h = v / (1 + |v|), v = pre + rec", Activation(F.softsign, _softsign_derivative)),
+        _activation("tanh", "Tanh", "h = tanh(pre + rec)", torch.tanh, _tanh_derivative),
+        _activation("softsign", "Softsign", "h = v / (1 + |v|), v = pre + rec", F.softsign, _softsign_derivative),
+        _delta("delta", "Delta", "h = (1 − δ) h + δ tanh(pre₀ + rec), δ = σ(pre₁)", products=1),
+        _delta("triple_r", "TripleR", "h = (1 − δ) h + δ tanh(pre₀ + rec₀), δ = σ(pre₁ + rec₁)", products=2),
+        Cell(
+            "lstm",
+            "c = σ(f) c + σ(i) tanh(g), h = σ(o) tanh(c), (i, f, g, o) = pre + rec",
+            "Lstm",
+            _lstm_forward,
+            _lstm_backward,
+            gates=4,
+            products=4,
+            saved=4,
+            states=2,
+            reads_memory=True,
+        ),
+        Cell(
+            "gru",
+            "h = (1 − z) n + z h, n = tanh(pre₂ + r rec₂), (r, z) = σ(pre₀₁ + rec₀₁)",
+            "Gru",
+            _gru_forward,
+            _gru_backward,
+            gates=3,
+            products=3,
+            saved=4,
+            reads_memory=True,
+            additive=False,
+        ),
     )
 }

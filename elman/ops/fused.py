@@ -1,11 +1,12 @@
 """The op behind every backend with a backward pass written by hand, as PyTorch's compiler and autograd see it.
 
-A backend brings two functions, ``forward`` and ``backward`` (see ``loop.py``), which walk through time. What they
-share is here: registration, what is saved, and the weight's gradient, which needs no walk.
+A backend brings two functions, ``forward`` and ``backward`` (see ``Walk``), which walk through time. What they share
+is here: registration, what is saved, and the gradients of weights and bias, which need no walk.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, Protocol
 
 import torch
@@ -13,115 +14,207 @@ from torch import Tensor
 
 from elman.errors import UsageError
 from elman.ops import loop, persistent
-from elman.ops.cells import CELLS, Cell
-from elman.ops.operators import Dense, Operator
+from elman.ops.cells import CELLS, Cell, Tensors
+from elman.ops.operators import OPERATORS, Operator
 
 
 class Walk(Protocol):
-    """Both directions of a backend, as ``loop`` documents them."""
+    """Both directions of a backend, over tensors of one dtype on one device: pre (T, B, G, H), states (B, H) each."""
 
     def forward(
-        self, pre: Tensor, weight: Tensor, h0: Tensor | None, reset: Tensor | None, cell: Cell, save: bool
-    ) -> tuple[Tensor, Tensor]: ...
+        self,
+        pre: Tensor,
+        operator: Operator,
+        bias: Tensor | None,
+        states: Sequence[Tensor],
+        reset: Tensor | None,
+        cell: Cell,
+        save: bool,
+    ) -> tuple[Tensor, list[Tensor], list[Tensor]]:
+        """All steps, from ``states``, or from zeros if it is empty; ``bias`` (P, H) if the cell is not additive.
+
+        Returns:
+            h (T, B, H); the last states but h; and, where they are to be saved, what the cell saves (T, B, saved, H)
+            and then the states but h of every step (T, B, H).
+        """
+        ...
 
     def backward(
         self,
         dh: Tensor | None,
-        dh_last: Tensor | None,
-        v: Tensor,
-        weight: Tensor,
+        dlast: Sequence[Tensor],
+        h: Tensor,
+        saved: Sequence[Tensor],
+        operator: Operator,
+        states: Sequence[Tensor],
         reset: Tensor | None,
         cell: Cell,
-        need_h0: bool,
-    ) -> tuple[Tensor, Tensor | None]: ...
+        need_states: bool,
+    ) -> tuple[Tensor, Tensor, list[Tensor]]:
+        """All steps, the last one first. ``dh`` None is zero, so is an empty ``dlast``, but one of the two is there.
+
+        Returns:
+            dpre (T, B, G, H); drec (T, B, P, H), a part of dpre where the cell is additive; the gradients of the
+            initial states where needed, else nothing.
+        """
+        ...
 
 
 _WALKS: dict[str, Walk] = {"loop": loop, "persistent": persistent}
 
 
 def run(
-    backend: str, pre: Tensor, operator: Operator, h0: Tensor | None, cell: Cell, reset: Tensor | None
-) -> tuple[Tensor, Tensor]:
+    backend: str,
+    pre: Tensor,
+    operator: Operator,
+    bias: Tensor | None,
+    states: Tensors | None,
+    cell: Cell,
+    reset: Tensor | None,
+) -> tuple[Tensor, Tensors]:
     """All steps by the backend of this name. Arguments are as ``elman.ops.recurrence`` has checked them."""
-    assert isinstance(operator, Dense)
-    inputs = (pre, operator.weight) if h0 is None else (pre, operator.weight, h0)
+    initial = list(states or ())
+    inputs = [pre, *operator.weights, *initial, *([] if bias is None else [bias])]
     save = torch.is_grad_enabled() and any(x.requires_grad for x in inputs)
-    h, h_last, _ = torch.ops.elman.recurrence(pre, operator.weight, h0, reset, cell.name, backend, save)
-    return h, h_last
+    h, last, _ = torch.ops.elman.recurrence(
+        pre, operator.weights, bias, initial, reset, cell.name, operator.name, backend, save
+    )
+    return h, tuple(last)
 
 
 def _forward(
-    pre: Tensor, weight: Tensor, h0: Tensor | None, reset: Tensor | None, cell: str, backend: str, save: bool
-) -> tuple[Tensor, Tensor, Tensor]:
-    """The states, the last one once more, and v = pre + rec for the backward pass (empty unless ``save``)."""
+    pre: Tensor,
+    weights: list[Tensor],
+    bias: Tensor | None,
+    states: list[Tensor],
+    reset: Tensor | None,
+    cell: str,
+    operator: str,
+    backend: str,
+    save: bool,
+) -> tuple[Tensor, list[Tensor], list[Tensor]]:
+    """H of every step, the last states, and what backward needs beside h (nothing unless ``save``)."""
     with _on_device_of(pre), torch.autocast(pre.device.type, enabled=False):
-        h, v = _WALKS[backend].forward(pre, weight, h0, reset, CELLS[cell], save)
-        return h, h[-1].clone(), v
+        h, others, saved = _WALKS[backend].forward(
+            pre, OPERATORS[operator](*weights), bias, states, reset, CELLS[cell], save
+        )
+        return h, [h[-1].clone(), *others], saved
 
 
 def _fake_forward(
-    pre: Tensor, weight: Tensor, h0: Tensor | None, reset: Tensor | None, cell: str, backend: str, save: bool
-) -> tuple[Tensor, Tensor, Tensor]:
-    return pre.new_empty(pre.shape), pre.new_empty(pre.shape[1:]), pre.new_empty(pre.shape if save else 0)
+    pre: Tensor,
+    weights: list[Tensor],
+    bias: Tensor | None,
+    states: list[Tensor],
+    reset: Tensor | None,
+    cell: str,
+    operator: str,
+    backend: str,
+    save: bool,
+) -> tuple[Tensor, list[Tensor], list[Tensor]]:
+    seq_len, batch, _, hidden = pre.shape
+    rule = CELLS[cell]
+    last = [pre.new_empty(batch, hidden) for _ in range(rule.states)]
+    saved = [
+        pre.new_empty(seq_len, batch, rule.saved, hidden),
+        *(pre.new_empty(seq_len, batch, hidden) for _ in last[1:]),
+    ]
+    return pre.new_empty(seq_len, batch, hidden), last, saved if save else []
 
 
 def _backward(
     dh: Tensor | None,
-    dh_last: Tensor | None,
+    dlast: list[Tensor],
     h: Tensor,
-    v: Tensor,
-    weight: Tensor,
-    h0: Tensor | None,
+    saved: list[Tensor],
+    weights: list[Tensor],
+    states: list[Tensor],
     reset: Tensor | None,
     cell: str,
+    operator: str,
     backend: str,
-    need_weight: bool,
-    need_h0: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """The gradients of pre, weight and h0; the last two are empty unless needed."""
-    with _on_device_of(v), torch.autocast(v.device.type, enabled=False):
-        dpre, dh0 = _WALKS[backend].backward(dh, dh_last, v, weight, reset, CELLS[cell], need_h0)
-        dweight = _weight_gradient(dpre, h, h0, reset) if need_weight else v.new_empty(0)
-        return dpre, dweight, v.new_empty(0) if dh0 is None else dh0
+    need_weights: bool,
+    need_bias: bool,
+    need_states: bool,
+) -> tuple[Tensor, list[Tensor], Tensor, list[Tensor]]:
+    """The gradients of pre, weights, bias and states; all but the first are empty unless needed."""
+    with _on_device_of(h), torch.autocast(h.device.type, enabled=False):
+        made = OPERATORS[operator](*weights)
+        dpre, drec, dstates = _WALKS[backend].backward(
+            dh, dlast, h, saved, made, states, reset, CELLS[cell], need_states
+        )
+        dweights = _weight_gradients(made, drec, h, states[0] if states else None, reset) if need_weights else []
+        dbias = drec.sum((0, 1), dtype=_sum_dtype(drec)).to(drec.dtype) if need_bias else drec.new_empty(0)
+        return dpre, dweights, dbias, dstates
 
 
 def _fake_backward(
     dh: Tensor | None,
-    dh_last: Tensor | None,
+    dlast: list[Tensor],
     h: Tensor,
-    v: Tensor,
-    weight: Tensor,
-    h0: Tensor | None,
+    saved: list[Tensor],
+    weights: list[Tensor],
+    states: list[Tensor],
     reset: Tensor | None,
     cell: str,
+    operator: str,
     backend: str,
-    need_weight: bool,
-    need_h0: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
+    need_weights: bool,
+    need_bias: bool,
+    need_states: bool,
+) -> tuple[Tensor, list[Tensor], Tensor, list[Tensor]]:
+    seq_len, batch, hidden = h.shape
+    rule = CELLS[cell]
     return (
-        v.new_empty(v.shape),
-        v.new_empty(weight.shape if need_weight else 0),
-        v.new_empty(v.shape[1:] if need_h0 else 0),
+        h.new_empty(seq_len, batch, rule.gates, hidden),
+        [weight.new_empty(weight.shape) for weight in weights] if need_weights else [],
+        h.new_empty((rule.products, hidden) if need_bias else 0),
+        [state.new_empty(state.shape) for state in states] if need_states else [],
     )
 
 
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
-    _, weight, h0, reset, ctx.cell, ctx.backend, _ = inputs
-    h, _, v = output
-    ctx.mark_non_differentiable(v)
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, list[Tensor], list[Tensor]]) -> None:
+    _, weights, _, states, reset, ctx.cell, ctx.operator, ctx.backend, _ = inputs
+    h, _, saved = output
+    ctx.mark_non_differentiable(*saved)
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(h, v, weight, h0, reset)
+    ctx.counts = len(saved), len(weights), len(states)
+    ctx.save_for_backward(h, reset, *saved, *weights, *states)
 
 
-def _differentiate(ctx: Any, dh: Tensor | None, dh_last: Tensor | None, dv: None) -> tuple[Tensor | None, ...]:
-    h, v, weight, h0, reset = ctx.saved_tensors
-    if dh is None and dh_last is None:
-        return (None,) * 7
-    _, need_weight, need_h0, *_ = ctx.needs_input_grad
-    dpre, dweight, dh0 = torch.ops.elman.recurrence_backward(
-        dh, dh_last, h, v, weight, h0, reset, ctx.cell, ctx.backend, need_weight, need_h0
+def _differentiate(
+    ctx: Any, dh: Tensor | None, dlast: list[Tensor | None], dsaved: list[None]
+) -> tuple[Tensor | list[Tensor] | list[None] | None, ...]:
+    num_saved, num_weights, num_states = ctx.counts
+    nothing = (None, [None] * num_weights, None, [None] * num_states, *[None] * 5)
+    h, reset, *rest = ctx.saved_tensors
+    if dh is None and all(gradient is None for gradient in dlast):
+        return nothing
+    saved, weights = rest[:num_saved], rest[num_saved : num_saved + num_weights]
+    given = [h.new_zeros(h.shape[1:]) if gradient is None else gradient for gradient in dlast]
+    _, need_weights, need_bias, need_states, *_ = ctx.needs_input_grad
+    dpre, dweights, dbias, dstates = torch.ops.elman.recurrence_backward(
+        dh,
+        [] if all(gradient is None for gradient in dlast) else given,
+        h,
+        saved,
+        weights,
+        rest[num_saved + num_weights :],
+        reset,
+        ctx.cell,
+        ctx.operator,
+        ctx.backend,
+        any(need_weights),
+        need_bias,
+        any(need_states),
     )
-    return dpre, dweight if need_weight else None, dh0 if need_h0 else None, None, None, None, None
+    return (
+        dpre,
+        dweights or nothing[1],
+        dbias if need_bias else None,
+        dstates or nothing[3],
+        *nothing[4:],
+    )
 
 
 def _refuse_to_differentiate_twice(ctx: Any, *gradients: Tensor | None) -> None:
@@ -140,8 +233,10 @@ torch.library.register_autograd("elman::recurrence", _differentiate, setup_conte
 torch.library.register_autograd("elman::recurrence_backward", _refuse_to_differentiate_twice)
 
 
-def _weight_gradient(dpre: Tensor, h: Tensor, h0: Tensor | None, reset: Tensor | None) -> Tensor:
-    """Σ_t dpre_tᵀ h_{t-1}, h_{t-1} being zero where a reset precedes step t: one product over all T·B rows.
+def _weight_gradients(
+    operator: Operator, drec: Tensor, h: Tensor, h0: Tensor | None, reset: Tensor | None
+) -> list[Tensor]:
+    """Of all steps at once, by products over T·B rows; h_{t-1} is zero where a reset precedes step t.
 
     The first step has its own, because h0 does not lie before h in memory and moving either would cost more.
     """
@@ -149,19 +244,16 @@ def _weight_gradient(dpre: Tensor, h: Tensor, h0: Tensor | None, reset: Tensor |
     if reset is not None:
         previous = previous.masked_fill(reset[1:, :, None], 0)
         h0 = None if h0 is None else h0.masked_fill(reset[0, :, None], 0)
-    total = _product(dpre[1:].flatten(0, 1), previous.flatten(0, 1))
+    drec = drec.flatten(2)
+    totals = operator.weight_gradients(drec[1:].flatten(0, 1), previous.flatten(0, 1))
     if h0 is not None:
-        total += _product(dpre[0], h0)
-    return total.to(dpre.dtype)
+        for total, first in zip(totals, operator.weight_gradients(drec[0], h0), strict=True):
+            total += first
+    return [total.to(drec.dtype) for total in totals]
 
 
-def _product(a: Tensor, b: Tensor) -> Tensor:
-    """aᵀ b, the result in float32 where the inputs are of a half type: its partial sums are never rounded to that."""
-    if a.dtype.itemsize > 2:
-        return a.t() @ b
-    if a.is_cuda and len(a):
-        return torch.mm(a.t(), b, out_dtype=torch.float32)
-    return a.t().float() @ b.float()
+def _sum_dtype(x: Tensor) -> torch.dtype:
+    return x.dtype if x.dtype.itemsize > 2 else torch.float32
 
 
 def _on_device_of(x: Tensor) -> torch.cuda.device:

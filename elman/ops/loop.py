@@ -8,23 +8,23 @@ from __future__ import annotations
 
 import functools
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from elman.ops.cells import Cell
+from elman.ops.cells import CELLS, Cell
 from elman.ops.cuda.compiler import CompilerUnavailableError, Module, compiler_version, kernels
-from elman.ops.operators import Dense
+from elman.ops.operators import Dense, Operator
 
 if TYPE_CHECKING:
     from elman.ops.backends import Problem
 
-#: The names of dtypes and cells in the CUDA sources.
+#: The names of dtypes in the CUDA sources.
 _NUMBERS = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "float", torch.float64: "double"}
-_FUNCTORS = {"tanh": "Tanh", "softsign": "Softsign"}
 
 _THREADS = 256  # kStepThreads of steps.cuh
 #: Neighbouring columns a thread: a step is so short that more threads beat wider loads (measured, H200).
@@ -35,7 +35,7 @@ def why_not(problem: Problem) -> str | None:
     """In words, why this backend cannot run the problem; None if it can."""
     if problem.operator is not Dense:
         return "it runs dense weights (H, H) only: use backend='reference'"
-    if problem.cell.name not in _FUNCTORS:
+    if problem.cell.functor is None:
         return f"it does not run cell={problem.cell.name!r}: use backend='reference'"
     if problem.dtype not in _NUMBERS:
         return f"it does not run {problem.dtype}: cast to one of {', '.join(str(dtype) for dtype in _NUMBERS)}"
@@ -53,61 +53,84 @@ def status() -> tuple[bool, str]:
 
 
 def forward(
-    pre: Tensor, weight: Tensor, h0: Tensor | None, reset: Tensor | None, cell: Cell, save: bool
-) -> tuple[Tensor, Tensor]:
-    """All steps.
-
-    Returns:
-        The states h (T, B, H), and v = pre + rec (T, B, H) where it is to be saved, else an empty tensor.
-    """
+    pre: Tensor,
+    operator: Operator,
+    bias: Tensor | None,
+    states: Sequence[Tensor],
+    reset: Tensor | None,
+    cell: Cell,
+    save: bool,
+) -> tuple[Tensor, list[Tensor], list[Tensor]]:
+    """All steps; see ``fused.Walk``."""
     pre = _dense_rows(pre)
-    h = pre.new_empty(pre.shape)
-    v = pre.new_empty(pre.shape if save else 0)
+    seq_len, batch, _, hidden = pre.shape
+    h = pre.new_empty(seq_len, batch, hidden)
+    # A state that nobody will ask for has one place for all steps.
+    others = [pre.new_empty((seq_len if save else 1), batch, hidden).expand_as(h) for _ in range(cell.states - 1)]
+    saved = pre.new_empty(seq_len, batch, cell.saved, hidden) if save else None
     reset = None if reset is None else reset.contiguous()
-    # None is the state zero, whose product is not computed.
-    previous = h0 if h0 is None or reset is None else h0.masked_fill(reset[0, :, None], 0)
-    rec = pre.new_empty(pre.shape[1:])
-    carry = None if reset is None else pre.new_empty(pre.shape[1:])
-    step = _steps(cell, pre).forward(pre, rec, previous is not None, reset, v if save else None, h, carry)
+    rec = pre.new_empty(batch, cell.products * hidden)
+    carry = None if reset is None else torch.empty_like(h[0])
+    memory = states[-1].contiguous() if states and cell.reads_memory else None
+    step = _steps(cell, h).forward(Forward(pre, rec, bool(states), bias, reset, memory, saved, [h, *others], carry))
 
-    transposed = weight.t()
+    # None is the state zero, whose product is not computed.
+    previous = states[0] if states else None
+    if previous is not None and reset is not None:
+        previous = previous.masked_fill(reset[0, :, None], 0)
+    multiply = operator.product_into(rec)
     for t, h_t in enumerate(h.unbind(0)):
         if previous is not None:
-            torch.mm(previous, transposed, out=rec)
+            multiply(previous)
         step(t)
         previous = h_t if carry is None else carry
-    return h, v
+    last = [sequence[-1].clone() if save else sequence[-1] for sequence in others]
+    return h, last, [] if saved is None else [saved, *others]
 
 
 def backward(
     dh: Tensor | None,
-    dh_last: Tensor | None,
-    v: Tensor,
-    weight: Tensor,
+    dlast: Sequence[Tensor],
+    h: Tensor,
+    saved: Sequence[Tensor],
+    operator: Operator,
+    states: Sequence[Tensor],
     reset: Tensor | None,
     cell: Cell,
-    need_h0: bool,
-) -> tuple[Tensor, Tensor | None]:
-    """All steps, the last one first. A gradient that is None is zero, but one of the two is there.
-
-    Returns:
-        dpre (T, B, H), and dh0 (B, H) where needed.
-    """
+    need_states: bool,
+) -> tuple[Tensor, Tensor, list[Tensor]]:
+    """All steps, the last one first; see ``fused.Walk``."""
     dh = None if dh is None else _dense_rows(dh)
-    dpre = v.new_empty(v.shape)
+    seq_len, batch, hidden = h.shape
+    dpre = h.new_empty(seq_len, batch, cell.gates, hidden)
+    drec = dpre[:, :, : cell.products] if cell.additive else h.new_empty(seq_len, batch, cell.products, hidden)
     reset = None if reset is None else reset.contiguous()
-    drec = v.new_empty(v.shape[1:])
-    if dh_last is not None:
-        drec.copy_(dh_last)
-    step = _steps(cell, v).backward(dh, drec, dh_last is not None, reset, v, dpre)
+    dh_next = torch.empty_like(h[0])
+    if dlast:
+        dh_next.copy_(dlast[0])
+    dmemory = None
+    if cell.reads_memory:
+        dmemory = torch.zeros_like(h[0], dtype=_real(h.dtype))
+        if dlast and cell.states > 1:
+            dmemory.copy_(dlast[-1])
+    memory = states[-1].contiguous() if states and cell.reads_memory else None
+    step = _steps(cell, h).backward(
+        Backward(dh, dh_next, bool(dlast), dmemory, reset, saved[0], memory, [h, *saved[1:]], dpre, drec)
+    )
 
-    for t, dpre_t in reversed(list(enumerate(dpre.unbind(0)))):
+    multiply = operator.transposed_into(dh_next)
+    for t, drec_t in reversed(list(enumerate(drec.flatten(2).unbind(0)))):
         step(t)
-        if t > 0 or need_h0:
-            torch.mm(dpre_t, weight, out=drec)
-    if not need_h0:
-        return dpre, None
-    return dpre, drec if reset is None else drec.masked_fill(reset[0, :, None], 0)
+        if t > 0 or need_states:
+            multiply(drec_t)
+    if not need_states:
+        return dpre, drec, []
+    dstates = [dh_next] if dmemory is None or cell.states > 1 else [dh_next + dmemory]
+    if dmemory is not None and cell.states > 1:
+        dstates.append(dmemory)
+    if reset is not None:
+        dstates = [dstate.masked_fill(reset[0, :, None], 0) for dstate in dstates]
+    return dpre, drec, [dstate.to(h.dtype) for dstate in dstates]
 
 
 def _dense_rows(x: Tensor) -> Tensor:
@@ -115,71 +138,121 @@ def _dense_rows(x: Tensor) -> Tensor:
     return x if x.stride(-1) == 1 else x.contiguous()
 
 
-class _Steps(Protocol):
-    """What a step does beside its product (steps.cuh has the rules), as a function of t over whole tensors.
+def _real(dtype: torch.dtype) -> torch.dtype:
+    """What numbers of this dtype are computed in: half types in float32."""
+    return dtype if dtype == torch.float64 else torch.float32
 
-    ``rec``, ``carry`` and ``drec`` are (B, H) and shared by all steps; ``rec`` holds no product yet at step 0 unless
-    ``first``, nor ``drec`` at step T − 1 unless ``last``. What is None is not there, or not wanted.
+
+@dataclass(frozen=True)
+class Forward:
+    """What the steps forward read and write, beside their products; None where it is not there, or not wanted.
+
+    Attributes:
+        pre: (T, B, G, H).
+        rec: (B, P·H), shared by all steps, holding no product yet at step 0 unless ``first``.
+        bias: (P, H).
+        reset: (T, B).
+        memory: (B, H), the memory before step 0, if the cell reads it.
+        saved: (T, B, saved, H).
+        states: (T, B, H) each, all written.
+        carry: (B, H), h after a step as the next one's product shall see it, where there are resets.
     """
 
-    def forward(
-        self,
-        pre: Tensor,
-        rec: Tensor,
-        first: bool,
-        reset: Tensor | None,
-        v: Tensor | None,
-        h: Tensor,
-        carry: Tensor | None,
-    ) -> Callable[[int], object]: ...
+    pre: Tensor
+    rec: Tensor
+    first: bool
+    bias: Tensor | None
+    reset: Tensor | None
+    memory: Tensor | None
+    saved: Tensor | None
+    states: Sequence[Tensor]
+    carry: Tensor | None
 
-    def backward(
-        self, dh: Tensor | None, drec: Tensor, last: bool, reset: Tensor | None, v: Tensor, dpre: Tensor
-    ) -> Callable[[int], object]: ...
+
+@dataclass(frozen=True)
+class Backward:
+    """What the steps backward read and write, beside their products; None where it is not there, or not wanted.
+
+    Attributes:
+        dh: (T, B, H).
+        dh_next: (B, H), what the next step's products gave to h, holding nothing yet at step T − 1 unless ``last``.
+        dmemory: (B, H) of ``_real``, what the next step's cell gave to the memory, and this step's puts its own.
+        reset, saved, memory, states: as in ``Forward``.
+        dpre: (T, B, G, H), written.
+        drec: (T, B, P, H), written where it is no part of dpre.
+    """
+
+    dh: Tensor | None
+    dh_next: Tensor
+    last: bool
+    dmemory: Tensor | None
+    reset: Tensor | None
+    saved: Tensor
+    memory: Tensor | None
+    states: Sequence[Tensor]
+    dpre: Tensor
+    drec: Tensor
+
+
+class _Steps(Protocol):
+    """What a step does beside its product (steps.cuh has the rules), as a function of t over whole tensors."""
+
+    def forward(self, x: Forward) -> Callable[[int], object]: ...
+
+    def backward(self, x: Backward) -> Callable[[int], object]: ...
 
 
 class _TorchSteps:
     """In plain PyTorch; half types are computed in float32, as in the kernels."""
 
     def __init__(self, cell: Cell, dtype: torch.dtype) -> None:
-        assert cell.activation is not None
-        self.activation = cell.activation
-        self.real = dtype if dtype == torch.float64 else torch.float32
+        self.cell, self.real = cell, _real(dtype)
 
-    def forward(
-        self,
-        pre: Tensor,
-        rec: Tensor,
-        first: bool,
-        reset: Tensor | None,
-        v: Tensor | None,
-        h: Tensor,
-        carry: Tensor | None,
-    ) -> Callable[[int], object]:
+    def forward(self, x: Forward) -> Callable[[int], object]:
         def step(t: int) -> None:
-            total = pre[t].to(self.real)
-            if t > 0 or first:
-                total = total + rec
-            if v is not None:
-                v[t] = total
-            h[t] = self.activation.value(total)
-            if carry is not None and reset is not None and t + 1 < len(pre):
-                carry.copy_(h[t].masked_fill(reset[t + 1, :, None], 0))
+            pre = x.pre[t].to(self.real)
+            rec = x.rec.to(self.real).view(len(x.rec), self.cell.products, -1)
+            rec = rec if t > 0 or x.first else torch.zeros_like(rec)
+            if x.bias is not None:
+                rec = rec + x.bias
+            values, saved = self.cell.forward(pre.unbind(1), rec.unbind(1), self._memory(x, t))
+            for state, value in zip(x.states, values, strict=True):
+                state[t] = value
+            if x.saved is not None:
+                x.saved[t] = torch.stack(saved, 1)
+            if x.carry is not None and x.reset is not None and t + 1 < len(x.pre):
+                x.carry.copy_(x.states[0][t].masked_fill(x.reset[t + 1, :, None], 0))
 
         return step
 
-    def backward(
-        self, dh: Tensor | None, drec: Tensor, last: bool, reset: Tensor | None, v: Tensor, dpre: Tensor
-    ) -> Callable[[int], object]:
+    def backward(self, x: Backward) -> Callable[[int], object]:
         def step(t: int) -> None:
-            gradient = torch.zeros_like(drec, dtype=self.real) if dh is None else dh[t].to(self.real)
-            if t + 1 < len(v):
-                gradient = gradient + (drec if reset is None else drec.masked_fill(reset[t + 1, :, None], 0))
-            elif last:
-                gradient = gradient + drec
-            dpre[t] = gradient * self.activation.derivative(v[t].to(self.real))
+            dh = torch.zeros_like(x.dh_next, dtype=self.real) if x.dh is None else x.dh[t].to(self.real)
+            dmemory = torch.zeros_like(dh) if x.dmemory is None else x.dmemory
+            if t + 1 < len(x.saved):
+                dh = dh + self._before_reset(x, t, x.dh_next)
+                dmemory = self._before_reset(x, t, dmemory)
+            elif x.last:
+                dh = dh + x.dh_next
+            saved = x.saved[t].to(self.real).unbind(1)
+            dpre, drec, dmemory = self.cell.backward(saved, self._memory(x, t), dh, dmemory)
+            x.dpre[t] = torch.stack(dpre, 1)
+            if not self.cell.additive:
+                x.drec[t] = torch.stack(drec, 1)
+            if x.dmemory is not None:
+                x.dmemory.copy_(dmemory)
 
         return step
+
+    def _memory(self, x: Forward | Backward, t: int) -> Tensor:
+        """The cell's memory before step t, a reset's zeros included."""
+        memory = x.states[-1][t - 1] if t > 0 else x.memory
+        if memory is None:
+            return torch.zeros_like(x.states[0][0], dtype=self.real)
+        return (memory if x.reset is None else memory.masked_fill(x.reset[t, :, None], 0)).to(self.real)
+
+    def _before_reset(self, x: Backward, t: int, gradient: Tensor) -> Tensor:
+        return gradient if x.reset is None else gradient.masked_fill(x.reset[t + 1, :, None], 0)
 
 
 class _KernelSteps:
@@ -197,54 +270,63 @@ class _KernelSteps:
         # A thread of autograd's that has not run a kernel yet has no CUDA context.
         Device(like.device.index).set_current()
 
-    def forward(
-        self,
-        pre: Tensor,
-        rec: Tensor,
-        first: bool,
-        reset: Tensor | None,
-        v: Tensor | None,
-        h: Tensor,
-        carry: Tensor | None,
-    ) -> Callable[[int], object]:
-        recs = _repeat(rec, len(pre))
-        if not first:
+    def forward(self, x: Forward) -> Callable[[int], object]:
+        recs = _repeat(x.rec, len(x.pre))
+        if not x.first:
             recs[0] = 0
+        bias = None if x.bias is None else x.bias.contiguous()
         arguments = [
-            _each_step(pre),
-            pre.stride(1),
+            _each_step(x.pre),
+            x.pre.stride(1),
+            x.pre.stride(2),
             recs,
-            _next_step(reset),
-            _each_step(v),
-            _each_step(h),
-            _repeat(carry, len(pre)),
+            _repeat(bias, len(x.pre)),
+            _each_step(x.reset),
+            _next_step(x.reset),
+            self._memories(x),
+            _each_step(x.saved),
+            _each_step(x.states[0]),
+            _each_step(x.states[1]) if len(x.states) > 1 else 0,
+            _repeat(x.carry, len(x.pre)),
         ]
-        return self._launcher("forward", arguments, (pre,))
+        return self._launcher("forward", arguments, (x.pre, bias, x.memory))
 
-    def backward(
-        self, dh: Tensor | None, drec: Tensor, last: bool, reset: Tensor | None, v: Tensor, dpre: Tensor
-    ) -> Callable[[int], object]:
-        drecs = _repeat(drec, len(v))
-        if not last:
-            drecs[-1] = 0
+    def backward(self, x: Backward) -> Callable[[int], object]:
+        dh_nexts = _repeat(x.dh_next, len(x.saved))
+        if not x.last:
+            dh_nexts[-1] = 0
         arguments = [
-            _each_step(dh),
-            0 if dh is None else dh.stride(1),
-            drecs,
-            _next_step(reset),
-            _each_step(v),
-            _each_step(dpre),
+            _each_step(x.dh),
+            0 if x.dh is None else x.dh.stride(1),
+            dh_nexts,
+            _repeat(x.dmemory, len(x.saved)),
+            _each_step(x.reset),
+            _next_step(x.reset),
+            _each_step(x.saved),
+            self._memories(x),
+            _each_step(x.dpre),
+            0 if self.cell.additive else _each_step(x.drec),
         ]
-        return self._launcher("backward", arguments, () if dh is None else (dh,))
+        return self._launcher("backward", arguments, (x.dh, x.memory))
+
+    def _memories(self, x: Forward | Backward) -> _Addresses | int:
+        """The addresses of the cell's memory before each step."""
+        if not self.cell.reads_memory:
+            return 0
+        sequence = x.states[-1]
+        addresses = _repeat(x.memory, len(sequence))
+        addresses[1:] = sequence.data_ptr() + np.arange(len(sequence) - 1) * (sequence.stride(0) * sequence.itemsize)
+        return addresses
 
     def _launcher(
-        self, direction: str, arguments: list[_Addresses | int], strided: tuple[Tensor, ...]
+        self, direction: str, arguments: list[_Addresses | int], given: tuple[Tensor | None, ...]
     ) -> Callable[[int], object]:
-        """Launches the kernel of step t. ``strided`` are the tensors that are not ours, hence perhaps not aligned."""
+        """Launches the kernel of step t. ``given`` are the tensors that are not ours, hence perhaps not aligned."""
         from cuda.bindings import driver
 
         seq_len, batch, hidden = self.like.shape
-        width = _WIDTH if hidden % _WIDTH == 0 and all(map(_allows_packs, strided)) else 1
+        aligned = all(_allows_packs(x) for x in given if x is not None)
+        width = _WIDTH if hidden % _WIDTH == 0 and aligned else 1
         kernel = self.kernels[_kernel_name(direction, self.cell.name, self.like.dtype, width)]
         columns = hidden // width
         threads = min(_THREADS, -(-columns // 32) * 32)
@@ -259,7 +341,7 @@ class _KernelSteps:
         function = driver.CUfunction(int(kernel.handle))
         stream = torch.cuda.current_stream(self.like.device).cuda_stream
 
-        def step(t: int, keep_alive: object = (table, pointers)) -> None:
+        def step(t: int, keep_alive: object = (table, pointers, given)) -> None:
             (status,) = driver.cuLaunchKernel(function, *grid, threads, 1, 1, 0, stream, addresses[t], 0)
             if status:
                 raise RuntimeError(f"cannot launch the {direction} kernel of the loop backend: {status.name}")
@@ -289,7 +371,7 @@ def _next_step(reset: Tensor | None) -> _Addresses | int:
 
 
 def _allows_packs(x: Tensor) -> bool:
-    return x.data_ptr() % (_WIDTH * x.itemsize) == 0 and x.stride(0) % _WIDTH == 0 and x.stride(1) % _WIDTH == 0
+    return x.data_ptr() % (_WIDTH * x.itemsize) == 0 and all(stride % _WIDTH == 0 for stride in x.stride()[:-1])
 
 
 def _steps(cell: Cell, like: Tensor) -> _Steps:
@@ -307,7 +389,7 @@ def _warn_of_slow_steps(reason: str) -> None:
 
 
 def _kernel_name(direction: str, cell: str, dtype: torch.dtype, width: int) -> str:
-    return f"step_{direction}<{_FUNCTORS[cell]}, {_NUMBERS[dtype]}, {width}>"
+    return f"step_{direction}<{CELLS[cell].functor}, {_NUMBERS[dtype]}, {width}>"
 
 
 @functools.cache
@@ -320,4 +402,4 @@ def step_module(cell: str, dtype: torch.dtype) -> Module:
 
 def shipped_modules() -> list[Module]:
     """Every module that this backend may compile."""
-    return [step_module(cell, dtype) for cell in _FUNCTORS for dtype in _NUMBERS]
+    return [step_module(cell, dtype) for cell in CELLS for dtype in _NUMBERS]

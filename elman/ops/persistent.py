@@ -9,23 +9,23 @@ from __future__ import annotations
 import functools
 import itertools
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from operator import index as as_int  # unlike int, it makes a constant of a symbolic size under torch.compile
 from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from elman.ops.cells import Cell
+from elman.ops.cells import CELLS, Cell
 from elman.ops.cuda.compiler import CompilerUnavailableError, Module, compiler_version, kernels
-from elman.ops.operators import Dense
+from elman.ops.operators import Dense, Operator
 
 if TYPE_CHECKING:
     from elman.ops.backends import Problem
 
 _NUMBERS = {torch.bfloat16: "bf16", torch.float16: "fp16"}
-_FUNCTORS = {"tanh": "Tanh", "softsign": "Softsign"}
 _DIRECTIONS = ("forward", "backward")
 
 # What persistent.cuh and exchange.cuh fix.
@@ -38,15 +38,21 @@ _RING_SLOTS = 8
 
 #: Bytes a thread. Weights take all registers that are left, and ptxas does not place the last few of them perfectly.
 _SPILL_LIMIT = 64
-_CLOCKS_PER_MICROSECOND = 1900
+#: Of a cell with memory, whose own warps are the slower ones: what registers they have saves more than the spills cost.
+_SPILL_LIMIT_WITH_MEMORY = 128
+#: Half the clock: nothing takes as few clocks as it might.
+_CLOCKS_PER_MICROSECOND = 950
 #: A step of the loop backend outside a CUDA graph, where the host sets the pace (18 to 20 measured; NOTES.md).
 _LOOP_MICROSECONDS = 18
-_MAX_ROW_TILES = 7
+_MAX_ROW_TILES = 12
+#: Warps 8 to 14 apply the cell; the last one fences.
+_MAX_CELL_THREADS = 7 * 32
 _MAX_CLUSTER = 16
 #: How CTAs hand each other the state, by the name in exchange.cuh, and the copies of a tile that each stages.
 _EXCHANGES = {"PolledRing": 0, "StagedRing2": 2, "StagedRing3": 3, "ClusterPush": 0}
-#: Clusters of 1, 2, … CTAs that an H200 runs at a time, measured; other chips are taken to be alike in proportion.
-_CLUSTERS = (132, 66, 40, 30, 22, 18, 16, 15, 11, 11, 8, 8, 8, 7, 7, 7)
+#: Clusters of 1, 2, … CTAs that an H200 runs at a time, measured, the fewest where two of them differed; other chips are
+#: taken to be alike in proportion.
+_CLUSTERS = (132, 66, 40, 30, 22, 18, 16, 15, 11, 11, 7, 7, 7, 7, 7, 7)
 
 
 @dataclass(frozen=True)
@@ -59,8 +65,40 @@ class Chip:
 
 
 @dataclass(frozen=True)
+class Task:
+    """What a kernel does at every step: one direction of one cell.
+
+    Attributes:
+        direction: one of ``_DIRECTIONS``.
+        cell: of ``CELLS``.
+    """
+
+    direction: str
+    cell: Cell
+
+    @property
+    def depth(self) -> int:
+        """Of the product, as a multiple of H: the values that a hidden unit publishes."""
+        return self.cell.products if self.direction == "backward" else 1
+
+    @property
+    def rows(self) -> int:
+        """Of the weight that a hidden unit needs."""
+        return self.cell.products if self.direction == "forward" else 1
+
+    @property
+    def inputs(self) -> int:
+        """The values that the cell of a hidden unit reads at a step."""
+        return self.cell.gates if self.direction == "forward" else 1 + self.cell.saved + self.cell.reads_memory
+
+
+def _tasks(cell: Cell) -> list[Task]:
+    return [Task(direction, cell) for direction in _DIRECTIONS]
+
+
+@dataclass(frozen=True)
 class Plan:
-    """One instantiation of the kernels and its grid; cuda/README.md has the meaning of the numbers.
+    """One instantiation of a kernel and its grid; cuda/README.md has the meaning of the numbers.
 
     Attributes:
         row_tiles: tiles of 16 rows of the weight that a CTA keeps.
@@ -92,7 +130,7 @@ def why_not(problem: Problem) -> str | None:
     """In words, why this backend cannot run the problem; None if it can."""
     if problem.operator is not Dense:
         return "it runs dense weights (H, H) only: use backend='auto'"
-    if problem.cell.name not in _FUNCTORS:
+    if problem.cell.functor is None:
         return f"it does not run cell={problem.cell.name!r}: use backend='auto'"
     if problem.dtype not in _NUMBERS:
         return f"it computes in bf16 or fp16, not {problem.dtype}: cast the inputs, or use backend='loop'"
@@ -102,12 +140,16 @@ def why_not(problem: Problem) -> str | None:
         return f"H = {problem.hidden_size} is not a multiple of 8: use one that is, or backend='loop'"
     if problem.seq_len * problem.batch_size >= 2**31:
         return f"T × B = {problem.seq_len} × {problem.batch_size} is not below 2^31: split the batch"
-    if problem.batch_size * problem.hidden_size >= 2**27:
-        return f"B × H = {problem.batch_size} × {problem.hidden_size} is not below 2^27: split the batch"
-    return _why_not_on_device(problem.device.index, int(problem.batch_size), int(problem.hidden_size))
+    if problem.batch_size * problem.hidden_size * problem.cell.products >= 2**27:
+        factors = [problem.batch_size, problem.hidden_size, *([problem.cell.products] * (problem.cell.products > 1))]
+        words = "B × H × products" if len(factors) == 3 else "B × H"
+        return f"{words} = {' × '.join(map(str, factors))} is not below 2^27: split the batch"
+    return _why_not_on_device(
+        problem.device.index, as_int(problem.batch_size), as_int(problem.hidden_size), problem.cell.name
+    )
 
 
-def _why_not_on_device(index: int | None, batch: int, hidden: int) -> str | None:
+def _why_not_on_device(index: int | None, batch: int, hidden: int, cell: str) -> str | None:
     if not torch.cuda.is_available():
         return "there is no CUDA device: use backend='auto'"
     try:
@@ -117,22 +159,25 @@ def _why_not_on_device(index: int | None, batch: int, hidden: int) -> str | None
     chip = chip_of(torch.cuda.current_device() if index is None else index)
     if chip.capability < (8, 0):
         return f"it needs a GPU of compute capability 8.0 or newer, not {'.'.join(map(str, chip.capability))}"
-    if not _has_plan(chip, 1, hidden):
-        return f"H = {hidden} is over its limit {largest_hidden(chip)} on this GPU: use backend='loop'"
-    if not _has_plan(chip, batch, hidden):
+    if not _has_plans(chip, 1, hidden, cell):
+        limit = largest_hidden(chip, cell)
+        return f"H = {hidden} is over its limit {limit} for cell={cell!r} on this GPU: use backend='loop'"
+    if not _has_plans(chip, batch, hidden, cell):
         return f"B = {batch} is too large beside H = {hidden} on this GPU: split the batch, or use backend='loop'"
     return None
 
 
 def pays(problem: Problem) -> bool:
     """Whether it is likely to be faster than the ``loop`` backend."""
-    return _pays_on_device(problem.device.index, int(problem.batch_size), int(problem.hidden_size))
+    return _pays_on_device(
+        problem.device.index, as_int(problem.batch_size), as_int(problem.hidden_size), problem.cell.name
+    )
 
 
-def _pays_on_device(index: int | None, batch: int, hidden: int) -> bool:
+def _pays_on_device(index: int | None, batch: int, hidden: int, cell: str) -> bool:
     chip = chip_of(torch.cuda.current_device() if index is None else index)
-    # The model counts no stalls: on an H200 a step took 1.5 to 2.3 times its clocks (benchmarks/results).
-    return 2 * _step_clocks(make_plan(chip, batch, hidden)) / _CLOCKS_PER_MICROSECOND < _LOOP_MICROSECONDS
+    both = [_step_microseconds(make_plan(chip, batch, hidden, task), task) for task in _tasks(CELLS[cell])]
+    return sum(both) / len(both) < _LOOP_MICROSECONDS
 
 
 # What torch.compiler.assume_constant_result sets, without its import of torch._dynamo, which takes seconds.
@@ -145,10 +190,11 @@ def status() -> tuple[bool, str]:
     if not torch.cuda.is_available():
         return False, "no CUDA device"
     index = torch.cuda.current_device()
-    reason = _why_not_on_device(index, 1, 8)
+    reason = _why_not_on_device(index, 1, 8, "tanh")
     if reason is not None:
         return False, reason
-    return True, f"bf16 and fp16, H a multiple of 8 up to {largest_hidden(chip_of(index))}; NVRTC {compiler_version()}"
+    limit = largest_hidden(chip_of(index), "tanh")
+    return True, f"bf16 and fp16, H a multiple of 8 up to {limit} (tanh); NVRTC {compiler_version()}"
 
 
 @functools.cache
@@ -160,26 +206,26 @@ def chip_of(index: int) -> Chip:
 
 
 @functools.cache
-def largest_hidden(chip: Chip) -> int:
+def largest_hidden(chip: Chip, cell: str) -> int:
     """The widest state whose weights the GPU holds."""
-    return max((hidden for hidden in range(8, 8192, 8) if any(_plans(chip, 1, hidden))), default=0)
+    return max((hidden for hidden in range(8, 8192, 8) if _has_plans(chip, 1, hidden, cell)), default=0)
 
 
 @functools.cache
-def _has_plan(chip: Chip, batch: int, hidden: int) -> bool:
-    return any(_plans(chip, batch, hidden))
+def _has_plans(chip: Chip, batch: int, hidden: int, cell: str) -> bool:
+    return all(any(_plans(chip, batch, hidden, task)) for task in _tasks(CELLS[cell]))
 
 
 @functools.cache
-def make_plan(chip: Chip, batch: int, hidden: int) -> Plan:
+def make_plan(chip: Chip, batch: int, hidden: int, task: Task) -> Plan:
     """The plan that the model of a step's time likes best."""
-    return min(_plans(chip, batch, hidden), key=lambda plan: _step_clocks(plan))
+    return min(_plans(chip, batch, hidden, task), key=lambda plan: _step_microseconds(plan, task))
 
 
-def _plans(chip: Chip, batch: int, hidden: int) -> Iterator[Plan]:
+def _plans(chip: Chip, batch: int, hidden: int, task: Task) -> Iterator[Plan]:
     """Every plan that fits, but for those that are known to be slow."""
     for exchange, row_tiles, blocks in itertools.product(_EXCHANGES, range(1, _MAX_ROW_TILES + 1), (1, 2)):
-        plan = _fit(chip, batch, hidden, exchange, row_tiles, blocks)
+        plan = _fit(chip, batch, hidden, task, exchange, row_tiles, blocks)
         if plan is None or (blocks == 2 and batch <= _BLOCK_ROWS):
             continue
         # Polling pays while tiles are few, staging while there is another tile to work on; its third copy later still.
@@ -190,22 +236,30 @@ def _plans(chip: Chip, batch: int, hidden: int) -> Iterator[Plan]:
             yield plan
 
 
-def _fit(chip: Chip, batch: int, hidden: int, exchange: str, row_tiles: int, blocks: int) -> Plan | None:
-    """CTAs of 16 × row_tiles hidden units on this problem; None where they do not fit."""
+def _fit(chip: Chip, batch: int, hidden: int, task: Task, exchange: str, row_tiles: int, blocks: int) -> Plan | None:
+    """CTAs of 16 × row_tiles rows of the weight on this problem; None where they do not fit."""
     clustered = exchange == "ClusterPush"
     if clustered and chip.capability < (9, 0):
         return None
-    columns = math.ceil(hidden / (16 * row_tiles))
+    rows = _BLOCK_ROWS * blocks
+    owned = 16 * row_tiles // task.rows // 8 * 8  # hidden units
+    cell_threads = 32 * math.ceil((rows if task.cell.reads_memory else _BLOCK_ROWS) * owned / 128)
+    if not 0 < cell_threads <= _MAX_CELL_THREADS:
+        return None
+    columns = math.ceil(hidden / owned)
     if columns > (_MAX_CLUSTER if clustered else chip.multiprocessors):
         return None
-    units = math.ceil(hidden / (_UNIT_DEPTH * _PRODUCT_WARPS))
+    depth = task.depth * hidden
+    units = math.ceil(depth / (_UNIT_DEPTH * _PRODUCT_WARPS))
     received = units if exchange == "PolledRing" else math.ceil(units / math.ceil(units / (5 if blocks == 1 else 3)))
-    # setmaxnreg gives Hopper's product warps 200 registers and more; elsewhere all warps have 128.
-    budget = (196 if blocks == 1 else 184) - (0 if chip.capability == (9, 0) else 96)
+    # setmaxnreg gives Hopper's product warps more registers than the cell's; elsewhere all warps have 128.
+    budget = {"forward": 140, "backward": 156}[task.direction] if task.cell.reads_memory else 196
+    budget = (budget if chip.capability == (9, 0) else 96 if task.cell.reads_memory else 100) - 12 * (blocks - 1)
     budget -= 4 * blocks * (received + row_tiles)
-    register_units = max(1, min(units, budget // (8 * row_tiles)))
+    register_units = min(units, budget // (8 * row_tiles))
+    if register_units < 1:
+        return None
 
-    rows = _BLOCK_ROWS * blocks
     room = chip.multiprocessors // columns
     if clustered:
         room = max(1, _CLUSTERS[columns - 1] * chip.multiprocessors // _CLUSTERS[0])
@@ -214,63 +268,81 @@ def _fit(chip: Chip, batch: int, hidden: int, exchange: str, row_tiles: int, blo
 
     shared = 2 * _PRODUCT_WARPS * rows * (16 * row_tiles + 4) * 4  # sums
     shared += _PRODUCT_WARPS * (units - register_units) * row_tiles * 1024  # weights
-    shared += 2 * 2048 * row_tiles  # inputs, of which the backward pass has two
+    cell_groups = 2 if 2 * cell_threads <= _THREADS - 32 * _PRODUCT_WARPS else 1
+    shared += (32 * cell_groups if task.cell.reads_memory else 64) * task.inputs * cell_threads
+    shared += 16 * tiles * cell_threads * task.cell.reads_memory  # carried from step to step
     shared += _EXCHANGES[exchange] * units * blocks * _PRODUCT_WARPS * _UNIT_BYTES
     if clustered:
-        shared += 128 * math.ceil(16 * tiles / 128) + 2 * tiles * blocks * math.ceil(hidden / _UNIT_DEPTH) * _UNIT_BYTES
+        shared += 128 * math.ceil(16 * tiles / 128) + 2 * tiles * blocks * math.ceil(depth / _UNIT_DEPTH) * _UNIT_BYTES
     if shared > chip.shared_bytes:
         return None
     groups = math.ceil(batch_tiles / tiles)
     return Plan(row_tiles, register_units, units - register_units, blocks, exchange, columns, groups, tiles, shared)
 
 
-def _step_clocks(plan: Plan) -> float:
-    """A rough count of clocks a step: its tiles one after another, or the exchange's latency if that is longer."""
-    units = plan.register_units + plan.shared_units
-    product = units * plan.row_tiles * plan.blocks * 26
-    shared = 64 * (plan.shared_units * plan.row_tiles + plan.blocks * (plan.row_tiles + units))
-    tile = max(product + 60, shared, 500 + 150 * plan.blocks)
-    latency = (1000 if plan.clustered else 1500) + 350 + product
+def _step_microseconds(plan: Plan, task: Task) -> float:
+    """About how long a step takes, fitted to an H200: all tiles, or one and the exchange's latency if that is longer."""
+    units, rows = plan.register_units + plan.shared_units, _BLOCK_ROWS * plan.blocks
+    product = units * plan.row_tiles * plan.blocks * 26 / _CLOCKS_PER_MICROSECOND
+    shared = (
+        64 * (plan.shared_units * plan.row_tiles + plan.blocks * (plan.row_tiles + units)) / _CLOCKS_PER_MICROSECOND
+    )
+    shared *= 1 if plan.blocks == 1 else 0.93
+    cell = (350 + 100 * plan.blocks * task.cell.gates) / _CLOCKS_PER_MICROSECOND
+    tile = max(product + 0.06, shared, cell)
+    latency = 0.7 + 0.3 * plan.blocks + 0.1 * task.cell.gates + product
     if plan.exchange == "PolledRing":
-        return latency + (plan.tiles - 1) * (tile + 400)
-    return max(plan.tiles * tile, latency + (0 if plan.clustered else 100))
+        return latency + (plan.tiles - 1) * tile
+    if plan.clustered:
+        pushed = rows * units * _UNIT_DEPTH * _PRODUCT_WARPS * 2 / 16 / (2 * _CLOCKS_PER_MICROSECOND)
+        return latency - 0.25 + max(0, pushed - 0.27) + (plan.tiles - 1) * max(tile, pushed)
+    return max(plan.tiles * tile, latency + 0.2 * units + 0.5 * tile)
 
 
 def forward(
-    pre: Tensor, weight: Tensor, h0: Tensor | None, reset: Tensor | None, cell: Cell, save: bool
-) -> tuple[Tensor, Tensor]:
-    """All steps.
-
-    Returns:
-        The states h (T, B, H), and v = pre + rec (T, B, H) where it is to be saved, else an empty tensor.
-    """
-    h = pre.new_empty(pre.shape)
-    v = pre.new_empty(pre.shape if save else 0)
-    tensors = (_dense(pre), _dense(weight), _dense(h0), _dense(reset), h, v if save else None)
-    _launch("forward", cell, tensors, pre)
-    return h, v
+    pre: Tensor,
+    operator: Operator,
+    bias: Tensor | None,
+    states: Sequence[Tensor],
+    reset: Tensor | None,
+    cell: Cell,
+    save: bool,
+) -> tuple[Tensor, list[Tensor], list[Tensor]]:
+    """All steps; see ``fused.Walk``."""
+    seq_len, batch, _, hidden = pre.shape
+    h = pre.new_empty(seq_len, batch, hidden)
+    saved = pre.new_empty(seq_len, batch, cell.saved, hidden) if save else None
+    c = torch.empty_like(h) if save and cell.states == 2 else None
+    c_last = torch.empty_like(h[0]) if cell.states == 2 else None
+    h0, c0 = (*states, None, None)[:2]
+    given = [_dense(x) for x in (pre, *operator.weights, bias, h0, c0, reset)]
+    _launch(Task("forward", cell), (*given, h, saved, c, c_last), h)
+    return h, [x for x in (c_last,) if x is not None], [x for x in (saved, c) if x is not None]
 
 
 def backward(
     dh: Tensor | None,
-    dh_last: Tensor | None,
-    v: Tensor,
-    weight: Tensor,
+    dlast: Sequence[Tensor],
+    h: Tensor,
+    saved: Sequence[Tensor],
+    operator: Operator,
+    states: Sequence[Tensor],
     reset: Tensor | None,
     cell: Cell,
-    need_h0: bool,
-) -> tuple[Tensor, Tensor | None]:
-    """All steps, the last one first. A gradient that is None is zero, but one of the two is there.
-
-    Returns:
-        dpre (T, B, H), and dh0 (B, H) where needed.
-    """
-    dh = torch.zeros_like(v) if dh is None else dh
-    dpre = v.new_empty(v.shape)
-    dh0 = v.new_empty(v.shape[1:]) if need_h0 else None
-    tensors = (_dense(dh), _dense(weight), _dense(dh_last), _dense(reset), v, dpre, dh0)
-    _launch("backward", cell, tensors, v)
-    return dpre, dh0
+    need_states: bool,
+) -> tuple[Tensor, Tensor, list[Tensor]]:
+    """All steps, the last one first; see ``fused.Walk``."""
+    dh = torch.zeros_like(h) if dh is None else dh
+    seq_len, batch, hidden = h.shape
+    dpre = h.new_empty(seq_len, batch, cell.gates, hidden)
+    drec = None if cell.additive else h.new_empty(seq_len, batch, cell.products, hidden)
+    dstates = [torch.empty_like(h[0]) for _ in range(cell.states if need_states else 0)]
+    dh_last, dc_last = (*dlast, None, None)[:2]
+    memory0 = states[-1] if states else None
+    memory = (h, *saved[1:])[-1] if cell.reads_memory else None
+    given = [_dense(x) for x in (dh, *operator.weights, dh_last, dc_last, reset, saved[0], memory0, memory)]
+    _launch(Task("backward", cell), (*given, dpre, drec, *(*dstates, None, None)[:2]), h)
+    return dpre, dpre[:, :, : cell.products] if drec is None else drec, dstates
 
 
 def _dense(x: Tensor | None) -> Tensor | None:
@@ -281,20 +353,20 @@ def _dense(x: Tensor | None) -> Tensor | None:
     return x if x.data_ptr() % 16 == 0 else x.clone()
 
 
-def _launch(direction: str, cell: Cell, tensors: tuple[Tensor | None, ...], like: Tensor) -> None:
+def _launch(task: Task, tensors: tuple[Tensor | None, ...], like: Tensor) -> None:
     from cuda.core import Device, LaunchConfig, Stream, launch
 
     index = like.device.index
     seq_len, batch, hidden = like.shape
-    plan = make_plan(chip_of(index), batch, hidden)
+    plan = make_plan(chip_of(index), batch, hidden, task)
     # A thread of autograd's that has not run a kernel yet has no CUDA context.
     Device(index).set_current()
-    kernel = _kernel(direction, cell.name, like.dtype, plan, index)
+    kernel = _kernel(task, like.dtype, plan, index)
     if plan.clustered:
         ring = None
         config = LaunchConfig(grid=plan.groups, cluster=plan.columns, block=_THREADS, shmem_size=plan.shared_bytes)
     else:
-        units = plan.groups * plan.tiles * plan.blocks * math.ceil(hidden / _UNIT_DEPTH)
+        units = plan.groups * plan.tiles * plan.blocks * math.ceil(task.depth * hidden / _UNIT_DEPTH)
         # No published value has all bits set, so this marks every slot as empty.
         ring = torch.full((_RING_SLOTS * units * _UNIT_BYTES,), 0xFF, dtype=torch.uint8, device=like.device)
         config = LaunchConfig(
@@ -307,11 +379,12 @@ def _launch(direction: str, cell: Cell, tensors: tuple[Tensor | None, ...], like
 
 
 @functools.cache
-def _kernel(direction: str, cell: str, dtype: torch.dtype, plan: Plan, index: int) -> object:
+def _kernel(task: Task, dtype: torch.dtype, plan: Plan, index: int) -> object:
     """Compiled and loaded, with leave on this device to use the shared memory and the cluster size that it needs."""
     from cuda.bindings import driver
 
-    kernel = kernels(_module(cell, dtype, plan), chip_of(index).capability)[_name(direction, cell, dtype, plan)]
+    module = _module(task, dtype, plan)
+    kernel = kernels(module, chip_of(index).capability)[module.kernels[0]]
     attributes = driver.CUfunction_attribute
     wanted = {attributes.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES: plan.shared_bytes}
     if plan.clustered:
@@ -323,14 +396,11 @@ def _kernel(direction: str, cell: str, dtype: torch.dtype, plan: Plan, index: in
     return kernel
 
 
-def _name(direction: str, cell: str, dtype: torch.dtype, plan: Plan) -> str:
+def _module(task: Task, dtype: torch.dtype, plan: Plan, architectures: tuple[str, ...] = ()) -> Module:
     shape = f"{plan.row_tiles}, {plan.register_units}, {plan.shared_units}, {plan.blocks}, persistent::{plan.exchange}"
-    return f"persistent_{direction}<{_NUMBERS[dtype]}, {_FUNCTORS[cell]}, {shape}>"
-
-
-def _module(cell: str, dtype: torch.dtype, plan: Plan, architectures: tuple[str, ...] = ()) -> Module:
-    names = tuple(_name(direction, cell, dtype, plan) for direction in _DIRECTIONS)
-    return Module("persistent.cuh", names, architectures=architectures, spill_limit=_SPILL_LIMIT)
+    name = f"persistent_{task.direction}<{_NUMBERS[dtype]}, {task.cell.functor}, {shape}>"
+    spill_limit = _SPILL_LIMIT_WITH_MEMORY if task.cell.reads_memory else _SPILL_LIMIT
+    return Module("persistent.cuh", (name,), architectures=architectures, spill_limit=spill_limit)
 
 
 #: A GPU of each architecture: A100, RTX A6000, RTX 4090, H200.
@@ -344,12 +414,15 @@ _TYPICAL_CHIPS = {
 
 def shipped_modules() -> list[Module]:
     """Instantiations that stand for all: plans of small, middling and wide problems on a GPU of each generation."""
-    modules = []
-    for arch, chip in _TYPICAL_CHIPS.items():
-        plans = dict.fromkeys(
-            make_plan(chip, batch, hidden)
+    return [
+        _module(task, dtype, plan, (arch,))
+        for arch, chip in _TYPICAL_CHIPS.items()
+        for cell in CELLS.values()
+        for task in _tasks(cell)
+        for plan in dict.fromkeys(
+            make_plan(chip, batch, hidden, task)
             for batch, hidden in ((64, 512), (256, 1280), (128, 3584))
-            if hidden <= largest_hidden(chip)
+            if _has_plans(chip, batch, hidden, cell.name)
         )
-        modules += [_module(cell, dtype, plan, (arch,)) for plan in plans for dtype in _NUMBERS for cell in _FUNCTORS]
-    return modules
+        for dtype in _NUMBERS
+    ]

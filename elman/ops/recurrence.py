@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
+from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from elman.errors import UsageError
 from elman.ops.backends import BACKENDS, Problem, choose
-from elman.ops.cells import CELLS
+from elman.ops.cells import CELLS, Cell, Tensors
 from elman.ops.operators import make_operator
 
 _used: list[str] | None = None
@@ -30,28 +32,35 @@ def record_backends() -> Iterator[list[str]]:
 def recurrence(
     pre: Tensor,
     weight: Tensor,
-    h0: Tensor | None = None,
+    h0: Tensor | Tensors | None = None,
     *,
     cell: str = "tanh",
+    bias: Tensor | None = None,
     reset: Tensor | None = None,
     backend: str = "auto",
-) -> tuple[Tensor, Tensor]:
-    """The nonlinear recurrence ``h_t = f(pre_t + W h_{t-1})``, T steps strictly in sequence (Elman, 1990).
+) -> tuple[Tensor, Any]:
+    """The nonlinear recurrence ``h_t = f(pre_t, W h_{t-1}, h_{t-1})``, T steps strictly in sequence (Elman, 1990).
 
-    Every floating-point input is differentiable, and the gradients of both outputs are honoured, so truncated and
-    full back-propagation through chunks work alike. Under autocast the inputs are cast to its dtype.
+    Every floating-point input is differentiable, and the gradients of all outputs are honoured, so truncated and
+    full back-propagation through chunks work alike. Under autocast the inputs are cast to its dtype. All states are
+    rounded to the inputs' dtype after every step, so a sequence run in chunks gives the same values as in one piece.
 
     Args:
-        pre: (T, B, H), the input's part of every step, bias included: one product over all steps beforehand.
-        weight: (H, H), laid out as PyTorch's ``weight_hh``, so that a step adds ``h @ weight.T``.
-        h0: (B, H), the state before the first step; zeros if absent.
-        cell: the pointwise rule f, one of ``elman.ops.cells.CELLS``.
-        reset: (T, B) bool; where true, that row's state is zeroed *before* that step (h0 too, at step 0).
+        pre: (T, B, G, H) for a cell of G gates, or (T, B, H) for one of a single gate: the input's part of every step,
+            bias included, made by one product over all steps beforehand.
+        weight: (P, H, H) for a cell of P recurrent products, or (H, H) for one of a single product: the memory of
+            PyTorch's ``weight_hh`` viewed so. A step computes ``rec[p] = h @ weight[p].T``.
+        h0: (B, H), the state before the first step; for a cell of several states a tuple of them, h first; zeros if
+            absent.
+        cell: the pointwise rule f, one of ``elman.ops.cells.CELLS``, where its equation is.
+        bias: (P, H), added to the recurrent products, as PyTorch's ``bias_hh``. Most cells only ever add those to
+            ``pre``, where the bias costs less.
+        reset: (T, B) bool; where true, that row's states are zeroed *before* that step (h0 too, at step 0).
         backend: one of ``elman.ops.BACKENDS``, or ``auto``: the fastest that can run this problem, and on the CPU the
             reference, the only one that can be differentiated twice.
 
     Returns:
-        ``h`` (T, B, H), the state after every step, and ``h_last`` (B, H), the state to carry on with.
+        ``h`` (T, B, H), the state h after every step, and the last state, to carry on with, in the form of ``h0``.
 
     Raises:
         UsageError: (a ``ValueError``) wrong shape, dtype, device, cell or backend, or a backend that cannot run
@@ -59,37 +68,69 @@ def recurrence(
     """
     if cell not in CELLS:
         raise UsageError(f"cell={cell!r} is unknown: choose one of {', '.join(CELLS)}")
+    rule = CELLS[cell]
+    states = (h0,) if isinstance(h0, Tensor) else h0
     if isinstance(pre, Tensor) and torch.is_autocast_enabled(pre.device.type):
         dtype = torch.get_autocast_dtype(pre.device.type)
         pre, weight = pre.to(dtype), weight.to(dtype)
-        h0 = h0.to(dtype) if h0 is not None else None
-    _check(pre, weight, h0, reset)
-    operator = make_operator(weight, pre.shape[-1])
-    seq_len, batch, hidden = pre.shape
-    problem = Problem(seq_len, batch, hidden, pre.dtype, pre.device, type(operator), CELLS[cell])
+        bias = None if bias is None else bias.to(dtype)
+        states = None if states is None else tuple(state.to(dtype) for state in states)
+    _check(pre, weight, bias, states, reset, rule)
+    operator = make_operator(weight, pre.shape[-1], rule.products)
+    if pre.ndim == 3:
+        pre = pre.unsqueeze(2)
+    seq_len, batch, gates, hidden = pre.shape
+    problem = Problem(seq_len, batch, hidden, pre.dtype, pre.device, type(operator), rule)
     chosen = choose(backend, problem)
     if _used is not None:
         _used.append(chosen)
     with torch.autocast(pre.device.type, enabled=False):
-        return BACKENDS[chosen].run(pre, operator, h0, CELLS[cell], reset)
+        if bias is not None and rule.additive:
+            pre, bias = pre + F.pad(bias, (0, 0, 0, gates - rule.products)), None
+        h, last = BACKENDS[chosen].run(pre, operator, bias, states, rule, reset)
+        return h, last[0] if rule.states == 1 else last
 
 
-def _check(pre: Tensor, weight: Tensor, h0: Tensor | None, reset: Tensor | None) -> None:
-    if pre.ndim != 3 or 0 in pre.shape:
-        raise UsageError(f"pre has shape {tuple(pre.shape)}: give (T, B, H) with T, B and H at least 1")
+def _check(
+    pre: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    states: Tensors | None,
+    reset: Tensor | None,
+    cell: Cell,
+) -> None:
+    form = "(T, B, H)" if cell.gates == 1 else f"(T, B, {cell.gates}, H)"
+    right = (pre.ndim == 3 and cell.gates == 1) or (pre.ndim == 4 and pre.shape[2] == cell.gates)
+    if not right or 0 in pre.shape:
+        raise UsageError(
+            f"pre has shape {tuple(pre.shape)}: give {form} for cell={cell.name!r}, with T, B and H at least 1"
+        )
     if not pre.is_floating_point():
         raise UsageError(f"pre has dtype {pre.dtype}: give a floating-point tensor")
-    _, batch, hidden = pre.shape
-    if h0 is not None and h0.shape != (batch, hidden):
-        raise UsageError(f"h0 has shape {tuple(h0.shape)}: give (B, H) = ({batch}, {hidden})")
-    if reset is not None and (reset.shape != pre.shape[:2] or reset.dtype != torch.bool):
+    seq_len, batch, hidden = pre.shape[0], pre.shape[1], pre.shape[-1]
+    named = {"weight": weight}
+    if states is not None:
+        if len(states) != cell.states:
+            raise UsageError(
+                f"h0 has {len(states)} tensors: cell={cell.name!r} has {cell.states} state{'s' * (cell.states > 1)}"
+            )
+        for index, state in enumerate(states):
+            name = "h0" if len(states) == 1 else f"h0[{index}]"
+            named[name] = state
+            if state.shape != (batch, hidden):
+                raise UsageError(f"{name} has shape {tuple(state.shape)}: give (B, H) = ({batch}, {hidden})")
+    if bias is not None:
+        named["bias"] = bias
+        if bias.shape != (cell.products, hidden):
+            raise UsageError(f"bias has shape {tuple(bias.shape)}: give (P, H) = ({cell.products}, {hidden})")
+    if reset is not None and (reset.shape != (seq_len, batch) or reset.dtype != torch.bool):
         raise UsageError(
             f"reset has shape {tuple(reset.shape)} and dtype {reset.dtype}: "
-            f"give (T, B) = {tuple(pre.shape[:2])} of torch.bool"
+            f"give (T, B) = ({seq_len}, {batch}) of torch.bool"
         )
-    for name, tensor in (("weight", weight), ("h0", h0)):
-        if tensor is not None and tensor.dtype != pre.dtype:
+    for name, tensor in named.items():
+        if tensor.dtype != pre.dtype:
             raise UsageError(f"{name} has dtype {tensor.dtype} but pre has {pre.dtype}: cast one to the other")
-    for name, tensor in (("weight", weight), ("h0", h0), ("reset", reset)):
-        if tensor is not None and tensor.device != pre.device:
+    for name, tensor in (named if reset is None else {**named, "reset": reset}).items():
+        if tensor.device != pre.device:
             raise UsageError(f"{name} is on {tensor.device} but pre is on {pre.device}: move one to the other")

@@ -5,20 +5,25 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from elman.ops.cells import Cell
+from elman.ops.cells import Cell, Tensors
 from elman.ops.operators import Operator
 
 
-def run(pre: Tensor, operator: Operator, h0: Tensor | None, cell: Cell, reset: Tensor | None) -> tuple[Tensor, Tensor]:
-    """All steps, one after the other. Arguments are as ``elman.ops.recurrence`` has checked them."""
+def run(
+    pre: Tensor, operator: Operator, bias: Tensor | None, states: Tensors | None, cell: Cell, reset: Tensor | None
+) -> tuple[Tensor, Tensors]:
+    """All steps, one after the other. Arguments are as ``elman.ops.recurrence`` has checked them, pre (T, B, G, H)."""
     # Unbinding once keeps the backward pass linear in T: indexing pre[t] would make a gradient of pre's size a step.
-    pre_steps = pre.unbind(0)
     reset_steps = reset.unsqueeze(-1).unbind(0) if reset is not None else None
-    h = h0 if h0 is not None else pre.new_zeros(pre.shape[1:])
-    states = []
-    for t, pre_t in enumerate(pre_steps):
+    if states is None:
+        states = (pre.new_zeros(pre.shape[1], pre.shape[-1]),) * cell.states
+    outputs = []
+    for t, pre_t in enumerate(pre.unbind(0)):
         if reset_steps is not None:
-            h = h.masked_fill(reset_steps[t], 0.0)
-        h = cell.step(pre_t, operator(h), h)
-        states.append(h)
-    return torch.stack(states), h
+            states = tuple(state.masked_fill(reset_steps[t], 0.0) for state in states)
+        rec = operator(states[0]).view(len(pre_t), cell.products, -1)
+        if bias is not None:
+            rec = rec + bias
+        states, _ = cell.forward(pre_t.unbind(1), rec.unbind(1), states[-1])
+        outputs.append(states[0])
+    return torch.stack(outputs), states

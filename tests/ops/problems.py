@@ -2,12 +2,26 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from elman.ops import recurrence
+from elman.ops.cells import CELLS
+
+State = Tensor | tuple[Tensor, ...]
+
+
+def parts(state: State | None) -> tuple[Tensor, ...]:
+    """The tensors of a state in either of its forms."""
+    return () if state is None else (state,) if isinstance(state, Tensor) else state
+
+
+def like(state: State | None, tensors: Sequence[Tensor]) -> State | None:
+    """The tensors in the form of this state."""
+    return None if state is None else tensors[0] if isinstance(state, Tensor) else tuple(tensors)
 
 
 @dataclass(frozen=True)
@@ -16,15 +30,43 @@ class Problem:
 
     pre: Tensor
     weight: Tensor
-    h0: Tensor | None
+    h0: State | None
     reset: Tensor | None
     dh: Tensor | None
-    dh_last: Tensor | None
+    dh_last: State | None
     cell: str = "tanh"
+    bias: Tensor | None = None
 
     def to(self, dtype: torch.dtype) -> Problem:
-        names = ("pre", "weight", "h0", "dh", "dh_last")
-        return replace(self, **{n: None if getattr(self, n) is None else getattr(self, n).to(dtype) for n in names})
+        return self.map(lambda x: x.to(dtype))
+
+    def map(self, change: Callable[[Tensor], Tensor]) -> Problem:
+        """With every floating-point tensor changed."""
+        changed = {
+            name: like(value, [change(x) for x in parts(value)])
+            for name in ("pre", "weight", "h0", "dh", "dh_last", "bias")
+            for value in [getattr(self, name)]
+        }
+        return replace(self, **changed)
+
+    def inputs(self) -> dict[str, Tensor]:
+        """What can be differentiated, by name."""
+        named = {"pre": self.pre, "weight": self.weight, **dict(zip(("h0", "c0"), parts(self.h0), strict=False))}
+        return named if self.bias is None else {**named, "bias": self.bias}
+
+    def run(self, backend: str, inputs: dict[str, Tensor] | None = None) -> tuple[Tensor, ...]:
+        """H of every step and all last states, of other inputs of these names if given."""
+        x = self.inputs() if inputs is None else inputs
+        h0 = like(self.h0, [x[name] for name in ("h0", "c0") if name in x])
+        h, last = recurrence(
+            x["pre"], x["weight"], h0, cell=self.cell, bias=x.get("bias"), reset=self.reset, backend=backend
+        )
+        return h, *parts(last)
+
+    def piece(self, start: int, stop: int, h0: State | None) -> Problem:
+        """The steps from ``start`` to before ``stop``, from this state."""
+        reset = None if self.reset is None else self.reset[start:stop]
+        return replace(self, pre=self.pre[start:stop], h0=h0, reset=reset)
 
 
 def draw(
@@ -36,41 +78,50 @@ def draw(
     device: str = "cpu",
     seed: int = 0,
     with_h0: bool = True,
+    with_bias: bool = False,
     reset_rate: float | None = 0.2,
     scale: float = 1.0,
     cell: str = "tanh",
 ) -> Problem:
-    """Standard normal inputs times ``scale``, a weight of spectral radius near 1; ``reset_rate`` None: no resets."""
+    """Standard normal inputs times ``scale``, weights of spectral radius near 1; ``reset_rate`` None: no resets."""
     generator = torch.Generator().manual_seed(seed)
+    rule = CELLS[cell]
 
     def normal(*shape: int) -> Tensor:
         return torch.randn(*shape, generator=generator, dtype=torch.float64).to(device, dtype)
 
+    def state() -> State:
+        drawn = tuple(normal(batch, hidden) for _ in range(rule.states))
+        return drawn[0] if rule.states == 1 else drawn
+
+    one_gate, one_product = rule.gates == 1, rule.products == 1
+    h0 = state()
     return Problem(
-        pre=normal(seq_len, batch, hidden) * scale,
-        weight=normal(hidden, hidden) / hidden**0.5,
-        h0=normal(batch, hidden).tanh() if with_h0 else None,
+        pre=normal(seq_len, batch, *(() if one_gate else (rule.gates,)), hidden) * scale,
+        weight=normal(*(() if one_product else (rule.products,)), hidden, hidden) / hidden**0.5,
+        h0=like(h0, [x.tanh() for x in parts(h0)]) if with_h0 else None,
         reset=None if reset_rate is None else (torch.rand(seq_len, batch, generator=generator) < reset_rate).to(device),
         dh=normal(seq_len, batch, hidden),
-        dh_last=normal(batch, hidden),
+        dh_last=state(),
         cell=cell,
+        bias=normal(rule.products, hidden) if with_bias else None,
     )
 
 
 def solve(problem: Problem, backend: str) -> dict[str, Tensor]:
-    """Both outputs and the gradient of every input, by name."""
+    """All outputs and the gradient of every input, by name."""
     inputs = {
         name: value.detach().clone(memory_format=torch.preserve_format).requires_grad_()
-        for name, value in (("pre", problem.pre), ("weight", problem.weight), ("h0", problem.h0))
-        if value is not None
+        for name, value in problem.inputs().items()
     }
-    h, h_last = recurrence(**inputs, cell=problem.cell, reset=problem.reset, backend=backend)
-    outputs = [(y, dy) for y, dy in ((h, problem.dh), (h_last, problem.dh_last)) if dy is not None]
+    outputs = problem.run(backend, inputs)
+    given = (problem.dh, *(parts(problem.dh_last) or (None,) * len(outputs[1:])))
+    pairs = [(y, dy) for y, dy in zip(outputs, given, strict=True) if dy is not None]
     gradients = torch.autograd.grad(
-        [y for y, _ in outputs], list(inputs.values()), [dy for _, dy in outputs], materialize_grads=True
+        [y for y, _ in pairs], list(inputs.values()), [dy for _, dy in pairs], materialize_grads=True
     )
-    named = {f"d{name}": gradient for name, gradient in zip(inputs, gradients, strict=True)}
-    return {"h": h.detach(), "h_last": h_last.detach(), **named}
+    named = dict(zip(("h", "h_last", "c_last"), (y.detach() for y in outputs), strict=False))
+    return {**named, **{f"d{name}": gradient for name, gradient in zip(inputs, gradients, strict=True)}}
 
 
 @dataclass(frozen=True)
@@ -114,3 +165,12 @@ def assert_as_exact_as_reference(problem: Problem, backend: str) -> None:
     """No result errs more than ``errors`` allows."""
     for name, error in errors(problem, backend).items():
         assert error.ours <= error.allowed, f"{name}: {error}"
+
+
+def assert_chunks_equal_one_piece(problem: Problem, backend: str, cut: int) -> None:
+    """Bit for bit, states carried over from ``cut``."""
+    h, *last = problem.run(backend)
+    first, *carried = problem.piece(0, cut, problem.h0).run(backend)
+    second, *carried = problem.piece(cut, len(h), like(problem.dh_last, carried)).run(backend)
+    assert torch.equal(h, torch.cat([first, second]))
+    assert all(torch.equal(a, b) for a, b in zip(last, carried, strict=True))

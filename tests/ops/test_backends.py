@@ -11,6 +11,8 @@ from elman.ops.cells import CELLS, Cell
 from elman.ops.operators import Dense
 from tests.ops.problems import draw
 
+ODD = Cell("odd", "h = pre", None, lambda pre, rec, memory: ((pre[0],), ()), lambda *args: ((), (), args[-1]))
+
 
 def problem(device: str = "cuda", dtype: torch.dtype = torch.bfloat16) -> backends.Problem:
     return backends.Problem(8, 4, 16, dtype, torch.device(device), Dense, CELLS["tanh"])
@@ -35,7 +37,7 @@ def test_auto_on_a_gpu_is_the_last_that_can_and_pays(monkeypatch: pytest.MonkeyP
 
 
 def test_a_backend_that_cannot_run_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(CELLS, "odd", Cell("odd", "h = pre", lambda pre, rec, h: pre))
+    monkeypatch.setitem(CELLS, "odd", ODD)
     p = draw(2, 2, 4, dtype=torch.float32)
     with pytest.raises(UsageError, match=r"backend='loop' cannot run this problem: .*cell='odd'.*backend='reference'"):
         recurrence(p.pre, p.weight, cell="odd", backend="loop")

@@ -1,9 +1,10 @@
 """What the loop backend hands to the driver, checked without a GPU: a stand-in for the driver runs the launches."""
 
 import ctypes
+import re
 import types
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 import numpy as np
@@ -15,7 +16,8 @@ from elman.ops import loop
 from elman.ops.cells import CELLS
 from elman.ops.cuda import compiler
 from elman.ops.cuda.compiler import CompilerUnavailableError
-from tests.ops.problems import Problem, draw
+from elman.ops.operators import Dense
+from tests.ops.problems import Problem, draw, parts
 
 cuda_core = pytest.importorskip("cuda.core")
 driver = pytest.importorskip("cuda.bindings.driver")
@@ -23,46 +25,67 @@ driver = pytest.importorskip("cuda.bindings.driver")
 Launch = Callable[..., tuple[int]]
 
 
-def array(address: int, *shape: int, dtype: type = np.float64) -> np.ndarray:
-    size = int(np.prod(shape)) * np.dtype(dtype).itemsize
-    return np.frombuffer((ctypes.c_char * size).from_address(address), dtype).reshape(shape)
+def array(address: int, *shape: int, dtype: type = np.float64, strides: tuple[int, ...] | None = None) -> np.ndarray:
+    """What lies at an address, in the machine's memory; strides count elements."""
+    contiguous = tuple(int(np.prod(shape[i + 1 :])) for i in range(len(shape)))
+    strides = contiguous if strides is None else strides
+    item = np.dtype(dtype).itemsize
+    count = 1 + sum((n - 1) * stride for n, stride in zip(shape, strides, strict=True))
+    flat = np.frombuffer((ctypes.c_char * (count * item)).from_address(address), dtype)
+    return np.lib.stride_tricks.as_strided(flat, shape, [item * stride for stride in strides])
 
 
-def strided(address: int, batch: int, stride: int, hidden: int) -> np.ndarray:
-    flat = array(address, (batch - 1) * stride + hidden)
-    return np.lib.stride_tricks.as_strided(flat, (batch, hidden), (8 * stride, 8))
+def tensor(address: int, *shape: int, strides: tuple[int, ...] | None = None) -> Tensor:
+    """A copy of it as a tensor, zeros where there is none."""
+    if not address:
+        return torch.zeros(shape, dtype=torch.float64)
+    return torch.from_numpy(array(address, *shape, strides=strides).copy())
+
+
+def flags(address: int, batch: int) -> Tensor:
+    return torch.from_numpy(array(address, batch, dtype=np.bool_).copy()) if address else torch.zeros(batch).bool()
 
 
 def run_like_the_kernels(names: dict[int, str]) -> Launch:
-    """cuLaunchKernel for tanh in float64 on the CPU's memory: steps.cuh in NumPy."""
+    """cuLaunchKernel in float64 on the CPU's memory: steps.cuh with the cells in PyTorch."""
 
-    def launch(function: object, x: int, y: int, z: int, threads: int, *rest: object) -> tuple[int]:
-        name = names[int(function)]
-        count = 8 if "forward" in name else 7
+    def launch(function: object, batch: int, y: int, z: int, threads: int, *rest: object) -> tuple[int]:
+        direction, functor, _, width = re.fullmatch(r"step_(\w+)<(\w+), (\w+), (\d)>", names[int(function)]).groups()
+        cell = next(cell for cell in CELLS.values() if cell.functor == functor)
+        count = {"forward": 13, "backward": 11}[direction]
         table, extra = rest[-2:]
         arguments = [int(array(int(at), 1, dtype=np.int64)[0]) for at in array(table, count, dtype=np.int64)]
-        first, stride, product, reset_next, *outputs, hidden = arguments
-        width = int(name.removesuffix(">").split(", ")[-1])
+        hidden = arguments.pop()
+        columns = threads * int(width)
         assert (z, rest[:4], extra) == (1, (1, 1, 0, 0), 0)
-        assert y * threads * width >= hidden > (y - 1) * threads * width
+        assert y * columns >= hidden > (y - 1) * columns
         assert threads % 32 == 0
         assert threads <= loop._THREADS
-        assert all(at % (8 * width) == 0 for at in (first, product, *outputs))
-        total = strided(first, x, stride, hidden) if first else np.zeros((x, hidden))
-        reset = array(reset_next, x, dtype=np.bool_) if reset_next else np.zeros(x, np.bool_)
-        if "forward" in name:
-            v, h, carry = outputs
-            total = total + (array(product, x, hidden) if product else 0)
-            if v:
-                array(v, x, hidden)[:] = total
-            array(h, x, hidden)[:] = np.tanh(total)
-            if carry:
-                array(carry, x, hidden)[:] = np.where(reset[:, None], 0, np.tanh(total))
+        one, many = (batch, hidden), lambda n: (batch, n, hidden)
+        results: list[tuple[int, Sequence[Tensor]]]
+        if direction == "forward":
+            pre, row, gate, rec, bias, reset, reset_next, memory, saved, h, state, carry = arguments
+            tensors = [pre, rec, bias, memory, saved, h, state, carry]
+            given = tensor(pre, *many(cell.gates), strides=(row, gate, 1)).unbind(1)
+            total = tensor(rec, *many(cell.products)) + tensor(bias, cell.products, hidden)
+            remembered = tensor(memory, *one).masked_fill(flags(reset, batch)[:, None], 0)
+            states, kept = cell.forward(given, total.unbind(1), remembered)
+            results = [(saved, kept), (h, states[:1]), (state, states[1:])]
+            results += [(carry, [states[0].masked_fill(flags(reset_next, batch)[:, None], 0)])]
         else:
-            v, dpre = outputs
-            if product:
-                total = total + np.where(reset[:, None], 0, array(product, x, hidden))
-            array(dpre, x, hidden)[:] = total / np.cosh(array(v, x, hidden)) ** 2
+            dh, row, dh_next, dmemory, reset, reset_next, saved, memory, dpre, drec = arguments
+            tensors = [dh, dh_next, dmemory, saved, memory, dpre, drec]
+            stops = flags(reset_next, batch)[:, None]
+            gradient = tensor(dh, *one, strides=(row, 1)) + tensor(dh_next, *one).masked_fill(stops, 0)
+            remembered = tensor(memory, *one).masked_fill(flags(reset, batch)[:, None], 0)
+            later = tensor(dmemory, *one).masked_fill(stops, 0)
+            kept = tensor(saved, *many(cell.saved)).unbind(1)
+            of_pre, of_rec, earlier = cell.backward(kept, remembered, gradient, later)
+            results = [(dpre, of_pre), (drec, of_rec), (dmemory, [earlier])]
+        assert all(at % (8 * int(width)) == 0 for at in tensors)
+        for at, values in results:
+            if at:
+                array(at, batch, len(values), hidden)[:] = torch.stack(list(values), 1).numpy()
         return (0,)
 
     return launch
@@ -70,8 +93,7 @@ def run_like_the_kernels(names: dict[int, str]) -> Launch:
 
 @pytest.fixture
 def simulated_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    module = loop.step_module("tanh", torch.float64)
-    names = dict(enumerate(module.kernels, 1))
+    names = dict(enumerate((name for cell in CELLS for name in loop.step_module(cell, torch.float64).kernels), 1))
     found = {name: types.SimpleNamespace(handle=number) for number, name in names.items()}
     monkeypatch.setattr(loop, "kernels", lambda module, capability: found)
     monkeypatch.setattr(loop, "_steps", loop._KernelSteps)
@@ -81,11 +103,17 @@ def simulated_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(driver, "cuLaunchKernel", run_like_the_kernels(names))
 
 
-def both_passes(p: Problem) -> list[Tensor | None]:
-    h, v = loop.forward(p.pre, p.weight, p.h0, p.reset, CELLS["tanh"], save=True)
-    unsaved, _ = loop.forward(p.pre, p.weight, p.h0, p.reset, CELLS["tanh"], save=False)
-    assert torch.equal(h, unsaved)
-    return [h, v, *loop.backward(p.dh, p.dh_last, v, p.weight, p.reset, CELLS["tanh"], p.h0 is not None)]
+def both_passes(p: Problem) -> list[Tensor]:
+    cell, states = CELLS[p.cell], parts(p.h0)
+    pre = p.pre.unsqueeze(2) if p.pre.ndim == 3 else p.pre
+    given = (pre, Dense(p.weight), p.bias, states, p.reset, cell)
+    h, last, saved = loop.forward(*given, save=True)
+    unsaved, last_unsaved, nothing = loop.forward(*given, save=False)
+    assert nothing == []
+    assert all(torch.equal(a, b) for a, b in zip((h, *last), (unsaved, *last_unsaved), strict=True))
+    walked = (p.dh, parts(p.dh_last), h, saved, Dense(p.weight), states, p.reset, cell)
+    dpre, drec, dstates = loop.backward(*walked, need_states=p.h0 is not None)
+    return [h, *last, *saved, dpre, drec, *dstates]
 
 
 PROBLEMS = {
@@ -105,9 +133,16 @@ PROBLEMS = {
 }
 
 
-@pytest.mark.parametrize("name", PROBLEMS)
+GATED = {
+    f"{cell}, {words}": draw(4, 3, hidden, cell=cell, with_bias=not CELLS[cell].additive, **options)
+    for cell in CELLS
+    for words, hidden, options in (("even", 8, {}), ("odd", 7, {}), ("bare", 6, {"with_h0": False, "reset_rate": None}))
+}
+
+
+@pytest.mark.parametrize("name", PROBLEMS | GATED)
 def test_launches_compute_the_recurrence(simulated_gpu: None, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
-    p = PROBLEMS[name]
+    p = (PROBLEMS | GATED)[name]
     ours = both_passes(p)
     monkeypatch.setattr(loop, "_steps", lambda cell, like: loop._TorchSteps(cell, like.dtype))
     for got, expected in zip(ours, both_passes(p), strict=True):

@@ -12,12 +12,13 @@ from elman.ops import backends, persistent
 from elman.ops.cells import CELLS, Cell
 from elman.ops.cuda.compiler import CompilerUnavailableError, flatten
 from elman.ops.operators import Dense
-from elman.ops.persistent import Chip, Plan
+from elman.ops.persistent import Chip, Plan, Task
 
 H200 = Chip((9, 0), 132, 227 * 1024)
 A100 = Chip((8, 0), 108, 163 * 1024)
 RTX_4090 = Chip((8, 9), 128, 99 * 1024)
 CHIPS = {"H200": H200, "A100": A100, "RTX 4090": RTX_4090}
+ODD = Cell("odd", "h = pre", None, lambda pre, rec, memory: ((pre[0],), ()), lambda *args: ((), (), args[-1]))
 MEASURED = [
     (16, 512),
     (64, 512),
@@ -31,13 +32,20 @@ MEASURED = [
 ]
 
 
-def assert_covers(plan: Plan, chip: Chip, batch: int, hidden: int) -> None:
+TASKS = [Task(direction, cell) for cell in CELLS.values() for direction in ("forward", "backward")]
+TANH = Task("forward", CELLS["tanh"])
+
+
+def assert_covers(plan: Plan, chip: Chip, batch: int, hidden: int, task: Task) -> None:
     """Every batch row and every unit has its CTA, all of the weight has its place, and all CTAs that wait are there."""
-    assert 16 * plan.row_tiles * plan.columns >= hidden > 16 * plan.row_tiles * (plan.columns - 1)
+    products = task.cell.products
+    rows_of_unit, depth = (products, hidden) if task.direction == "forward" else (1, products * hidden)
+    units_of_cta = 16 * plan.row_tiles // rows_of_unit // 8 * 8
+    assert units_of_cta * plan.columns >= hidden > units_of_cta * (plan.columns - 1)
     rows = 8 * plan.blocks * plan.tiles
     assert rows * plan.groups >= batch > rows * (plan.groups - 1)
     assert plan.register_units >= 1
-    assert plan.register_units + plan.shared_units == -(-hidden // 256)
+    assert plan.register_units + plan.shared_units == -(-depth // 256)
     assert plan.shared_bytes <= chip.shared_bytes
     if plan.exchange == "ClusterPush":
         assert plan.columns <= 16
@@ -47,15 +55,29 @@ def assert_covers(plan: Plan, chip: Chip, batch: int, hidden: int) -> None:
 
 
 @settings(deadline=None, derandomize=True)
-@given(chip=st.sampled_from(sorted(CHIPS)), batch=st.integers(1, 1000), hidden=st.integers(1, 150).map(lambda n: 8 * n))
-def test_a_plan_covers_the_problem(chip: str, batch: int, hidden: int) -> None:
-    assert_covers(persistent.make_plan(CHIPS[chip], batch, hidden), CHIPS[chip], batch, hidden)
+@given(
+    chip=st.sampled_from(sorted(CHIPS)),
+    task=st.sampled_from(TASKS),
+    batch=st.integers(1, 1000),
+    hidden=st.integers(1, 150).map(lambda n: 8 * n),
+)
+def test_a_plan_covers_the_problem(chip: str, task: Task, batch: int, hidden: int) -> None:
+    if persistent._has_plans(CHIPS[chip], batch, hidden, task.cell.name):
+        assert_covers(persistent.make_plan(CHIPS[chip], batch, hidden, task), CHIPS[chip], batch, hidden, task)
+    else:
+        assert task.cell.products > 1
 
 
 @pytest.mark.parametrize(("batch", "hidden"), MEASURED)
 def test_every_measured_shape_fits_an_h200(batch: int, hidden: int) -> None:
-    assert_covers(persistent.make_plan(H200, batch, hidden), H200, batch, hidden)
-    assert persistent.largest_hidden(H200) >= 3584
+    assert_covers(persistent.make_plan(H200, batch, hidden, TANH), H200, batch, hidden, TANH)
+    assert persistent.largest_hidden(H200, "tanh") >= 3584
+
+
+@pytest.mark.parametrize("cell", CELLS)
+@pytest.mark.parametrize(("batch", "hidden"), [(64, 512), (64, 1024), (256, 1024)])
+def test_every_cell_fits_an_h200(cell: str, batch: int, hidden: int) -> None:
+    assert persistent._has_plans(H200, batch, hidden, cell)
 
 
 @pytest.mark.parametrize("chip", sorted(CHIPS))
@@ -67,9 +89,10 @@ def test_what_is_not_refused_has_a_plan(chip: str, monkeypatch: pytest.MonkeyPat
     refused = set()
     for hidden in range(8, 4400, 136):
         for batch in (1, 9, 64, 1000):
-            reason = persistent._why_not_on_device(0, batch, hidden)
+            task = TASKS[(hidden + batch) // 8 % len(TASKS)]
+            reason = persistent._why_not_on_device(0, batch, hidden, task.cell.name)
             if reason is None:
-                assert_covers(persistent.make_plan(CHIPS[chip], batch, hidden), CHIPS[chip], batch, hidden)
+                assert_covers(persistent.make_plan(CHIPS[chip], batch, hidden, task), CHIPS[chip], batch, hidden, task)
             else:
                 refused.add(reason.split(" = ")[0])
     assert "H" in refused
@@ -109,11 +132,15 @@ def problem(**changes: object) -> backends.Problem:
         ({"dtype": torch.float32}, r"bf16 or fp16, not torch\.float32: cast the inputs, or use backend='loop'"),
         ({"device": torch.device("cpu")}, "needs an NVIDIA GPU, not device cpu"),
         ({"hidden_size": 60}, r"H = 60 is not a multiple of 8: .*backend='loop'"),
-        ({"hidden_size": 8192}, r"H = 8192 is over its limit \d+ on this GPU: use backend='loop'"),
+        ({"hidden_size": 8192}, r"H = 8192 is over its limit \d+ for cell='tanh' on this GPU: use backend='loop'"),
         ({"seq_len": 2**20, "batch_size": 2**11}, r"T × B = .* split the batch"),
         ({"seq_len": 1, "batch_size": 2**20, "hidden_size": 512}, r"B × H = .* split the batch"),
+        (
+            {"seq_len": 1, "batch_size": 2**16, "hidden_size": 512, "cell": CELLS["lstm"]},
+            r"B × H × products = 65536 × 512 × 4 is not below",
+        ),
         ({"operator": object}, "dense weights"),
-        ({"cell": Cell("odd", "h = pre", lambda pre, rec, h: pre)}, "cell='odd'"),
+        ({"cell": ODD}, "cell='odd'"),
     ],
 )
 def test_why_not_names_the_limit_and_the_cure(on_an_h200: None, changes: dict[str, object], words: str) -> None:
@@ -146,8 +173,14 @@ def test_arguments_are_in_the_kernels_order() -> None:
     """What ``_launch`` hands over by position is what the sources name at those positions."""
     text = flatten("persistent.cuh")
     for name, expected in (
-        ("persistent_forward", "pre weight h0 reset h v ring steps batch hidden tiles"),
-        ("persistent_backward", "dh weight dh_last reset v dpre dh0 ring steps batch hidden tiles"),
+        (
+            "persistent_forward",
+            "pre weight bias h0 c0 reset h saved c c_last ring steps batch hidden tiles",
+        ),
+        (
+            "persistent_backward",
+            "dh weight dh_last dc_last reset saved memory0 memory dpre drec dh0 dc0 ring steps batch hidden tiles",
+        ),
     ):
         parameters = re.search(rf"{name}\(([^)]*)\)", text)
         assert parameters is not None

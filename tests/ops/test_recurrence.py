@@ -1,4 +1,4 @@
-"""The reference recurrence against torch.nn.RNN, gradcheck, and its own contract."""
+"""The reference recurrence against PyTorch's own layers, gradcheck, and its own contract."""
 
 import pytest
 import torch
@@ -7,6 +7,7 @@ from torch import Tensor
 from elman.errors import UsageError
 from elman.ops import recurrence
 from elman.ops.cells import CELLS
+from tests.ops.problems import assert_chunks_equal_one_piece, draw, parts
 
 T, B, H = 7, 3, 5
 
@@ -21,32 +22,58 @@ def problem(seed: int = 0, dtype: torch.dtype = torch.float64) -> dict[str, Tens
     }
 
 
-def test_equals_torch_rnn_with_the_same_weights() -> None:
-    p = problem()
-    rnn = torch.nn.RNN(4, H, dtype=torch.float64)
-    x = torch.randn(T, B, 4, dtype=torch.float64)
-    expected, expected_last = rnn(x, p["h0"].unsqueeze(0))
-    pre = torch.nn.functional.linear(x, rnn.weight_ih_l0, rnn.bias_ih_l0 + rnn.bias_hh_l0)
-    h, h_last = recurrence(pre, rnn.weight_hh_l0, p["h0"])
-    torch.testing.assert_close(h, expected)
-    torch.testing.assert_close(h_last, expected_last[0])
+@pytest.mark.parametrize(("cell", "module"), [("tanh", torch.nn.RNN), ("lstm", torch.nn.LSTM), ("gru", torch.nn.GRU)])
+@pytest.mark.parametrize("backend", ["reference", "loop"])
+def test_equals_torch_with_the_same_weights(cell: str, module: type[torch.nn.RNNBase], backend: str) -> None:
+    """Every value, and the gradients of inputs, weights, both biases and initial states."""
+    torch.manual_seed(0)
+    rule = CELLS[cell]
+    rnn = module(4, H, dtype=torch.float64)
+    x = torch.randn(T, B, 4, dtype=torch.float64, requires_grad=True)
+    first = tuple(torch.randn(B, H, dtype=torch.float64, requires_grad=True) for _ in range(rule.states))
+    given = tuple(state.unsqueeze(0) for state in first)
+    expected, expected_last = rnn(x, given[0] if rule.states == 1 else given)
 
-    loss = (h * torch.arange(H)).sum() + h_last.square().sum()
-    expected_loss = (expected * torch.arange(H)).sum() + expected_last.square().sum()
-    parameters = list(rnn.parameters())
-    for ours, theirs in zip(
-        torch.autograd.grad(loss, parameters), torch.autograd.grad(expected_loss, parameters), strict=True
-    ):
-        torch.testing.assert_close(ours, theirs)
+    pre = torch.nn.functional.linear(x, rnn.weight_ih_l0, rnn.bias_ih_l0)
+    weight, bias = rnn.weight_hh_l0, rnn.bias_hh_l0.view(rule.products, H)
+    if rule.gates > 1:
+        pre, weight = pre.view(T, B, rule.gates, H), weight.view(rule.products, H, H)
+    h0 = first[0] if rule.states == 1 else first
+    h, last = recurrence(pre, weight, h0, cell=cell, bias=bias, backend=backend)
+
+    ours, theirs = (h, *parts(last)), (expected, *(state[0] for state in parts(expected_last)))
+    torch.testing.assert_close(ours, theirs)
+    generator = torch.Generator().manual_seed(1)
+    gradients = [torch.randn(y.shape, generator=generator, dtype=y.dtype) for y in ours]
+    wanted = [x, *first, *rnn.parameters()]
+    torch.testing.assert_close(
+        torch.autograd.grad(ours, wanted, gradients), torch.autograd.grad(theirs, wanted, gradients)
+    )
+
+
+def test_delta_and_triple_r_are_their_equations() -> None:
+    """variants of the ladder: one learned rate a unit, without and with a recurrent product of its own."""
+    for cell in ("delta", "triple_r"):
+        p = draw(T, B, H, cell=cell, reset_rate=None)
+        h, outputs = p.h0, []
+        for a, d in (pre_t.unbind(1) for pre_t in p.pre):
+            w, *r = p.weight.view(-1, H, H)
+            rate = 1 / (1 + torch.exp(-(d + (h @ r[0].T if r else 0))))
+            h = (1 - rate) * h + rate * torch.tanh(a + h @ w.T)
+            outputs.append(h)
+        ours, last = p.run("reference")
+        torch.testing.assert_close(ours, torch.stack(outputs))
+        assert torch.equal(last, ours[-1])
 
 
 @pytest.mark.parametrize("cell", CELLS)
-@pytest.mark.parametrize("with_reset", [False, True])
-def test_gradcheck_of_every_input(cell: str, with_reset: bool) -> None:
-    p = problem(1)
-    reset = p["reset"] if with_reset else None
-    inputs = [p[name].requires_grad_() for name in ("pre", "weight", "h0")]
-    assert torch.autograd.gradcheck(lambda *args: recurrence(*args, cell=cell, reset=reset), inputs)
+@pytest.mark.parametrize("reset_rate", [None, 0.3])
+def test_gradcheck_of_every_input(cell: str, reset_rate: float | None) -> None:
+    p = draw(T, B, H, seed=1, cell=cell, with_bias=True, reset_rate=reset_rate)
+    inputs = {name: x.requires_grad_() for name, x in p.inputs().items()}
+    assert torch.autograd.gradcheck(
+        lambda *args: p.run("reference", dict(zip(inputs, args, strict=True))), list(inputs.values())
+    )
 
 
 def test_softsign_is_v_over_one_plus_abs_v() -> None:
@@ -63,14 +90,11 @@ def test_absent_h0_is_zero() -> None:
     assert torch.equal(given, absent)
 
 
+@pytest.mark.parametrize("cell", CELLS)
 @pytest.mark.parametrize("cut", range(1, T))
-def test_chunks_with_carried_state_equal_one_piece(cut: int) -> None:
-    p = problem(4)
-    whole, whole_last = recurrence(p["pre"], p["weight"], p["h0"], reset=p["reset"])
-    first, carried = recurrence(p["pre"][:cut], p["weight"], p["h0"], reset=p["reset"][:cut])
-    second, last = recurrence(p["pre"][cut:], p["weight"], carried, reset=p["reset"][cut:])
-    assert torch.equal(whole, torch.cat([first, second]))
-    assert torch.equal(whole_last, last)
+def test_chunks_with_carried_state_equal_one_piece(cell: str, cut: int) -> None:
+    p = draw(T, B, H, seed=4, cell=cell)
+    assert_chunks_equal_one_piece(p, "reference", cut)
 
 
 @pytest.mark.parametrize("at", range(T))
@@ -109,6 +133,15 @@ def test_autocast_casts_every_input() -> None:
     [
         ({"pre": torch.zeros(3, 4)}, r"pre has shape \(3, 4\): give \(T, B, H\)"),
         ({"pre": torch.zeros(0, B, H)}, "at least 1"),
+        ({"pre": torch.zeros(T, B, 3, H)}, r"give \(T, B, H\) for cell='tanh'"),
+        ({"cell": "gru"}, r"pre has shape \(7, 3, 5\): give \(T, B, 3, H\) for cell='gru'"),
+        (
+            {"cell": "gru", "pre": torch.zeros(T, B, 3, H, dtype=torch.float64)},
+            r"the cell takes 3 recurrent products: give a weight of shape \(3, 5, 5\)",
+        ),
+        ({"h0": (torch.zeros(B, H), torch.zeros(B, H))}, "h0 has 2 tensors: cell='tanh' has 1 state"),
+        ({"bias": torch.zeros(H)}, r"bias has shape \(5,\): give \(P, H\) = \(1, 5\)"),
+        ({"bias": torch.zeros(1, H, dtype=torch.float32)}, "bias has dtype torch.float32"),
         ({"pre": torch.zeros(T, B, H, dtype=torch.long)}, "floating-point"),
         ({"weight": torch.zeros(H, H + 1, dtype=torch.float64)}, r"weight has shape \(5, 6\)"),
         ({"weight": torch.zeros(H, H, dtype=torch.float32)}, "weight has dtype torch.float32"),

@@ -1,9 +1,16 @@
 // Cells: the pointwise rule of a step and its derivative, apart from the product that feeds it. The same functors serve
-// every backend; their twins in Python are in elman/ops/cells.py.
+// every backend and know nothing of how tensors lie; their twins in Python are in elman/ops/cells.py.
 //
-// `forward` makes a unit's next state of its kGates pre-activations v; `slope` is its derivative by each v. Both are
-// functions of v, never of the stored state: bf16 rounds tanh to ±1 from about |v| = 3.5, where 1 − h² would be 0 and
-// the unit would never learn again.
+// A unit has kGates values `pre` of its input, kProducts values `rec` of the operator and kStates states, h first. A cell
+// may read one state itself, its memory: the last one, which is h where there is no other.
+//
+//   h = forward(pre, rec, memory, saved)         memory: before the step, then after it (h itself is rounded by the caller)
+//   slopes(saved, memory, slope)                 all of the derivative that needs no gradient; memory: before the step
+//   backward(slope, dh, dmemory, dpre, drec)     dmemory: of the memory after the step by the next cell, then before it
+//
+// The derivative is a function of what enters the activations, never of what comes out: bf16 rounds tanh to +-1 from
+// about |v| = 3.5, where 1 - h^2 would be 0 and the unit would never learn again. kAdditive says that drec is the first
+// kProducts of dpre.
 //
 // `Math` is the arithmetic: Precise<float> and Precise<double>, or in float32 what is exact enough for a result that is
 // rounded to 11 bits (Fast) or to 8 (Coarse).
@@ -43,34 +50,188 @@ struct Coarse : Fast {
   }
 };
 
-struct Tanh {
-  static constexpr int kGates = 1;
+template <class Math, class Real = typename Math::Real>
+__device__ __forceinline__ Real sigmoid(Real v) {
+  return Math::divide(Real(1), Real(1) + Math::exp(-v));
+}
 
-  template <class Math, class Real = typename Math::Real>
-  static __device__ __forceinline__ Real forward(const Real (&v)[kGates]) {
-    return Math::tanh(v[0]);
-  }
+// A sigmoid at v with what its derivative needs: e = exp(-|v|) never overflows, and nothing is taken from 1.
+template <class Math, class Real = typename Math::Real>
+struct Gate {
+  Real open, shut, slope;  // σ(v), σ(-v), σ'(v)
 
-  // sech²(v) without the cancellation of 1 − tanh²(v).
-  template <class Math, class Real = typename Math::Real>
-  static __device__ __forceinline__ void slope(const Real (&v)[kGates], Real (&slope)[kGates]) {
-    const Real e = Math::exp(Real(-2) * fabs(v[0]));
-    const Real root = Math::divide(Real(1), Real(1) + e);
-    slope[0] = Real(4) * e * root * root;
+  __device__ __forceinline__ explicit Gate(Real v) {
+    const Real e = Math::exp(-fabs(v)), high = Math::divide(Real(1), Real(1) + e), low = e * high;
+    open = v < Real(0) ? low : high, shut = v < Real(0) ? high : low, slope = high * low;
   }
 };
 
-struct Softsign {
-  static constexpr int kGates = 1;
+// sech^2(v) without the cancellation of 1 - tanh^2(v).
+template <class Math, class Real = typename Math::Real>
+__device__ __forceinline__ Real tanh_slope(Real v) {
+  const Real e = Math::exp(Real(-2) * fabs(v));
+  const Real root = Math::divide(Real(1), Real(1) + e);
+  return Real(4) * e * root * root;
+}
+
+// h = f(v), v = pre + rec.
+template <class Activation>
+struct Additive {
+  static constexpr int kGates = 1, kProducts = 1, kStates = 1, kSaved = 1, kSlopes = 1;
+  static constexpr bool kReadsMemory = false, kAdditive = true;
 
   template <class Math, class Real = typename Math::Real>
-  static __device__ __forceinline__ Real forward(const Real (&v)[kGates]) {
-    return Math::divide(v[0], Real(1) + fabs(v[0]));
+  static __device__ __forceinline__ Real forward(const Real (&pre)[1], const Real (&rec)[1], Real&, Real (&saved)[1]) {
+    saved[0] = pre[0] + rec[0];
+    return Activation::template value<Math>(saved[0]);
   }
 
   template <class Math, class Real = typename Math::Real>
-  static __device__ __forceinline__ void slope(const Real (&v)[kGates], Real (&slope)[kGates]) {
-    const Real root = Math::divide(Real(1), Real(1) + fabs(v[0]));
-    slope[0] = root * root;
+  static __device__ __forceinline__ void slopes(const Real (&saved)[1], Real, Real (&slope)[1]) {
+    slope[0] = Activation::template derivative<Math>(saved[0]);
+  }
+
+  template <class Real>
+  static __device__ __forceinline__ void backward(const Real (&slope)[1], Real dh, Real&, Real (&dpre)[1],
+                                                  Real (&drec)[1]) {
+    drec[0] = dpre[0] = dh * slope[0];
+  }
+};
+
+struct Tanh : Additive<Tanh> {
+  template <class Math, class Real = typename Math::Real>
+  static __device__ __forceinline__ Real value(Real v) {
+    return Math::tanh(v);
+  }
+
+  template <class Math, class Real = typename Math::Real>
+  static __device__ __forceinline__ Real derivative(Real v) {
+    return tanh_slope<Math>(v);
+  }
+};
+
+struct Softsign : Additive<Softsign> {
+  template <class Math, class Real = typename Math::Real>
+  static __device__ __forceinline__ Real value(Real v) {
+    return Math::divide(v, Real(1) + fabs(v));
+  }
+
+  template <class Math, class Real = typename Math::Real>
+  static __device__ __forceinline__ Real derivative(Real v) {
+    const Real root = Math::divide(Real(1), Real(1) + fabs(v));
+    return root * root;
+  }
+};
+
+// h = (1 - δ) h + δ tanh(a), δ = σ(d): the first product is a's, the second, where there is one, d's.
+template <int kProducts_>
+struct LeakyTanh {
+  static constexpr int kGates = 2, kProducts = kProducts_, kStates = 1, kSaved = 2, kSlopes = 3;
+  static constexpr bool kReadsMemory = true, kAdditive = true;
+
+  template <class Math, class Real = typename Math::Real>
+  static __device__ __forceinline__ Real forward(const Real (&pre)[2], const Real (&rec)[kProducts], Real& memory,
+                                                 Real (&saved)[2]) {
+#pragma unroll
+    for (int i = 0; i < 2; ++i) saved[i] = i < kProducts ? pre[i] + rec[i % kProducts] : pre[i];
+    const Real rate = sigmoid<Math>(saved[1]);
+    memory += rate * (Math::tanh(saved[0]) - memory);
+    return memory;
+  }
+
+  template <class Math, class Real = typename Math::Real>
+  static __device__ __forceinline__ void slopes(const Real (&saved)[2], Real memory, Real (&slope)[3]) {
+    const Gate<Math> rate(saved[1]);
+    slope[0] = rate.open * tanh_slope<Math>(saved[0]);
+    slope[1] = rate.slope * (Math::tanh(saved[0]) - memory);
+    slope[2] = rate.shut;
+  }
+
+  template <class Real>
+  static __device__ __forceinline__ void backward(const Real (&slope)[3], Real dh, Real& dmemory, Real (&dpre)[2],
+                                                  Real (&drec)[kProducts]) {
+    dh += dmemory;
+#pragma unroll
+    for (int i = 0; i < 2; ++i) dpre[i] = dh * slope[i];
+#pragma unroll
+    for (int i = 0; i < kProducts; ++i) drec[i] = dpre[i];
+    dmemory = dh * slope[2];
+  }
+};
+
+using Delta = LeakyTanh<1>;
+using TripleR = LeakyTanh<2>;
+
+// Hochreiter and Schmidhuber (1997) with a forget gate, as PyTorch has it: i, f, g, o; the memory is c.
+struct Lstm {
+  static constexpr int kGates = 4, kProducts = 4, kStates = 2, kSaved = 4, kSlopes = 6;
+  static constexpr bool kReadsMemory = true, kAdditive = true;
+
+  template <class Math, class Real = typename Math::Real>
+  static __device__ __forceinline__ Real forward(const Real (&pre)[4], const Real (&rec)[4], Real& memory,
+                                                 Real (&saved)[4]) {
+#pragma unroll
+    for (int i = 0; i < 4; ++i) saved[i] = pre[i] + rec[i];
+    memory = sigmoid<Math>(saved[1]) * memory + sigmoid<Math>(saved[0]) * Math::tanh(saved[2]);
+    return sigmoid<Math>(saved[3]) * Math::tanh(memory);
+  }
+
+  // slope[4] takes dh to dc, and slope[5] dc to the memory before.
+  template <class Math, class Real = typename Math::Real>
+  static __device__ __forceinline__ void slopes(const Real (&saved)[4], Real memory, Real (&slope)[6]) {
+    const Gate<Math> i(saved[0]), f(saved[1]), o(saved[3]);
+    const Real g = Math::tanh(saved[2]), c = f.open * memory + i.open * g;
+    slope[0] = g * i.slope;
+    slope[1] = memory * f.slope;
+    slope[2] = i.open * tanh_slope<Math>(saved[2]);
+    slope[3] = Math::tanh(c) * o.slope;
+    slope[4] = o.open * tanh_slope<Math>(c);
+    slope[5] = f.open;
+  }
+
+  template <class Real>
+  static __device__ __forceinline__ void backward(const Real (&slope)[6], Real dh, Real& dmemory, Real (&dpre)[4],
+                                                  Real (&drec)[4]) {
+    const Real dc = dmemory + dh * slope[4];
+#pragma unroll
+    for (int i = 0; i < 4; ++i) drec[i] = dpre[i] = (i < 3 ? dc : dh) * slope[i];
+    dmemory = dc * slope[5];
+  }
+};
+
+// Cho et al. (2014) as PyTorch has it: r, z, n, the reset gate on the product of n, bias included, which is saved too.
+struct Gru {
+  static constexpr int kGates = 3, kProducts = 3, kStates = 1, kSaved = 4, kSlopes = 5;
+  static constexpr bool kReadsMemory = true, kAdditive = false;
+
+  template <class Math, class Real = typename Math::Real>
+  static __device__ __forceinline__ Real forward(const Real (&pre)[3], const Real (&rec)[3], Real& memory,
+                                                 Real (&saved)[4]) {
+    saved[0] = pre[0] + rec[0], saved[1] = pre[1] + rec[1], saved[3] = rec[2];
+    saved[2] = pre[2] + sigmoid<Math>(saved[0]) * rec[2];
+    const Real n = Math::tanh(saved[2]);
+    memory = n + sigmoid<Math>(saved[1]) * (memory - n);
+    return memory;
+  }
+
+  // slope[3] takes dh to drec's n, and slope[4] dh to the memory before.
+  template <class Math, class Real = typename Math::Real>
+  static __device__ __forceinline__ void slopes(const Real (&saved)[4], Real memory, Real (&slope)[5]) {
+    const Gate<Math> r(saved[0]), z(saved[1]);
+    slope[2] = z.shut * tanh_slope<Math>(saved[2]);
+    slope[0] = slope[2] * saved[3] * r.slope;
+    slope[1] = z.slope * (memory - Math::tanh(saved[2]));
+    slope[3] = slope[2] * r.open;
+    slope[4] = z.open;
+  }
+
+  template <class Real>
+  static __device__ __forceinline__ void backward(const Real (&slope)[5], Real dh, Real& dmemory, Real (&dpre)[3],
+                                                  Real (&drec)[3]) {
+    dh += dmemory;
+#pragma unroll
+    for (int i = 0; i < 3; ++i) dpre[i] = dh * slope[i];
+    drec[0] = dpre[0], drec[1] = dpre[1], drec[2] = dh * slope[3];
+    dmemory = dh * slope[4];
   }
 };

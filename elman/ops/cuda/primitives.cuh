@@ -133,6 +133,11 @@ __device__ __forceinline__ void copy_async(u32 to, const void* from) {
   asm volatile("cp.async.ca.shared.global [%0], [%1], 8;" ::"r"(to), "l"(from) : "memory");
 }
 
+// Eight zero bytes unless `wanted`; then `from` is not read.
+__device__ __forceinline__ void copy_async_if(u32 to, const void* from, bool wanted) {
+  asm volatile("cp.async.ca.shared.global [%0], [%1], 8, %2;" ::"r"(to), "l"(from), "r"(wanted ? 8 : 0) : "memory");
+}
+
 __device__ __forceinline__ void copy_async16(u32 to, const void* from) {
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(to), "l"(from) : "memory");
 }

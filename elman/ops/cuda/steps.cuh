@@ -1,5 +1,6 @@
 // One step of the loop backend, all but its matrix product: a row of the batch is a row of blocks, a thread owns kWidth
-// neighbouring columns. Tensors are (B, H); their rows are dense, and only `pre` and `dh` may lie apart from each other.
+// neighbouring columns. Tensors are (B, H), or (B, n, H) where a unit has n values; their rows are dense, and only those
+// of `pre` and `dh` may lie apart from each other.
 // A pointer that is not needed is null. With kWidth > 1, hidden and the row strides are its multiples, and all pointers
 // are aligned to packs. Every argument has 8 bytes: the host writes them as one table.
 #pragma once
@@ -24,61 +25,113 @@ __device__ __forceinline__ void store(T* base, long long index, const Pack<T, kW
   *reinterpret_cast<Pack<T, kWidth>*>(base + index) = pack;
 }
 
-// h = f(pre + rec), and v = pre + rec where a backward pass will need it. `carry` is h as the next step's product shall
-// see it: zero in the rows that `reset_next` names.
+// The cell's forward. `memory` is the state that it reads, as the step before left it; `state` takes the one that is not
+// h. `carry` is h as the next step's product shall see it: zero in the rows that `reset_next` names.
 template <class Cell, class T, int kWidth>
 __global__ void __launch_bounds__(kStepThreads)
-    step_forward(const T* __restrict__ pre, long long pre_stride, const T* __restrict__ rec,
-                 const bool* __restrict__ reset_next, T* __restrict__ v, T* __restrict__ h, T* __restrict__ carry,
-                 long long hidden) {
+    step_forward(const T* __restrict__ pre, long long pre_stride, long long gate_stride, const T* __restrict__ rec,
+                 const T* __restrict__ bias, const bool* __restrict__ reset, const bool* __restrict__ reset_next,
+                 const T* memory, T* __restrict__ saved, T* h, T* state, T* __restrict__ carry, long long hidden) {
+  using Real = RealOf<T>;
   const long long row = blockIdx.x;
   const long long column = (static_cast<long long>(blockIdx.y) * blockDim.x + threadIdx.x) * kWidth;
   if (column >= hidden) return;
   const long long index = row * hidden + column;
-  const bool reset = reset_next != nullptr && reset_next[row];
-  static_assert(Cell::kGates == 1, "one pre-activation a unit");
+  const bool carried = reset_next == nullptr || !reset_next[row];
+  const bool remembered = Cell::kReadsMemory && memory != nullptr && (reset == nullptr || !reset[row]);
 
-  const auto pre_pack = load<kWidth>(pre, row * pre_stride + column);
-  Pack<T, kWidth> rec_pack, v_pack, h_pack, carry_pack;
-  if (rec != nullptr) rec_pack = load<kWidth>(rec, index);
+  Pack<T, kWidth> pre_pack[Cell::kGates], rec_pack[Cell::kProducts], bias_pack[Cell::kProducts], memory_pack;
+#pragma unroll
+  for (int gate = 0; gate < Cell::kGates; ++gate)
+    pre_pack[gate] = load<kWidth>(pre, row * pre_stride + gate * gate_stride + column);
+#pragma unroll
+  for (int product = 0; product < Cell::kProducts; ++product) {
+    if (rec != nullptr)
+      rec_pack[product] = load<kWidth>(rec, (row * Cell::kProducts + product) * hidden + column);
+    if (!Cell::kAdditive && bias != nullptr) bias_pack[product] = load<kWidth>(bias, product * hidden + column);
+  }
+  if (remembered) memory_pack = load<kWidth>(memory, index);
+
+  Pack<T, kWidth> saved_pack[Cell::kSaved], h_pack, state_pack, carry_pack;
 #pragma unroll
   for (int i = 0; i < kWidth; ++i) {
-    RealOf<T> sum[1] = {to_real(pre_pack.at[i])};
-    if (rec != nullptr) sum[0] += to_real(rec_pack.at[i]);
-    from_real(sum[0], v_pack.at[i]);
-    from_real(Cell::template forward<MathOf<T>>(sum), h_pack.at[i]);
-    carry_pack.at[i] = reset ? T{} : h_pack.at[i];
+    Real unit_pre[Cell::kGates], unit_rec[Cell::kProducts], unit_saved[Cell::kSaved];
+#pragma unroll
+    for (int gate = 0; gate < Cell::kGates; ++gate) unit_pre[gate] = to_real(pre_pack[gate].at[i]);
+#pragma unroll
+    for (int product = 0; product < Cell::kProducts; ++product) {
+      unit_rec[product] = rec != nullptr ? to_real(rec_pack[product].at[i]) : Real(0);
+      if (!Cell::kAdditive && bias != nullptr) unit_rec[product] += to_real(bias_pack[product].at[i]);
+    }
+    Real unit_memory = remembered ? to_real(memory_pack.at[i]) : Real(0);
+    from_real(Cell::template forward<MathOf<T>>(unit_pre, unit_rec, unit_memory, unit_saved), h_pack.at[i]);
+    if (Cell::kStates == 2) from_real(unit_memory, state_pack.at[i]);
+#pragma unroll
+    for (int value = 0; value < Cell::kSaved; ++value) from_real(unit_saved[value], saved_pack[value].at[i]);
+    carry_pack.at[i] = carried ? h_pack.at[i] : T{};
   }
-  if (v != nullptr) store<kWidth>(v, index, v_pack);
+  if (saved != nullptr) {
+#pragma unroll
+    for (int value = 0; value < Cell::kSaved; ++value)
+      store<kWidth>(saved, (row * Cell::kSaved + value) * hidden + column, saved_pack[value]);
+  }
   store<kWidth>(h, index, h_pack);
+  if (Cell::kStates == 2) store<kWidth>(state, index, state_pack);
   if (carry != nullptr) store<kWidth>(carry, index, carry_pack);
 }
 
-// dpre = (dh + drec) ⊙ f′(v), drec being the next step's gradient: it stops in the rows that `reset_next` names.
+// The cell's backward. `dh_next` is what the next step's products gave to h, and `dmemory` what its cell gave to the
+// memory, where this step's cell puts its own: neither crosses a reset, in the rows that `reset_next` names. `memory` and
+// `reset` are as in step_forward; `drec` is written only where it is no part of `dpre`.
 template <class Cell, class T, int kWidth>
 __global__ void __launch_bounds__(kStepThreads)
-    step_backward(const T* __restrict__ dh, long long dh_stride, const T* __restrict__ drec,
-                  const bool* __restrict__ reset_next, const T* __restrict__ v, T* __restrict__ dpre,
+    step_backward(const T* __restrict__ dh, long long dh_stride, const T* __restrict__ dh_next,
+                  RealOf<T>* __restrict__ dmemory, const bool* __restrict__ reset, const bool* __restrict__ reset_next,
+                  const T* __restrict__ saved, const T* __restrict__ memory, T* __restrict__ dpre, T* __restrict__ drec,
                   long long hidden) {
+  using Real = RealOf<T>;
   const long long row = blockIdx.x;
   const long long column = (static_cast<long long>(blockIdx.y) * blockDim.x + threadIdx.x) * kWidth;
   if (column >= hidden) return;
   const long long index = row * hidden + column;
-  const bool reset = reset_next != nullptr && reset_next[row];
-  const bool has_drec = drec != nullptr && !reset;
+  const bool carried = reset_next == nullptr || !reset_next[row];
+  const bool has_next = dh_next != nullptr && carried;
+  const bool remembered = Cell::kReadsMemory && memory != nullptr && (reset == nullptr || !reset[row]);
 
-  const auto v_pack = load<kWidth>(v, index);
-  Pack<T, kWidth> dh_pack, drec_pack, dpre_pack;
+  Pack<T, kWidth> saved_pack[Cell::kSaved], dh_pack, next_pack, memory_pack;
+  Pack<Real, kWidth> dmemory_pack;
+#pragma unroll
+  for (int value = 0; value < Cell::kSaved; ++value)
+    saved_pack[value] = load<kWidth>(saved, (row * Cell::kSaved + value) * hidden + column);
   if (dh != nullptr) dh_pack = load<kWidth>(dh, row * dh_stride + column);
-  if (has_drec) drec_pack = load<kWidth>(drec, index);
+  if (has_next) next_pack = load<kWidth>(dh_next, index);
+  if (remembered) memory_pack = load<kWidth>(memory, index);
+  if (Cell::kReadsMemory) dmemory_pack = load<kWidth>(dmemory, index);
+
+  Pack<T, kWidth> dpre_pack[Cell::kGates], drec_pack[Cell::kProducts];
 #pragma unroll
   for (int i = 0; i < kWidth; ++i) {
-    RealOf<T> gradient = dh != nullptr ? to_real(dh_pack.at[i]) : RealOf<T>(0);
-    if (has_drec) gradient += to_real(drec_pack.at[i]);
-    const RealOf<T> sum[1] = {to_real(v_pack.at[i])};
-    RealOf<T> slope[1];
-    Cell::template slope<MathOf<T>>(sum, slope);
-    from_real(gradient * slope[0], dpre_pack.at[i]);
+    Real gradient = dh != nullptr ? to_real(dh_pack.at[i]) : Real(0);
+    if (has_next) gradient += to_real(next_pack.at[i]);
+    Real unit_saved[Cell::kSaved], slope[Cell::kSlopes], unit_dpre[Cell::kGates], unit_drec[Cell::kProducts];
+#pragma unroll
+    for (int value = 0; value < Cell::kSaved; ++value) unit_saved[value] = to_real(saved_pack[value].at[i]);
+    Cell::template slopes<MathOf<T>>(unit_saved, remembered ? to_real(memory_pack.at[i]) : Real(0), slope);
+    Real unit_dmemory = Cell::kReadsMemory && carried ? dmemory_pack.at[i] : Real(0);
+    Cell::backward(slope, gradient, unit_dmemory, unit_dpre, unit_drec);
+    if (Cell::kReadsMemory) dmemory_pack.at[i] = unit_dmemory;
+#pragma unroll
+    for (int gate = 0; gate < Cell::kGates; ++gate) from_real(unit_dpre[gate], dpre_pack[gate].at[i]);
+#pragma unroll
+    for (int product = 0; product < Cell::kProducts; ++product) from_real(unit_drec[product], drec_pack[product].at[i]);
   }
-  store<kWidth>(dpre, index, dpre_pack);
+#pragma unroll
+  for (int gate = 0; gate < Cell::kGates; ++gate)
+    store<kWidth>(dpre, (row * Cell::kGates + gate) * hidden + column, dpre_pack[gate]);
+  if (!Cell::kAdditive) {
+#pragma unroll
+    for (int product = 0; product < Cell::kProducts; ++product)
+      store<kWidth>(drec, (row * Cell::kProducts + product) * hidden + column, drec_pack[product]);
+  }
+  if (Cell::kReadsMemory) store<kWidth>(dmemory, index, dmemory_pack);
 }

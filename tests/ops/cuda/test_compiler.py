@@ -143,7 +143,9 @@ def test_each_include_is_taken_once_and_keeps_its_lines() -> None:
 
 @needs_nvrtc
 def test_an_error_names_the_file_and_line(monkeypatch: pytest.MonkeyPatch) -> None:
-    text = compiler.flatten("steps.cuh").replace("struct Tanh {", "struct Tanh { oops;")
+    text = compiler.flatten("steps.cuh").replace(
+        "struct Tanh : Additive<Tanh> {", "struct Tanh : Additive<Tanh> { oops;"
+    )
     monkeypatch.setattr(compiler, "flatten", lambda source: text)
     with pytest.raises(Exception, match=r"cells\.cuh\(\d+\)"):
         compiler.compile_module(MODULE, "sm_80")
