@@ -50,7 +50,7 @@ _MAX_CELL_THREADS = 7 * 32
 _MAX_CLUSTER = 16
 #: How CTAs hand each other the state, by the name in exchange.cuh, and the copies of a tile that each stages.
 _EXCHANGES = {"PolledRing": 0, "StagedRing2": 2, "StagedRing3": 3, "ClusterPush": 0}
-#: Clusters of 1, 2, … CTAs that an H200 runs at a time, measured, the fewest where two of them differed; other chips are
+#: Clusters of 1, 2, … CTAs that an H200 runs at a time, measured, the fewest where two differed; other chips are
 #: taken to be alike in proportion.
 _CLUSTERS = (132, 66, 40, 30, 22, 18, 16, 15, 11, 11, 7, 7, 7, 7, 7, 7)
 
@@ -254,7 +254,7 @@ def _fit(chip: Chip, batch: int, hidden: int, task: Task, exchange: str, row_til
     received = units if exchange == "PolledRing" else math.ceil(units / math.ceil(units / (5 if blocks == 1 else 3)))
     # setmaxnreg gives Hopper's product warps more registers than the cell's; elsewhere all warps have 128.
     budget = {"forward": 140, "backward": 156}[task.direction] if task.cell.reads_memory else 196
-    budget = (budget if chip.capability == (9, 0) else 96 if task.cell.reads_memory else 100) - 12 * (blocks - 1)
+    budget = (budget if chip.capability == (9, 0) else 100) - 12 * (blocks - 1)
     budget -= 4 * blocks * (received + row_tiles)
     register_units = min(units, budget // (8 * row_tiles))
     if register_units < 1:
@@ -281,7 +281,10 @@ def _fit(chip: Chip, batch: int, hidden: int, task: Task, exchange: str, row_til
 
 
 def _step_microseconds(plan: Plan, task: Task) -> float:
-    """About how long a step takes, fitted to an H200: all tiles, or one and the exchange's latency if that is longer."""
+    """About how long a step takes on an H200: all tiles, or one and the exchange's latency if that is longer.
+
+    Three in four of the plans timed for benchmarks/NOTES.md took within a quarter of it.
+    """
     units, rows = plan.register_units + plan.shared_units, _BLOCK_ROWS * plan.blocks
     product = units * plan.row_tiles * plan.blocks * 26 / _CLOCKS_PER_MICROSECOND
     shared = (

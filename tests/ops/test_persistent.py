@@ -10,9 +10,11 @@ from hypothesis import strategies as st
 from elman.errors import UsageError
 from elman.ops import backends, persistent
 from elman.ops.cells import CELLS, Cell
-from elman.ops.cuda.compiler import CompilerUnavailableError, flatten
+from elman.ops.cuda import compiler
+from elman.ops.cuda.compiler import CompilerUnavailableError, Module, flatten
 from elman.ops.operators import Dense
 from elman.ops.persistent import Chip, Plan, Task
+from tests.ops.cuda.test_compiler import needs_nvrtc
 
 H200 = Chip((9, 0), 132, 227 * 1024)
 A100 = Chip((8, 0), 108, 163 * 1024)
@@ -167,6 +169,31 @@ def test_an_old_gpu_and_a_missing_compiler_are_reasons(on_an_h200: None, monkeyp
 
     monkeypatch.setattr(persistent, "compiler_version", missing)
     assert "pip install nvidia-cuda-nvrtc" in str(persistent.why_not(problem()))
+
+
+@needs_nvrtc
+def test_the_shared_memory_is_what_the_kernels_use(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The host's sum against the sources' own, for every cell, by the compiler."""
+    claims = []
+    for task in TASKS:
+        for batch, hidden in ((5, 64), (64, 512), (250, 1024)):
+            plan = persistent.make_plan(H200, batch, hidden, task)
+            depth = hidden * (task.cell.products if task.direction == "backward" else 1)
+            units, tile = plan.register_units + plan.shared_units, plan.blocks * 512
+            exchange = {"StagedRing2": 2, "StagedRing3": 3}.get(plan.exchange, 0) * units * 8 * tile
+            if plan.exchange == "ClusterPush":
+                exchange = 128 * -(-16 * plan.tiles // 128) + 2 * plan.tiles * tile * -(-depth // 32)
+            backward = str(task.direction == "backward").lower()
+            sizes = f"{plan.row_tiles}, {plan.register_units}, {plan.shared_units}, {plan.blocks}"
+            shape = f"persistent::Shape<{task.cell.functor}, {backward}, {sizes}>"
+            used = f"{shape}::kCarriedOffset + {plan.tiles} * {shape}::kCarriedBytes + {exchange}"
+            claims.append(f'static_assert({used} == {plan.shared_bytes}, "{plan}");')
+    text = flatten("persistent.cuh") + "\n".join(claims)
+    monkeypatch.setattr(compiler, "flatten", lambda source: text)
+    compiler._compile(Module("persistent.cuh", ()), "sm_90a")
+    monkeypatch.setattr(compiler, "flatten", lambda source: text.replace("kCarriedBytes +", "kCarriedBytes + 16 +"))
+    with pytest.raises(Exception, match="static assertion failed"):
+        compiler._compile(Module("persistent.cuh", ()), "sm_90a")
 
 
 def test_arguments_are_in_the_kernels_order() -> None:

@@ -288,11 +288,14 @@ __device__ __forceinline__ void run_cells(const Problem<T>& p, const Exchange& e
     }
   };
 
-  Place first{0, 0, start};
-  if constexpr (S::kMemory)
-    first = {group < part.tiles ? 0 : p.steps + 1, group, start + group * S::kTileRows};
-  else
-    advance(first, group);
+  auto first_place = [&]() {
+    Place place{0, 0, start};
+    if constexpr (S::kMemory)
+      place = {group < part.tiles ? 0 : p.steps + 1, group, start + group * S::kTileRows};
+    else
+      advance(place, group);
+    return place;
+  };
 
   // Every thread copies its own inputs, so it alone waits for them. Backwards they are the gradient of h, the saved values
   // and the memory before the step.
@@ -301,7 +304,7 @@ __device__ __forceinline__ void run_cells(const Problem<T>& p, const Exchange& e
   auto input_slot = [&](int stage, int n, int i) {
     return inputs + stage * kStageBytes + (n * S::kInputs + i) * (S::kCellThreads * 8);
   };
-  Place ahead = first;
+  Place ahead = first_place();
   int ahead_stage = 0;
   auto fetch_ahead = [&]() {
 #pragma unroll
@@ -368,7 +371,7 @@ __device__ __forceinline__ void run_cells(const Problem<T>& p, const Exchange& e
   }
 
   const float* sums = reinterpret_cast<const float*>(shared) + pass_row * S::kSumPitch + thread % S::kQuads * 4;
-  Place here = first;
+  Place here = first_place();
   finish_steps(0, here.step);
   fetch_masks(here.step, here.tile);
   Place next = here;
