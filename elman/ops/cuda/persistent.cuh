@@ -58,9 +58,9 @@ struct Layout {
   static constexpr int kPasses = kTileRows / kPassRows;
   static constexpr int kGates = Cell::kGates, kProducts = Cell::kProducts, kSaved = Cell::kSaved;
   static constexpr bool kMemory = Cell::kReadsMemory, kOtherState = Cell::kStates == 2;
-  static constexpr int kIn = kBackward ? kProducts : 1;    // values that a hidden unit publishes
-  static constexpr int kOut = kBackward ? 1 : kProducts;   // rows of the product that a hidden unit needs
-  static constexpr int kColumns = kRows / kOut / 8 * 8;    // hidden units a CTA: pairs of threads publish eight
+  static constexpr int kIn = kBackward ? kProducts : 1;   // values that a hidden unit publishes
+  static constexpr int kOut = kBackward ? 1 : kProducts;  // rows of the product that a hidden unit needs
+  static constexpr int kColumns = kRows / kOut / 8 * 8;   // hidden units a CTA: pairs of threads publish eight
   static constexpr int kQuads = kColumns / 4;
   static constexpr int kCellThreads = (kPassRows * kQuads + 31) / 32 * 32;
   static constexpr bool kExactThreads = kCellThreads == kPassRows * kQuads;
@@ -73,7 +73,7 @@ struct Layout {
   static constexpr int kSumPitch = kRows + 4;
   static constexpr int kPartSums = kTileRows * kSumPitch;
   static constexpr int kBufferSums = kParts * kPartSums;
-  static constexpr int kInputs = kBackward ? 1 + kSaved + kMemory : kGates;  // values a cell thread reads, for each unit
+  static constexpr int kInputs = kBackward ? 1 + kSaved + kMemory : kGates;  // values a cell thread reads for a unit
   // Tiles of a cell group whose inputs are in shared memory or on the way.
   static constexpr int kStages = kMemory ? 4 : (kTileRows > 16 ? 4 : 64 / kTileRows) / kCellGroups;
   static constexpr int kWeightOffset = 2 * kBufferSums * 4;
@@ -216,8 +216,8 @@ __device__ __forceinline__ void run_products(const Problem<T>& p, Exchange& exch
   }
 }
 
-// A cell thread looks after four hidden units of one row of every pass. Where the cell has a memory, the thread carries it
-// from step to step in shared memory, backwards its gradient, in fp32: forwards the memory itself is rounded, so that a
+// A cell thread looks after four hidden units of one row of every pass. Where the cell has a memory, the thread carries
+// it from step to step in shared memory, and backwards its gradient in fp32. The memory itself is rounded, so that a
 // sequence in chunks gives what it gives in one piece.
 template <typename S, typename Cell, typename T, typename Exchange>
 __device__ __forceinline__ void run_cells(const Problem<T>& p, const Exchange& exchange, char* shared, const Part& part,
@@ -297,8 +297,8 @@ __device__ __forceinline__ void run_cells(const Problem<T>& p, const Exchange& e
     return place;
   };
 
-  // Every thread copies its own inputs, so it alone waits for them. Backwards they are the gradient of h, the saved values
-  // and the memory before the step.
+  // Every thread copies its own inputs, so it alone waits for them. Backwards they are the gradient of h, the saved
+  // values and the memory before the step.
   const u32 inputs = shared_address(shared + S::kInputOffset) + (group * S::kStages * kPasses * S::kInputs * S::kCellThreads + thread) * 8;
   constexpr int kStageBytes = kPasses * S::kInputs * S::kCellThreads * 8;
   auto input_slot = [&](int stage, int n, int i) {
