@@ -10,21 +10,6 @@
 
 constexpr int kStepThreads = 256;
 
-template <class T, int kWidth>
-struct alignas(sizeof(T) * kWidth) Pack {
-  T at[kWidth];
-};
-
-template <int kWidth, class T>
-__device__ __forceinline__ Pack<T, kWidth> load(const T* base, long long index) {
-  return *reinterpret_cast<const Pack<T, kWidth>*>(base + index);
-}
-
-template <int kWidth, class T>
-__device__ __forceinline__ void store(T* base, long long index, const Pack<T, kWidth>& pack) {
-  *reinterpret_cast<Pack<T, kWidth>*>(base + index) = pack;
-}
-
 // The cell's forward. `memory` is the state that it reads, as the step before left it, and zero in the rows that `reset`
 // names; `state` takes the one that is not h. `carry` is h as the next step's product shall see it: zero in the rows that
 // `reset_next` names.
