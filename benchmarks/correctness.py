@@ -22,7 +22,7 @@ from elman.ops import BACKENDS
 from elman.ops.cells import CELLS
 from tests.ops.problems import Problem, draw, errors, solve
 
-NAMES = ["h", "h_last", "c_last", "dpre", "dweight", "dbias", "dh0", "dc0"]
+NAMES = ["h", "h_last", "c_last", "dpre", "dweight", "du", "dv", "dbias", "dh0", "dc0"]
 LONG = 65_536
 
 
@@ -40,6 +40,12 @@ def cases(dtype: torch.dtype, small: bool) -> Iterator[tuple[str, Problem]]:
             for seq_len, batch, hidden in [(7, 5, 64)] if small else [(7, 5, 64), (20, 64, 512), (10, 250, 1024)]:
                 problem = draw(seq_len, batch, hidden, dtype=dtype, device="cuda", cell=cell, with_bias=True)
                 yield f"{seq_len} × {batch} × {hidden}, {cell}", problem
+    for operator, heads in (("diagonal", 1), ("block_diagonal", 8), ("low_rank", 1)):
+        for seq_len, batch, hidden in (
+            [(7, 5, 64)] if small else [(7, 5, 64), (6, 9, 101), (20, 64, 512), (10, 250, 1280)]
+        ):
+            problem = draw(seq_len, batch, hidden, dtype=dtype, device="cuda", operator=operator, heads=heads)
+            yield f"{seq_len} × {batch} × {hidden}, {operator}", problem
     saturated = draw(16, 8, 64, dtype=dtype, device="cuda", scale=8.0)
     yield "16 × 8 × 64, saturated", replace(saturated, weight=saturated.weight * 3)
 

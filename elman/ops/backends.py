@@ -18,7 +18,7 @@ from elman.ops.operators import Operator
 
 @dataclass(frozen=True)
 class Problem:
-    """What decides whether a backend can run a recurrence."""
+    """What decides whether a backend can run a recurrence; ``heads`` is its operator's."""
 
     seq_len: int
     batch_size: int
@@ -27,6 +27,7 @@ class Problem:
     device: torch.device
     operator: type[Operator]
     cell: Cell
+    heads: int = 1
 
 
 @dataclass(frozen=True)

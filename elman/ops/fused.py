@@ -15,7 +15,7 @@ from torch import Tensor
 from elman.errors import UsageError
 from elman.ops import loop, persistent
 from elman.ops.cells import CELLS, Cell, Tensors
-from elman.ops.operators import OPERATORS, Operator
+from elman.ops.operators import OPERATORS, Operator, real_of
 
 
 class Walk(Protocol):
@@ -50,12 +50,12 @@ class Walk(Protocol):
         reset: Tensor | None,
         cell: Cell,
         need_states: bool,
-    ) -> tuple[Tensor, Tensor, list[Tensor]]:
+    ) -> tuple[Tensor, Tensor, list[Tensor] | None, list[Tensor]]:
         """All steps, the last one first. ``dh`` None is zero, so is an empty ``dlast``, but one of the two is there.
 
         Returns:
             dpre (T, B, G, H); drec (T, B, P, H), a part of dpre where the cell is additive; the gradients of the
-            initial states where needed, else nothing.
+            weights if they were summed on the way, else None; those of the initial states if needed, else nothing.
         """
         ...
 
@@ -140,12 +140,13 @@ def _backward(
     """The gradients of pre, weights, bias and states; all but the first are empty unless needed."""
     with _on_device_of(h), torch.autocast(h.device.type, enabled=False):
         made = OPERATORS[operator](*weights)
-        dpre, drec, dstates = _WALKS[backend].backward(
+        dpre, drec, dweights, dstates = _WALKS[backend].backward(
             dh, dlast, h, saved, made, states, reset, CELLS[cell], need_states
         )
-        dweights = _weight_gradients(made, drec, h, states[0] if states else None, reset) if need_weights else []
-        dbias = drec.sum((0, 1), dtype=_sum_dtype(drec)).to(drec.dtype) if need_bias else drec.new_empty(0)
-        return dpre, dweights, dbias, dstates
+        if dweights is None and need_weights:
+            dweights = _weight_gradients(made, drec, h, states[0] if states else None, reset)
+        dbias = drec.sum((0, 1), dtype=real_of(drec.dtype)).to(drec.dtype) if need_bias else drec.new_empty(0)
+        return dpre, dweights if dweights and need_weights else [], dbias, dstates
 
 
 def _fake_backward(
@@ -250,10 +251,6 @@ def _weight_gradients(
         for total, first in zip(totals, operator.weight_gradients(drec[0], h0), strict=True):
             total += first
     return [total.to(drec.dtype) for total in totals]
-
-
-def _sum_dtype(x: Tensor) -> torch.dtype:
-    return x.dtype if x.dtype.itemsize > 2 else torch.float32
 
 
 def _on_device_of(x: Tensor) -> torch.cuda.device:

@@ -18,13 +18,13 @@ from torch import Tensor
 
 from elman.ops.cells import CELLS, Cell
 from elman.ops.cuda.compiler import CompilerUnavailableError, Module, compiler_version, kernels
-from elman.ops.operators import Dense, Operator
+from elman.ops.operators import Operator, real_of
 
 if TYPE_CHECKING:
     from elman.ops.backends import Problem
 
 #: The names of dtypes in the CUDA sources.
-_NUMBERS = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "float", torch.float64: "double"}
+NUMBERS = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "float", torch.float64: "double"}
 
 _THREADS = 256  # kStepThreads of steps.cuh
 #: Neighbouring columns a thread: a step is so short that more threads beat wider loads (measured, H200).
@@ -33,12 +33,10 @@ _WIDTH = 2
 
 def why_not(problem: Problem) -> str | None:
     """In words, why this backend cannot run the problem; None if it can."""
-    if problem.operator is not Dense:
-        return "it runs dense weights (H, H) only: use backend='reference'"
     if problem.cell.functor is None:
         return f"it does not run cell={problem.cell.name!r}: use backend='reference'"
-    if problem.dtype not in _NUMBERS:
-        return f"it does not run {problem.dtype}: cast to one of {', '.join(str(dtype) for dtype in _NUMBERS)}"
+    if problem.dtype not in NUMBERS:
+        return f"it does not run {problem.dtype}: cast to one of {', '.join(str(dtype) for dtype in NUMBERS)}"
     return None
 
 
@@ -98,7 +96,7 @@ def backward(
     reset: Tensor | None,
     cell: Cell,
     need_states: bool,
-) -> tuple[Tensor, Tensor, list[Tensor]]:
+) -> tuple[Tensor, Tensor, None, list[Tensor]]:
     """All steps, the last one first; see ``fused.Walk``."""
     dh = None if dh is None else _dense_rows(dh)
     seq_len, batch, hidden = h.shape
@@ -110,7 +108,7 @@ def backward(
         dh_next.copy_(dlast[0])
     dmemory = None
     if cell.reads_memory:
-        dmemory = torch.zeros_like(h[0], dtype=_real(h.dtype))
+        dmemory = torch.zeros_like(h[0], dtype=real_of(h.dtype))
         if dlast and cell.states > 1:
             dmemory.copy_(dlast[-1])
     memory = states[-1].contiguous() if states and cell.reads_memory else None
@@ -124,23 +122,18 @@ def backward(
         if t > 0 or need_states:
             multiply(drec_t)
     if not need_states:
-        return dpre, drec, []
+        return dpre, drec, None, []
     dstates = [dh_next] if dmemory is None or cell.states > 1 else [dh_next + dmemory]
     if dmemory is not None and cell.states > 1:
         dstates.append(dmemory)
     if reset is not None:
         dstates = [dstate.masked_fill(reset[0, :, None], 0) for dstate in dstates]
-    return dpre, drec, [dstate.to(h.dtype) for dstate in dstates]
+    return dpre, drec, None, [dstate.to(h.dtype) for dstate in dstates]
 
 
 def _dense_rows(x: Tensor) -> Tensor:
     """The tensor itself where its last dimension is dense, so that a slice of a wider product needs no copy."""
     return x if x.stride(-1) == 1 else x.contiguous()
-
-
-def _real(dtype: torch.dtype) -> torch.dtype:
-    """What numbers of this dtype are computed in: half types in float32."""
-    return dtype if dtype == torch.float64 else torch.float32
 
 
 @dataclass(frozen=True)
@@ -176,7 +169,7 @@ class Backward:
     Attributes:
         dh: (T, B, H).
         dh_next: (B, H), what the next step's products gave to h, holding nothing yet at step T − 1 unless ``last``.
-        dmemory: (B, H) of ``_real``, what the next step's cell gave to the memory, and this step's puts its own.
+        dmemory: (B, H) of ``real_of``, what the next step's cell gave to the memory, and this step's puts its own.
         reset, saved, memory, states: as in ``Forward``.
         dpre: (T, B, G, H), written.
         drec: (T, B, P, H), written where it is no part of dpre.
@@ -206,7 +199,7 @@ class _TorchSteps:
     """In plain PyTorch; half types are computed in float32, as in the kernels."""
 
     def __init__(self, cell: Cell, dtype: torch.dtype) -> None:
-        self.cell, self.real = cell, _real(dtype)
+        self.cell, self.real = cell, real_of(dtype)
 
     def forward(self, x: Forward) -> Callable[[int], object]:
         def step(t: int) -> None:
@@ -389,7 +382,7 @@ def _warn_of_slow_steps(reason: str) -> None:
 
 
 def _kernel_name(direction: str, cell: str, dtype: torch.dtype, width: int) -> str:
-    return f"step_{direction}<{CELLS[cell].functor}, {_NUMBERS[dtype]}, {width}>"
+    return f"step_{direction}<{CELLS[cell].functor}, {NUMBERS[dtype]}, {width}>"
 
 
 @functools.cache
@@ -402,4 +395,4 @@ def step_module(cell: str, dtype: torch.dtype) -> Module:
 
 def shipped_modules() -> list[Module]:
     """Every module that this backend may compile."""
-    return [step_module(cell, dtype) for cell in CELLS for dtype in _NUMBERS]
+    return [step_module(cell, dtype) for cell in CELLS for dtype in NUMBERS]

@@ -16,11 +16,13 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
+from elman.ops import diagonal
 from elman.ops.cells import CELLS, Cell
 from elman.ops.cuda.compiler import CompilerUnavailableError, Module, compiler_version, kernels
-from elman.ops.operators import Dense, Operator
+from elman.ops.operators import Diagonal, LowRank, Operator
 
 if TYPE_CHECKING:
     from elman.ops.backends import Problem
@@ -50,7 +52,7 @@ _MAX_CELL_THREADS = 7 * 32
 _MAX_CLUSTER = 16
 #: How CTAs hand each other the state, by the name in exchange.cuh, and the copies of a tile that each stages.
 _EXCHANGES = {"PolledRing": 0, "StagedRing2": 2, "StagedRing3": 3, "ClusterPush": 0}
-#: Clusters of 1, 2, … CTAs that an H200 runs at a time, measured, the fewest where two of them differed; other chips are
+#: Clusters of 1, 2, … CTAs that an H200 runs at a time, measured, the fewest where two differed; other chips are
 #: taken to be alike in proportion.
 _CLUSTERS = (132, 66, 40, 30, 22, 18, 16, 15, 11, 11, 7, 7, 7, 7, 7, 7)
 
@@ -105,8 +107,8 @@ class Plan:
         register_units, shared_units: how many 256 columns of it lie in registers and in shared memory.
         blocks: blocks of 8 batch rows a tile.
         exchange: how CTAs hand each other the state, one of ``_EXCHANGES``.
-        columns: CTAs of a group, which share its batch rows and split the hidden units.
-        groups: of batch rows, independent of each other.
+        columns: CTAs of a group, which share its batch rows and split the hidden units of a head.
+        groups: of batch rows of every head, independent of each other.
         tiles: of a group, one after another in every step.
         shared_bytes: dynamic shared memory a CTA.
     """
@@ -128,59 +130,72 @@ class Plan:
 
 def why_not(problem: Problem) -> str | None:
     """In words, why this backend cannot run the problem; None if it can."""
-    if problem.operator is not Dense:
-        return "it runs dense weights (H, H) only: use backend='auto'"
+    if problem.device.type != "cuda":
+        return f"it needs an NVIDIA GPU, not device {problem.device}: use backend='auto'"
+    if problem.operator is Diagonal:
+        return diagonal.why_not(problem) or _why_no_kernels()
     if problem.cell.functor is None:
         return f"it does not run cell={problem.cell.name!r}: use backend='auto'"
     if problem.dtype not in _NUMBERS:
         return f"it computes in bf16 or fp16, not {problem.dtype}: cast the inputs, or use backend='loop'"
-    if problem.device.type != "cuda":
-        return f"it needs an NVIDIA GPU, not device {problem.device}: use backend='auto'"
-    if problem.hidden_size % 8:
-        return f"H = {problem.hidden_size} is not a multiple of 8: use one that is, or backend='loop'"
     if problem.seq_len * problem.batch_size >= 2**31:
         return f"T × B = {problem.seq_len} × {problem.batch_size} is not below 2^31: split the batch"
-    if problem.batch_size * problem.hidden_size * problem.cell.products >= 2**27:
+    if problem.batch_size * problem.heads * _width(problem) * problem.cell.products >= 2**27:
         factors = [problem.batch_size, problem.hidden_size, *([problem.cell.products] * (problem.cell.products > 1))]
         words = "B × H × products" if len(factors) == 3 else "B × H"
         return f"{words} = {' × '.join(map(str, factors))} is not below 2^27: split the batch"
-    return _why_not_on_device(
-        problem.device.index, as_int(problem.batch_size), as_int(problem.hidden_size), problem.cell.name
-    )
+    return _why_not_on_device(problem.device.index, *_shape(problem))
 
 
-def _why_not_on_device(index: int | None, batch: int, hidden: int, cell: str) -> str | None:
+def _width(problem: Problem) -> int:
+    """The units of a head with those that fill it up to what the kernels take, see ``_Layout``."""
+    units = problem.hidden_size // problem.heads
+    return units + -units % 8
+
+
+def _shape(problem: Problem) -> tuple[int, int, str, int]:
+    return as_int(problem.batch_size), as_int(_width(problem)), problem.cell.name, as_int(problem.heads)
+
+
+def _why_no_kernels() -> str | None:
     if not torch.cuda.is_available():
         return "there is no CUDA device: use backend='auto'"
     try:
         compiler_version()
     except CompilerUnavailableError as error:
         return f"{error}, or use backend='loop'"
+    return None
+
+
+def _why_not_on_device(index: int | None, batch: int, hidden: int, cell: str, heads: int = 1) -> str | None:
+    reason = _why_no_kernels()
+    if reason is not None:
+        return reason
     chip = chip_of(torch.cuda.current_device() if index is None else index)
     if chip.capability < (8, 0):
         return f"it needs a GPU of compute capability 8.0 or newer, not {'.'.join(map(str, chip.capability))}"
-    if not _has_plans(chip, 1, hidden, cell):
-        limit = largest_hidden(chip, cell)
-        return f"H = {hidden} is over its limit {limit} for cell={cell!r} on this GPU: use backend='loop'"
-    if not _has_plans(chip, batch, hidden, cell):
-        return f"B = {batch} is too large beside H = {hidden} on this GPU: split the batch, or use backend='loop'"
+    what = f"H = {hidden}" if heads == 1 else f"N = {heads} heads of {hidden} units"
+    if not _has_plans(chip, 1, hidden, cell, heads):
+        limit = largest_hidden(chip, cell, heads)
+        return f"{what} is over its limit {limit} for cell={cell!r} on this GPU: use backend='loop'"
+    if not _has_plans(chip, batch, hidden, cell, heads):
+        return f"B = {batch} is too large beside {what} on this GPU: split the batch, or use backend='loop'"
     return None
 
 
 def pays(problem: Problem) -> bool:
     """Whether it is likely to be faster than the ``loop`` backend."""
-    return _pays_on_device(
-        problem.device.index, as_int(problem.batch_size), as_int(problem.hidden_size), problem.cell.name
-    )
+    return problem.operator is Diagonal or _pays_on_device(problem.device.index, *_shape(problem))
 
 
-def _pays_on_device(index: int | None, batch: int, hidden: int, cell: str) -> bool:
+def _pays_on_device(index: int | None, batch: int, hidden: int, cell: str, heads: int) -> bool:
     chip = chip_of(torch.cuda.current_device() if index is None else index)
-    both = [_step_microseconds(make_plan(chip, batch, hidden, task), task) for task in _tasks(CELLS[cell])]
+    both = [_step_microseconds(make_plan(chip, batch, hidden, task, heads), task) for task in _tasks(CELLS[cell])]
     return sum(both) / len(both) < _LOOP_MICROSECONDS
 
 
 # What torch.compiler.assume_constant_result sets, without its import of torch._dynamo, which takes seconds.
+_why_no_kernels._dynamo_marked_constant = True  # type: ignore[attr-defined]
 _why_not_on_device._dynamo_marked_constant = True  # type: ignore[attr-defined]
 _pays_on_device._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
@@ -194,7 +209,7 @@ def status() -> tuple[bool, str]:
     if reason is not None:
         return False, reason
     limit = largest_hidden(chip_of(index), "tanh")
-    return True, f"bf16 and fp16, H a multiple of 8 up to {limit} (tanh); NVRTC {compiler_version()}"
+    return True, f"bf16 and fp16, H up to {limit} (tanh), diagonal weights of any; NVRTC {compiler_version()}"
 
 
 @functools.cache
@@ -206,26 +221,26 @@ def chip_of(index: int) -> Chip:
 
 
 @functools.cache
-def largest_hidden(chip: Chip, cell: str) -> int:
-    """The widest state whose weights the GPU holds."""
-    return max((hidden for hidden in range(8, 8192, 8) if _has_plans(chip, 1, hidden, cell)), default=0)
+def largest_hidden(chip: Chip, cell: str, heads: int = 1) -> int:
+    """The widest state, or the widest heads, whose weights the GPU holds."""
+    return max((hidden for hidden in range(8, 8192, 8) if _has_plans(chip, 1, hidden, cell, heads)), default=0)
 
 
 @functools.cache
-def _has_plans(chip: Chip, batch: int, hidden: int, cell: str) -> bool:
-    return all(any(_plans(chip, batch, hidden, task)) for task in _tasks(CELLS[cell]))
+def _has_plans(chip: Chip, batch: int, hidden: int, cell: str, heads: int = 1) -> bool:
+    return all(any(_plans(chip, batch, hidden, task, heads)) for task in _tasks(CELLS[cell]))
 
 
 @functools.cache
-def make_plan(chip: Chip, batch: int, hidden: int, task: Task) -> Plan:
-    """The plan that the model of a step's time likes best."""
-    return min(_plans(chip, batch, hidden, task), key=lambda plan: _step_microseconds(plan, task))
+def make_plan(chip: Chip, batch: int, hidden: int, task: Task, heads: int = 1) -> Plan:
+    """The plan for ``heads`` times ``hidden`` units that the model of a step's time likes best."""
+    return min(_plans(chip, batch, hidden, task, heads), key=lambda plan: _step_microseconds(plan, task))
 
 
-def _plans(chip: Chip, batch: int, hidden: int, task: Task) -> Iterator[Plan]:
+def _plans(chip: Chip, batch: int, hidden: int, task: Task, heads: int) -> Iterator[Plan]:
     """Every plan that fits, but for those that are known to be slow."""
     for exchange, row_tiles, blocks in itertools.product(_EXCHANGES, range(1, _MAX_ROW_TILES + 1), (1, 2)):
-        plan = _fit(chip, batch, hidden, task, exchange, row_tiles, blocks)
+        plan = _fit(chip, batch, hidden, task, heads, exchange, row_tiles, blocks)
         if plan is None or (blocks == 2 and batch <= _BLOCK_ROWS):
             continue
         # Polling pays while tiles are few, staging while there is another tile to work on; its third copy later still.
@@ -236,7 +251,9 @@ def _plans(chip: Chip, batch: int, hidden: int, task: Task) -> Iterator[Plan]:
             yield plan
 
 
-def _fit(chip: Chip, batch: int, hidden: int, task: Task, exchange: str, row_tiles: int, blocks: int) -> Plan | None:
+def _fit(
+    chip: Chip, batch: int, hidden: int, task: Task, heads: int, exchange: str, row_tiles: int, blocks: int
+) -> Plan | None:
     """CTAs of 16 × row_tiles rows of the weight on this problem; None where they do not fit."""
     clustered = exchange == "ClusterPush"
     if clustered and chip.capability < (9, 0):
@@ -247,22 +264,23 @@ def _fit(chip: Chip, batch: int, hidden: int, task: Task, exchange: str, row_til
     if not 0 < cell_threads <= _MAX_CELL_THREADS:
         return None
     columns = math.ceil(hidden / owned)
-    if columns > (_MAX_CLUSTER if clustered else chip.multiprocessors):
+    # All that wait for each other must run at a time: of clusters one, of rings every CTA.
+    if columns > (_MAX_CLUSTER if clustered else chip.multiprocessors // heads):
         return None
     depth = task.depth * hidden
     units = math.ceil(depth / (_UNIT_DEPTH * _PRODUCT_WARPS))
     received = units if exchange == "PolledRing" else math.ceil(units / math.ceil(units / (5 if blocks == 1 else 3)))
     # setmaxnreg gives Hopper's product warps more registers than the cell's; elsewhere all warps have 128.
     budget = {"forward": 140, "backward": 156}[task.direction] if task.cell.reads_memory else 196
-    budget = (budget if chip.capability == (9, 0) else 96 if task.cell.reads_memory else 100) - 12 * (blocks - 1)
+    budget = (budget if chip.capability == (9, 0) else 100) - 12 * (blocks - 1)
     budget -= 4 * blocks * (received + row_tiles)
     register_units = min(units, budget // (8 * row_tiles))
     if register_units < 1:
         return None
 
-    room = chip.multiprocessors // columns
+    room = chip.multiprocessors // (columns * heads)
     if clustered:
-        room = max(1, _CLUSTERS[columns - 1] * chip.multiprocessors // _CLUSTERS[0])
+        room = max(1, _CLUSTERS[columns - 1] * chip.multiprocessors // (_CLUSTERS[0] * heads))
     batch_tiles = math.ceil(batch / rows)
     tiles = math.ceil(batch_tiles / min(room, batch_tiles))
 
@@ -281,7 +299,10 @@ def _fit(chip: Chip, batch: int, hidden: int, task: Task, exchange: str, row_til
 
 
 def _step_microseconds(plan: Plan, task: Task) -> float:
-    """About how long a step takes, fitted to an H200: all tiles, or one and the exchange's latency if that is longer."""
+    """About how long a step takes on an H200: all tiles, or one and the exchange's latency if that is longer.
+
+    Three in four of the plans timed for benchmarks/NOTES.md took within a quarter of it.
+    """
     units, rows = plan.register_units + plan.shared_units, _BLOCK_ROWS * plan.blocks
     product = units * plan.row_tiles * plan.blocks * 26 / _CLOCKS_PER_MICROSECOND
     shared = (
@@ -309,15 +330,18 @@ def forward(
     save: bool,
 ) -> tuple[Tensor, list[Tensor], list[Tensor]]:
     """All steps; see ``fused.Walk``."""
-    seq_len, batch, _, hidden = pre.shape
+    if isinstance(operator, Diagonal):
+        return diagonal.forward(pre, operator, bias, states, reset, cell, save)
+    layout = _Layout(operator.heads, pre.shape[-1] // operator.heads)
+    given = [layout.widen(x) for x in (bias, *(*states, None, None)[:2])]
+    seq_len, batch, hidden = *pre.shape[:2], layout.heads * layout.width
     h = pre.new_empty(seq_len, batch, hidden)
     saved = pre.new_empty(seq_len, batch, cell.saved, hidden) if save else None
     c = torch.empty_like(h) if save and cell.states == 2 else None
     c_last = torch.empty_like(h[0]) if cell.states == 2 else None
-    h0, c0 = (*states, None, None)[:2]
-    given = [_dense(x) for x in (pre, *operator.weights, bias, h0, c0, reset)]
-    _launch(Task("forward", cell), (*given, h, saved, c, c_last), h)
-    return h, [x for x in (c_last,) if x is not None], [x for x in (saved, c) if x is not None]
+    tensors = (layout.widen(pre), layout.matrices(operator), *given, _dense(reset), h, saved, c, c_last)
+    _launch(Task("forward", cell), tensors, h, layout)
+    return layout.crop(h), layout.crop_all(c_last), layout.crop_all(saved, c)
 
 
 def backward(
@@ -330,19 +354,67 @@ def backward(
     reset: Tensor | None,
     cell: Cell,
     need_states: bool,
-) -> tuple[Tensor, Tensor, list[Tensor]]:
+) -> tuple[Tensor, Tensor, list[Tensor] | None, list[Tensor]]:
     """All steps, the last one first; see ``fused.Walk``."""
-    dh = torch.zeros_like(h) if dh is None else dh
-    seq_len, batch, hidden = h.shape
-    dpre = h.new_empty(seq_len, batch, cell.gates, hidden)
-    drec = None if cell.additive else h.new_empty(seq_len, batch, cell.products, hidden)
-    dstates = [torch.empty_like(h[0]) for _ in range(cell.states if need_states else 0)]
-    dh_last, dc_last = (*dlast, None, None)[:2]
+    if isinstance(operator, Diagonal):
+        return diagonal.backward(dh, dlast, h, saved, operator, states, reset, cell, need_states)
+    layout = _Layout(operator.heads, h.shape[-1] // operator.heads)
     memory0 = states[-1] if states else None
     memory = (h, *saved[1:])[-1] if cell.reads_memory else None
-    given = [_dense(x) for x in (dh, *operator.weights, dh_last, dc_last, reset, saved[0], memory0, memory)]
-    _launch(Task("backward", cell), (*given, dpre, drec, *(*dstates, None, None)[:2]), h)
-    return dpre, dpre[:, :, : cell.products] if drec is None else drec, dstates
+    given = [layout.widen(x) for x in (torch.zeros_like(h) if dh is None else dh, *(*dlast, None, None)[:2])]
+    kept = [layout.widen(x) for x in (saved[0], memory0, memory)]
+    seq_len, batch, _ = h.shape
+    hidden = layout.heads * layout.width
+    dpre = h.new_empty(seq_len, batch, cell.gates, hidden)
+    drec = None if cell.additive else h.new_empty(seq_len, batch, cell.products, hidden)
+    dstates = [h.new_empty(batch, hidden) for _ in range(cell.states if need_states else 0)]
+    made = (dpre, drec, *(*dstates, None, None)[:2])
+    tensors = (given[0], layout.matrices(operator), *given[1:], _dense(reset), *kept, *made)
+    _launch(Task("backward", cell), tensors, dpre, layout)
+    dpre = layout.crop(dpre)
+    drec = dpre[:, :, : cell.products] if drec is None else layout.crop(drec)
+    return dpre, drec, None, layout.crop_all(*dstates)
+
+
+@dataclass(frozen=True)
+class _Layout:
+    """How units lie: ``heads`` runs of ``units``, each of which the kernels take in a multiple of 8.
+
+    Units that are added to fill one up have inputs of zero, and nothing comes out of them: their columns of the weights
+    are zero, and what a cell makes of zeros is finite.
+    """
+
+    heads: int
+    units: int
+
+    @property
+    def width(self) -> int:
+        return self.units + self._excess
+
+    @property
+    def _excess(self) -> int:
+        return -self.units % 8
+
+    def widen(self, x: Tensor | None) -> Tensor | None:
+        """With every head (the last dimension holds them) filled up."""
+        if x is None or not self._excess:
+            return _dense(x)
+        return F.pad(x.reshape(*x.shape[:-1], self.heads, self.units), (0, self._excess)).flatten(-2)
+
+    def crop(self, x: Tensor) -> Tensor:
+        """Without what ``widen`` has added."""
+        if not self._excess:
+            return x
+        return x.view(*x.shape[:-1], self.heads, self.width)[..., : self.units].flatten(-2)
+
+    def crop_all(self, *tensors: Tensor | None) -> list[Tensor]:
+        """Those that are there."""
+        return [self.crop(x) for x in tensors if x is not None]
+
+    def matrices(self, operator: Operator) -> Tensor | None:
+        """One matrix a product and head; of low rank too, since a second exchange costs more than the product saved."""
+        (weight,) = (operator.dense() if isinstance(operator, LowRank) else operator).weights
+        return _dense(F.pad(weight, (0, self._excess) * 2) if self._excess else weight)
 
 
 def _dense(x: Tensor | None) -> Tensor | None:
@@ -353,27 +425,28 @@ def _dense(x: Tensor | None) -> Tensor | None:
     return x if x.data_ptr() % 16 == 0 else x.clone()
 
 
-def _launch(task: Task, tensors: tuple[Tensor | None, ...], like: Tensor) -> None:
+def _launch(task: Task, tensors: tuple[Tensor | None, ...], like: Tensor, layout: _Layout) -> None:
     from cuda.core import Device, LaunchConfig, Stream, launch
 
     index = like.device.index
-    seq_len, batch, hidden = like.shape
-    plan = make_plan(chip_of(index), batch, hidden, task)
+    seq_len, batch, heads, hidden = *like.shape[:2], layout.heads, layout.width
+    plan = make_plan(chip_of(index), batch, hidden, task, heads)
     # A thread of autograd's that has not run a kernel yet has no CUDA context.
     Device(index).set_current()
     kernel = _kernel(task, like.dtype, plan, index)
+    groups = heads * plan.groups
     if plan.clustered:
         ring = None
-        config = LaunchConfig(grid=plan.groups, cluster=plan.columns, block=_THREADS, shmem_size=plan.shared_bytes)
+        config = LaunchConfig(grid=groups, cluster=plan.columns, block=_THREADS, shmem_size=plan.shared_bytes)
     else:
-        units = plan.groups * plan.tiles * plan.blocks * math.ceil(task.depth * hidden / _UNIT_DEPTH)
+        units = groups * plan.tiles * plan.blocks * math.ceil(task.depth * hidden / _UNIT_DEPTH)
         # No published value has all bits set, so this marks every slot as empty.
         ring = torch.full((_RING_SLOTS * units * _UNIT_BYTES,), 0xFF, dtype=torch.uint8, device=like.device)
         config = LaunchConfig(
-            grid=plan.groups * plan.columns, block=_THREADS, shmem_size=plan.shared_bytes, is_cooperative=True
+            grid=groups * plan.columns, block=_THREADS, shmem_size=plan.shared_bytes, is_cooperative=True
         )
     pointers = [0 if x is None else x.data_ptr() for x in (*tensors, ring)]
-    sizes = [np.int32(size) for size in (seq_len, batch, hidden, plan.tiles)]
+    sizes = [np.int32(size) for size in (seq_len, batch, hidden, heads * hidden, plan.tiles)]
     stream = Stream.from_handle(torch.cuda.current_stream(like.device).cuda_stream)
     launch(stream, config, kernel, *pointers, *sizes)
 
@@ -425,4 +498,4 @@ def shipped_modules() -> list[Module]:
             if _has_plans(chip, batch, hidden, cell.name)
         )
         for dtype in _NUMBERS
-    ]
+    ] + diagonal.shipped_modules()

@@ -31,7 +31,7 @@ def record_backends() -> Iterator[list[str]]:
 
 def recurrence(
     pre: Tensor,
-    weight: Tensor,
+    weight: Tensor | tuple[Tensor, Tensor],
     h0: Tensor | Tensors | None = None,
     *,
     cell: str = "tanh",
@@ -49,7 +49,9 @@ def recurrence(
         pre: (T, B, G, H) for a cell of G gates, or (T, B, H) for one of a single gate: the input's part of every step,
             bias included, made by one product over all steps beforehand.
         weight: (P, H, H) for a cell of P recurrent products, or (H, H) for one of a single product: the memory of
-            PyTorch's ``weight_hh`` viewed so. A step computes ``rec[p] = h @ weight[p].T``.
+            PyTorch's ``weight_hh`` viewed so. A step computes ``rec[p] = h @ weight[p].T``. Its form names the
+            operator: (N, H/N, H/N) is block-diagonal, N heads that do not see each other; (H,) is diagonal; and a pair
+            of u (H, r) and v (r, H) is of low rank, W = U V. Of these too there are P where the cell has P products.
         h0: (B, H), the state before the first step; for a cell of several states a tuple of them, h first; zeros if
             absent.
         cell: the pointwise rule f, one of ``elman.ops.cells.CELLS``, where its equation is.
@@ -69,18 +71,19 @@ def recurrence(
     if cell not in CELLS:
         raise UsageError(f"cell={cell!r} is unknown: choose one of {', '.join(CELLS)}")
     rule = CELLS[cell]
+    weights: Tensors = (weight,) if isinstance(weight, Tensor) else weight
     states = (h0,) if isinstance(h0, Tensor) else h0
     if isinstance(pre, Tensor) and torch.is_autocast_enabled(pre.device.type):
         dtype = torch.get_autocast_dtype(pre.device.type)
-        pre, weight = pre.to(dtype), weight.to(dtype)
+        pre, weights = pre.to(dtype), tuple(x.to(dtype) for x in weights)
         bias = None if bias is None else bias.to(dtype)
         states = None if states is None else tuple(state.to(dtype) for state in states)
-    _check(pre, weight, bias, states, reset, rule)
-    operator = make_operator(weight, pre.shape[-1], rule.products)
+    _check(pre, weights, bias, states, reset, rule)
+    operator = make_operator(weights, pre.shape[-1], rule.products)
     if pre.ndim == 3:
         pre = pre.unsqueeze(2)
     seq_len, batch, gates, hidden = pre.shape
-    problem = Problem(seq_len, batch, hidden, pre.dtype, pre.device, type(operator), rule)
+    problem = Problem(seq_len, batch, hidden, pre.dtype, pre.device, type(operator), rule, operator.heads)
     chosen = choose(backend, problem)
     if _used is not None:
         _used.append(chosen)
@@ -93,7 +96,7 @@ def recurrence(
 
 def _check(
     pre: Tensor,
-    weight: Tensor,
+    weights: Tensors,
     bias: Tensor | None,
     states: Tensors | None,
     reset: Tensor | None,
@@ -108,14 +111,13 @@ def _check(
     if not pre.is_floating_point():
         raise UsageError(f"pre has dtype {pre.dtype}: give a floating-point tensor")
     seq_len, batch, hidden = pre.shape[0], pre.shape[1], pre.shape[-1]
-    named = {"weight": weight}
+    named = _named("weight", weights)
     if states is not None:
         if len(states) != cell.states:
             raise UsageError(
                 f"h0 has {len(states)} tensors: cell={cell.name!r} has {cell.states} state{'s' * (cell.states > 1)}"
             )
-        for index, state in enumerate(states):
-            name = "h0" if len(states) == 1 else f"h0[{index}]"
+        for name, state in _named("h0", states).items():
             named[name] = state
             if state.shape != (batch, hidden):
                 raise UsageError(f"{name} has shape {tuple(state.shape)}: give (B, H) = ({batch}, {hidden})")
@@ -134,3 +136,8 @@ def _check(
     for name, tensor in (named if reset is None else {**named, "reset": reset}).items():
         if tensor.device != pre.device:
             raise UsageError(f"{name} is on {tensor.device} but pre is on {pre.device}: move one to the other")
+
+
+def _named(name: str, tensors: Tensors) -> dict[str, Tensor]:
+    """The tensors of one argument, each by what a user would call it."""
+    return {name: tensors[0]} if len(tensors) == 1 else {f"{name}[{i}]": x for i, x in enumerate(tensors)}

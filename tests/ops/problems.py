@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
@@ -29,7 +30,7 @@ class Problem:
     """Inputs of ``recurrence``, and the gradients of its two outputs; None for what is absent."""
 
     pre: Tensor
-    weight: Tensor
+    weight: State
     h0: State | None
     reset: Tensor | None
     dh: Tensor | None
@@ -51,15 +52,19 @@ class Problem:
 
     def inputs(self) -> dict[str, Tensor]:
         """What can be differentiated, by name."""
-        named = {"pre": self.pre, "weight": self.weight, **dict(zip(("h0", "c0"), parts(self.h0), strict=False))}
+        weights = parts(self.weight)
+        names = ("weight",) if len(weights) == 1 else ("u", "v")
+        named = {"pre": self.pre, **dict(zip(names, weights, strict=True))}
+        named |= dict(zip(("h0", "c0"), parts(self.h0), strict=False))
         return named if self.bias is None else {**named, "bias": self.bias}
 
     def run(self, backend: str, inputs: dict[str, Tensor] | None = None) -> tuple[Tensor, ...]:
         """H of every step and all last states, of other inputs of these names if given."""
         x = self.inputs() if inputs is None else inputs
         h0 = like(self.h0, [x[name] for name in ("h0", "c0") if name in x])
+        weight = like(self.weight, [x[name] for name in ("weight", "u", "v") if name in x])
         h, last = recurrence(
-            x["pre"], x["weight"], h0, cell=self.cell, bias=x.get("bias"), reset=self.reset, backend=backend
+            x["pre"], weight, h0, cell=self.cell, bias=x.get("bias"), reset=self.reset, backend=backend
         )
         return h, *parts(last)
 
@@ -82,8 +87,13 @@ def draw(
     reset_rate: float | None = 0.2,
     scale: float = 1.0,
     cell: str = "tanh",
+    operator: str = "dense",
+    heads: int = 2,
 ) -> Problem:
-    """Standard normal inputs times ``scale``, weights of spectral radius near 1; ``reset_rate`` None: no resets."""
+    """Standard normal inputs times ``scale``, weights of spectral radius near 1; ``reset_rate`` None: no resets.
+
+    Block-diagonal are at most ``heads`` heads, as many as divide the units; low rank is a quarter of them.
+    """
     generator = torch.Generator().manual_seed(seed)
     rule = CELLS[cell]
 
@@ -94,11 +104,21 @@ def draw(
         drawn = tuple(normal(batch, hidden) for _ in range(rule.states))
         return drawn[0] if rule.states == 1 else drawn
 
-    one_gate, one_product = rule.gates == 1, rule.products == 1
+    def weights() -> State:
+        front = () if rule.products == 1 else (rule.products,)
+        if operator == "low_rank":
+            rank = max(1, hidden // 4)
+            return normal(*front, hidden, rank) / rank**0.5, normal(*front, rank, hidden) / hidden**0.5
+        if operator == "diagonal":
+            return normal(*front, hidden).tanh()
+        number = math.gcd(heads, hidden) if operator == "block_diagonal" else 1
+        width = hidden // number
+        return normal(*front, *(() if operator == "dense" else (number,)), width, width) / width**0.5
+
     h0 = state()
     return Problem(
-        pre=normal(seq_len, batch, *(() if one_gate else (rule.gates,)), hidden) * scale,
-        weight=normal(*(() if one_product else (rule.products,)), hidden, hidden) / hidden**0.5,
+        pre=normal(seq_len, batch, *(() if rule.gates == 1 else (rule.gates,)), hidden) * scale,
+        weight=weights(),
         h0=like(h0, [x.tanh() for x in parts(h0)]) if with_h0 else None,
         reset=None if reset_rate is None else (torch.rand(seq_len, batch, generator=generator) < reset_rate).to(device),
         dh=normal(seq_len, batch, hidden),

@@ -112,7 +112,7 @@ def both_passes(p: Problem) -> list[Tensor]:
     assert nothing == []
     assert all(torch.equal(a, b) for a, b in zip((h, *last), (unsaved, *last_unsaved), strict=True))
     walked = (p.dh, parts(p.dh_last), h, saved, Dense(p.weight), states, p.reset, cell)
-    dpre, drec, dstates = loop.backward(*walked, need_states=p.h0 is not None)
+    dpre, drec, _, dstates = loop.backward(*walked, need_states=p.h0 is not None)
     return [h, *last, *saved, dpre, drec, *dstates]
 
 

@@ -6,13 +6,17 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch import Tensor
 
 from elman.errors import UsageError
-from elman.ops import backends, persistent
+from elman.ops import backends, loop, persistent
 from elman.ops.cells import CELLS, Cell
-from elman.ops.cuda.compiler import CompilerUnavailableError, flatten
-from elman.ops.operators import Dense
+from elman.ops.cuda import compiler
+from elman.ops.cuda.compiler import CompilerUnavailableError, Module, flatten
+from elman.ops.operators import OPERATORS, BlockDiagonal, Dense, Diagonal
 from elman.ops.persistent import Chip, Plan, Task
+from tests.ops.cuda.test_compiler import needs_nvrtc
+from tests.ops.problems import draw, parts
 
 H200 = Chip((9, 0), 132, 227 * 1024)
 A100 = Chip((8, 0), 108, 163 * 1024)
@@ -36,7 +40,7 @@ TASKS = [Task(direction, cell) for cell in CELLS.values() for direction in ("for
 TANH = Task("forward", CELLS["tanh"])
 
 
-def assert_covers(plan: Plan, chip: Chip, batch: int, hidden: int, task: Task) -> None:
+def assert_covers(plan: Plan, chip: Chip, batch: int, hidden: int, task: Task, heads: int = 1) -> None:
     """Every batch row and every unit has its CTA, all of the weight has its place, and all CTAs that wait are there."""
     products = task.cell.products
     rows_of_unit, depth = (products, hidden) if task.direction == "forward" else (1, products * hidden)
@@ -51,7 +55,7 @@ def assert_covers(plan: Plan, chip: Chip, batch: int, hidden: int, task: Task) -
         assert plan.columns <= 16
         assert chip.capability >= (9, 0)
     else:
-        assert plan.groups * plan.columns <= chip.multiprocessors
+        assert heads * plan.groups * plan.columns <= chip.multiprocessors
 
 
 @settings(deadline=None, derandomize=True)
@@ -60,12 +64,14 @@ def assert_covers(plan: Plan, chip: Chip, batch: int, hidden: int, task: Task) -
     task=st.sampled_from(TASKS),
     batch=st.integers(1, 1000),
     hidden=st.integers(1, 150).map(lambda n: 8 * n),
+    heads=st.sampled_from([1, 1, 2, 8, 200]),
 )
-def test_a_plan_covers_the_problem(chip: str, task: Task, batch: int, hidden: int) -> None:
-    if persistent._has_plans(CHIPS[chip], batch, hidden, task.cell.name):
-        assert_covers(persistent.make_plan(CHIPS[chip], batch, hidden, task), CHIPS[chip], batch, hidden, task)
+def test_a_plan_covers_the_problem(chip: str, task: Task, batch: int, hidden: int, heads: int) -> None:
+    if persistent._has_plans(CHIPS[chip], batch, hidden, task.cell.name, heads):
+        plan = persistent.make_plan(CHIPS[chip], batch, hidden, task, heads)
+        assert_covers(plan, CHIPS[chip], batch, hidden, task, heads)
     else:
-        assert task.cell.products > 1
+        assert task.cell.products * heads > 1
 
 
 @pytest.mark.parametrize(("batch", "hidden"), MEASURED)
@@ -131,15 +137,17 @@ def problem(**changes: object) -> backends.Problem:
     [
         ({"dtype": torch.float32}, r"bf16 or fp16, not torch\.float32: cast the inputs, or use backend='loop'"),
         ({"device": torch.device("cpu")}, "needs an NVIDIA GPU, not device cpu"),
-        ({"hidden_size": 60}, r"H = 60 is not a multiple of 8: .*backend='loop'"),
         ({"hidden_size": 8192}, r"H = 8192 is over its limit \d+ for cell='tanh' on this GPU: use backend='loop'"),
+        ({"hidden_size": 9600, "heads": 4}, r"N = 4 heads of 2400 units is over its limit \d+ .*backend='loop'"),
+        ({"operator": Diagonal, "dtype": torch.int8}, "int8: cast to one of"),
+        ({"operator": Diagonal, "batch_size": 2**24, "hidden_size": 512}, "4 GB or more: split the batch"),
+        ({"operator": Diagonal, "cell": ODD}, "cell='odd'"),
         ({"seq_len": 2**20, "batch_size": 2**11}, r"T × B = .* split the batch"),
         ({"seq_len": 1, "batch_size": 2**20, "hidden_size": 512}, r"B × H = .* split the batch"),
         (
             {"seq_len": 1, "batch_size": 2**16, "hidden_size": 512, "cell": CELLS["lstm"]},
             r"B × H × products = 65536 × 512 × 4 is not below",
         ),
-        ({"operator": object}, "dense weights"),
         ({"cell": ODD}, "cell='odd'"),
     ],
 )
@@ -154,8 +162,14 @@ def test_auto_takes_it_where_it_can(on_an_h200: None) -> None:
     assert backends.choose("auto", problem()) == "persistent"
     assert backends.choose("auto", problem(dtype=torch.float32)) == "loop"
     assert backends.choose("auto", problem(hidden_size=8192)) == "loop"
-    with pytest.raises(UsageError, match="backend='persistent' cannot run this problem: H = 60"):
-        backends.choose("persistent", problem(hidden_size=60))
+    assert backends.choose("auto", problem(hidden_size=60)) == "persistent"
+    assert backends.choose("auto", problem(hidden_size=24, heads=8, operator=BlockDiagonal)) == "persistent"
+    assert (
+        backends.choose("auto", problem(hidden_size=8191, heads=8191, operator=Diagonal, dtype=torch.float32))
+        == "persistent"
+    )
+    with pytest.raises(UsageError, match="backend='persistent' cannot run this problem: H = 8192"):
+        backends.choose("persistent", problem(hidden_size=8192))
 
 
 def test_an_old_gpu_and_a_missing_compiler_are_reasons(on_an_h200: None, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -169,19 +183,97 @@ def test_an_old_gpu_and_a_missing_compiler_are_reasons(on_an_h200: None, monkeyp
     assert "pip install nvidia-cuda-nvrtc" in str(persistent.why_not(problem()))
 
 
+@needs_nvrtc
+def test_the_shared_memory_is_what_the_kernels_use(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The host's sum against the sources' own, for every cell, by the compiler."""
+    claims = []
+    for task in TASKS:
+        for batch, hidden in ((5, 64), (64, 512), (250, 1024)):
+            plan = persistent.make_plan(H200, batch, hidden, task)
+            depth = hidden * (task.cell.products if task.direction == "backward" else 1)
+            units, tile = plan.register_units + plan.shared_units, plan.blocks * 512
+            exchange = {"StagedRing2": 2, "StagedRing3": 3}.get(plan.exchange, 0) * units * 8 * tile
+            if plan.exchange == "ClusterPush":
+                exchange = 128 * -(-16 * plan.tiles // 128) + 2 * plan.tiles * tile * -(-depth // 32)
+            backward = str(task.direction == "backward").lower()
+            sizes = f"{plan.row_tiles}, {plan.register_units}, {plan.shared_units}, {plan.blocks}"
+            shape = f"persistent::Shape<{task.cell.functor}, {backward}, {sizes}>"
+            used = f"{shape}::kCarriedOffset + {plan.tiles} * {shape}::kCarriedBytes + {exchange}"
+            claims.append(f'static_assert({used} == {plan.shared_bytes}, "{plan}");')
+    text = flatten("persistent.cuh") + "\n".join(claims)
+    monkeypatch.setattr(compiler, "flatten", lambda source: text)
+    compiler._compile(Module("persistent.cuh", ()), "sm_90a")
+    monkeypatch.setattr(compiler, "flatten", lambda source: text.replace("kCarriedBytes +", "kCarriedBytes + 16 +"))
+    with pytest.raises(Exception, match="static assertion failed"):
+        compiler._compile(Module("persistent.cuh", ()), "sm_90a")
+
+
 def test_arguments_are_in_the_kernels_order() -> None:
     """What ``_launch`` hands over by position is what the sources name at those positions."""
     text = flatten("persistent.cuh")
     for name, expected in (
         (
             "persistent_forward",
-            "pre weight bias h0 c0 reset h saved c c_last ring steps batch hidden tiles",
+            "pre weight bias h0 c0 reset h saved c c_last ring steps batch hidden pitch tiles",
         ),
         (
             "persistent_backward",
-            "dh weight dh_last dc_last reset saved memory0 memory dpre drec dh0 dc0 ring steps batch hidden tiles",
+            "dh weight dh_last dc_last reset saved memory0 memory dpre drec dh0 dc0 ring "
+            "steps batch hidden pitch tiles",
         ),
     ):
         parameters = re.search(rf"{name}\(([^)]*)\)", text)
         assert parameters is not None
         assert [part.split()[-1].lstrip("*") for part in parameters[1].split(",")] == expected.split()
+
+
+def run_like_the_kernels(
+    task: Task, tensors: tuple[Tensor | None, ...], like: Tensor, layout: persistent._Layout
+) -> None:
+    """The launch of a kernel by the loop on the same tensors: what the kernels take, every width a multiple of 8."""
+    cell, weight = task.cell, tensors[1]
+    assert weight is not None
+    assert layout.width % 8 == 0
+    assert all(x is None or x.is_contiguous() for x in tensors)
+    operator = Dense(weight) if layout.heads == 1 else BlockDiagonal(weight)
+    if task.direction == "forward":
+        pre, _, bias, h0, c0, reset, *outputs = tensors
+        states = [x for x in (h0, c0) if x is not None]
+        h, last, kept = loop.forward(pre, operator, bias, states, reset, cell, outputs[1] is not None)
+        saved, c = (*kept, None, None)[:2]
+        made = [h, saved, c, *last]
+    else:
+        dh, _, dh_last, dc_last, reset, saved, memory0, memory, *outputs = tensors
+        states = [] if memory0 is None else [memory0] * cell.states
+        dlast = [x for x in (dh_last, dc_last) if x is not None]
+        h = dh if memory is None else memory
+        kept = [saved, memory] if cell.states == 2 else [saved]
+        need = outputs[2] is not None
+        dpre, drec, _, dstates = loop.backward(dh, dlast, h, kept, operator, states, reset, cell, need)
+        made = [dpre, None if cell.additive else drec, *dstates]
+    for output, value in zip(outputs, made, strict=False):
+        assert (output is None) == (value is None)
+        if output is not None:
+            output.copy_(value)
+
+
+@pytest.mark.parametrize("cell", CELLS)
+@pytest.mark.parametrize(
+    ("operator", "hidden", "heads"), [("dense", 13, 1), ("block_diagonal", 12, 4), ("low_rank", 16, 1)]
+)
+@pytest.mark.parametrize("with_h0", [False, True])
+def test_odd_widths_and_heads_reach_the_kernels(
+    monkeypatch: pytest.MonkeyPatch, cell: str, operator: str, hidden: int, heads: int, with_h0: bool
+) -> None:
+    monkeypatch.setattr(persistent, "_launch", run_like_the_kernels)
+    p = draw(5, 3, hidden, cell=cell, operator=operator, heads=heads, with_h0=with_h0, with_bias=True)
+    pre = p.pre.unsqueeze(2) if p.pre.ndim == 3 else p.pre
+    made = OPERATORS[operator](*parts(p.weight))
+    results = []
+    for walk in (persistent, loop):
+        h, last, saved = walk.forward(pre, made, p.bias, parts(p.h0), p.reset, CELLS[cell], True)
+        given = (p.dh, parts(p.dh_last), h, saved, made, parts(p.h0), p.reset, CELLS[cell], with_h0)
+        dpre, drec, _, dstates = walk.backward(*given)
+        results.append([h, *last, *saved, dpre, drec, *dstates])
+    for ours, expected in zip(*results, strict=True):
+        torch.testing.assert_close(ours, expected)

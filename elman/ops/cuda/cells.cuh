@@ -1,12 +1,12 @@
 // Cells: the pointwise rule of a step and its derivative, apart from the product that feeds it. The same functors serve
 // every backend and know nothing of how tensors lie; their twins in Python are in elman/ops/cells.py.
 //
-// A unit has kGates values `pre` of its input, kProducts values `rec` of the operator and kStates states, h first. A cell
-// may read one state itself, its memory: the last one, which is h where there is no other.
+// A unit has kGates values `pre` of its input, kProducts values `rec` of the operator and kStates states, h first. A
+// cell may read one state itself, its memory: the last one, which is h where there is no other.
 //
-//   h = forward(pre, rec, memory, saved)         memory: before the step, then after it (h itself is rounded by the caller)
-//   slopes(saved, memory, slope)                 all of the derivative that needs no gradient; memory: before the step
-//   backward(slope, dh, dmemory, dpre, drec)     dmemory: of the memory after the step by the next cell, then before it
+//   h = forward(pre, rec, memory, saved)      memory: before the step, then after it (the caller rounds it)
+//   slopes(saved, memory, slope)              all of the derivative that needs no gradient; memory: before the step
+//   backward(slope, dh, dmemory, dpre, drec)  dmemory: of the memory after the step by the next cell, then before it
 //
 // The derivative is a function of what enters the activations, never of what comes out: bf16 rounds tanh to +-1 from
 // about |v| = 3.5, where 1 - h^2 would be 0 and the unit would never learn again. kAdditive says that drec is the first

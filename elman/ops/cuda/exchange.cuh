@@ -18,8 +18,10 @@ constexpr u32 kSpinLimit = 1u << 23;  // polls of about 0.3 us before a wait cou
 
 // What a CTA works on.
 struct Part {
+  int head;                    // its units see no others
   int first_row, rows, tiles;  // batch rows of the group, in row tiles
-  int first_unit;              // of the CTA's hidden units
+  int first_slot;              // of the group's rows in the workspace, where all groups lie one after another
+  int first_unit;              // of the CTA's hidden units, within the head
   int peers;                   // CTAs of the group
 };
 
@@ -55,7 +57,7 @@ struct RingSlots {
   __device__ RingSlots(char* ring, const Part& part, int all_rows, int depth) {
     units = units_of(depth);
     slot_bytes = place(all_rows, 0, units);
-    slots = ring + place(part.first_row, 0, units);
+    slots = ring + place(part.first_slot, 0, units);
     last_inside = lane_depth() + (kUnits - 1) * kDepthStride < depth;
   }
   __device__ void open() {}

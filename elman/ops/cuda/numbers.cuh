@@ -1,4 +1,4 @@
-// Every stored number type, and the arithmetic that it is computed in.
+// Every stored number type, the arithmetic that it is computed in, and packs of neighbours that move as one word.
 #pragma once
 
 #include "primitives.cuh"
@@ -37,4 +37,19 @@ __device__ __forceinline__ void from_real(float x, bf16& y) {
   const bool is_nan = (bits & 0x7fffffffu) > 0x7f800000u;
   y.bits = is_nan ? 0x7fff : static_cast<unsigned short>((bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16);
 #endif
+}
+
+template <class T, int kWidth>
+struct alignas(sizeof(T) * kWidth) Pack {
+  T at[kWidth];
+};
+
+template <int kWidth, class T>
+__device__ __forceinline__ Pack<T, kWidth> load(const T* base, long long index) {
+  return *reinterpret_cast<const Pack<T, kWidth>*>(base + index);
+}
+
+template <int kWidth, class T>
+__device__ __forceinline__ void store(T* base, long long index, const Pack<T, kWidth>& pack) {
+  *reinterpret_cast<Pack<T, kWidth>*>(base + index) = pack;
 }

@@ -1,6 +1,6 @@
 // All T steps of a recurrence in one launch, h_t = f(pre_t, W h_{t-1}, memory_{t-1}) with a cell f, and its gradient.
 //
-// The grid is groups x columns. A group owns some batch rows, and its CTAs split the hidden units. Each CTA keeps its
+// The grid is heads x groups x columns. A group owns some batch rows of a head, and its CTAs split the hidden units. Each CTA keeps its
 // rows of W on chip for the whole launch, as fragments of the tensor cores' stationary operand: in registers as far as
 // they go, the rest in shared memory. A step computes v^T = W h^T, so that W is that operand and the few batch rows of
 // a tile are the narrow one. The eight product warps split the depth K of the product: every word of the state enters
@@ -31,7 +31,7 @@ constexpr int kStepDone = 5, kStepFenced = 7;
 template <typename T>
 struct Problem {
   const T* input;          // forward: pre (T, B, G, H); backward: gradient of h (T, B, H)
-  const T* weight;         // (P, H, H), as PyTorch's weight_hh
+  const T* weight;         // (P, N, H/N, H/N) for N heads; PyTorch's weight_hh for one
   const T* bias;           // forward: (P, H) or null
   const T* initial;        // forward: h0 (B, H) or null; backward: null
   const T* last_gradient;  // backward: gradient of h_last (B, H) or null
@@ -45,8 +45,9 @@ struct Problem {
   T* memory_gradient;      // backward: gradient of c0 (B, H), written if initial_gradient is
   T* products_gradient;    // backward: gradient of rec (T, B, P, H), written where it is no part of pre's
   char* ring;              // see Ring; null for a cluster
-  int steps, batch, hidden;
-  int tiles;  // row tiles of a group
+  int steps, batch;
+  int hidden, pitch;  // units of a head, H/N, and of all, H
+  int tiles;          // row tiles of a group
 };
 
 // What the cell warps need to know of a kernel: kRows rows of W a CTA, tiles of kTileRows batch rows, of which the cell
@@ -58,9 +59,9 @@ struct Layout {
   static constexpr int kPasses = kTileRows / kPassRows;
   static constexpr int kGates = Cell::kGates, kProducts = Cell::kProducts, kSaved = Cell::kSaved;
   static constexpr bool kMemory = Cell::kReadsMemory, kOtherState = Cell::kStates == 2;
-  static constexpr int kIn = kBackward ? kProducts : 1;    // values that a hidden unit publishes
-  static constexpr int kOut = kBackward ? 1 : kProducts;   // rows of the product that a hidden unit needs
-  static constexpr int kColumns = kRows / kOut / 8 * 8;    // hidden units a CTA: pairs of threads publish eight
+  static constexpr int kIn = kBackward ? kProducts : 1;   // values that a hidden unit publishes
+  static constexpr int kOut = kBackward ? 1 : kProducts;  // rows of the product that a hidden unit needs
+  static constexpr int kColumns = kRows / kOut / 8 * 8;   // hidden units a CTA: pairs of threads publish eight
   static constexpr int kQuads = kColumns / 4;
   static constexpr int kCellThreads = (kPassRows * kQuads + 31) / 32 * 32;
   static constexpr bool kExactThreads = kCellThreads == kPassRows * kQuads;
@@ -73,7 +74,7 @@ struct Layout {
   static constexpr int kSumPitch = kRows + 4;
   static constexpr int kPartSums = kTileRows * kSumPitch;
   static constexpr int kBufferSums = kParts * kPartSums;
-  static constexpr int kInputs = kBackward ? 1 + kSaved + kMemory : kGates;  // values a cell thread reads, for each unit
+  static constexpr int kInputs = kBackward ? 1 + kSaved + kMemory : kGates;  // values a cell thread reads for a unit
   // Tiles of a cell group whose inputs are in shared memory or on the way.
   static constexpr int kStages = kMemory ? 4 : (kTileRows > 16 ? 4 : 64 / kTileRows) / kCellGroups;
   static constexpr int kWeightOffset = 2 * kBufferSums * 4;
@@ -112,17 +113,22 @@ struct Shape : Layout<Cell, kBackward, 16 * kRowTiles_, kBlocks_ * kBlockRows,
 
 // Eight consecutive k of one row of the stationary operand, zero outside the matrix.
 template <typename S, typename T>
-__device__ __forceinline__ Words4 load_weight(const Problem<T>& p, int row, int k, int first_unit) {
-  const int product = row / S::kColumns, unit = first_unit + row % S::kColumns;
+__device__ __forceinline__ Words4 load_weight(const Problem<T>& p, const Part& part, int row, int k) {
+  const int product = row / S::kColumns, unit = part.first_unit + row % S::kColumns;
   if (product >= S::kOut || unit >= p.hidden || k >= S::kIn * p.hidden) return {0, 0, 0, 0};
+  // Row `unit` of a product's matrix for this head.
+  auto at = [&](int product, int unit) {
+    return p.weight + (static_cast<size_t>(product) * p.pitch + part.head * p.hidden + unit) * p.hidden;
+  };
   if constexpr (!S::kBackward) {
-    return *reinterpret_cast<const Words4*>(p.weight + (static_cast<size_t>(product) * p.hidden + unit) * p.hidden + k);
+    return *reinterpret_cast<const Words4*>(at(product, unit) + k);
   } else {
     u32 word[4];
+    const int from = S::kIn == 1 ? 0 : k / p.hidden;
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
-      const T* at = p.weight + static_cast<size_t>(k + 2 * i) * p.hidden + unit;
-      word[i] = at[0].bits | static_cast<u32>(at[p.hidden].bits) << 16;
+      const T* pair = at(from, k - from * p.hidden + 2 * i) + unit;
+      word[i] = pair[0].bits | static_cast<u32>(pair[p.hidden].bits) << 16;
     }
     return {word[0], word[1], word[2], word[3]};
   }
@@ -150,8 +156,8 @@ __device__ __forceinline__ void run_products(const Problem<T>& p, Exchange& exch
 #pragma unroll
     for (int m = 0; m < S::kRowTiles; ++m) {
       const int row = m * 16 + lane_row(), k = lane_depth() + u * kDepthStride;
-      const Words4 a = load_weight<S>(p, row, k, part.first_unit);
-      const Words4 b = load_weight<S>(p, row + 8, k, part.first_unit);
+      const Words4 a = load_weight<S>(p, part, row, k);
+      const Words4 b = load_weight<S>(p, part, row + 8, k);
       if (u < kRegisterUnits) {
         top[u % kRegisterUnits][m] = a, bottom[u % kRegisterUnits][m] = b;
       } else {
@@ -216,8 +222,8 @@ __device__ __forceinline__ void run_products(const Problem<T>& p, Exchange& exch
   }
 }
 
-// A cell thread looks after four hidden units of one row of every pass. Where the cell has a memory, the thread carries it
-// from step to step in shared memory, backwards its gradient, in fp32: forwards the memory itself is rounded, so that a
+// A cell thread looks after four hidden units of one row of every pass. Where the cell has a memory, the thread carries
+// it from step to step in shared memory, and backwards its gradient in fp32. The memory itself is rounded, so that a
 // sequence in chunks gives what it gives in one piece.
 template <typename S, typename Cell, typename T, typename Exchange>
 __device__ __forceinline__ void run_cells(const Problem<T>& p, const Exchange& exchange, char* shared, const Part& part,
@@ -226,6 +232,7 @@ __device__ __forceinline__ void run_cells(const Problem<T>& p, const Exchange& e
   const int group = (threadIdx.x - kProductThreads) / S::kCellThreads;
   const int thread = (threadIdx.x - kProductThreads) % S::kCellThreads;
   const int pass_row = thread / S::kQuads, unit = part.first_unit + thread % S::kQuads * 4;
+  const int column = part.head * p.hidden + unit;
   const bool working = pass_row < S::kPassRows && unit < p.hidden;
   auto group_row = [&](int tile, int n) { return (tile * kPasses + n) * S::kPassRows + pass_row; };
   auto inside = [&](int tile, int n) { return working && group_row(tile, n) < part.rows; };
@@ -233,7 +240,7 @@ __device__ __forceinline__ void run_cells(const Problem<T>& p, const Exchange& e
     return reinterpret_cast<float4*>(shared + S::kCarriedOffset)[(tile * kPasses + n) * S::kCellThreads + thread];
   };
   auto load_row = [&](const T* base, int row, float (&values)[4]) {
-    unpack<T>(*reinterpret_cast<const Words2*>(base + static_cast<size_t>(row) * p.hidden + unit), values);
+    unpack<T>(*reinterpret_cast<const Words2*>(base + static_cast<size_t>(row) * p.pitch + column), values);
   };
 
   for (int tile = group; tile < part.tiles; tile += S::kCellGroups)
@@ -259,13 +266,13 @@ __device__ __forceinline__ void run_cells(const Problem<T>& p, const Exchange& e
     }
 
   // Rows of the whole sequence, (t, batch row), count in 32 bits; a thread moves on from tile to tile and step to step.
-  const u32 row_bytes = p.hidden * sizeof(T), unit_bytes = unit * sizeof(T);
+  const u32 row_bytes = p.pitch * sizeof(T), column_bytes = column * sizeof(T);
   const u32 next_step = (S::kBackward ? -p.batch : p.batch) - part.tiles * S::kTileRows;
   const u32 group_start = part.first_row + pass_row;
   const u32 start = (S::kBackward ? (p.steps - 1) * p.batch : 0) + group_start;
   auto at = [&](const T* base, u32 row, int values, int value) {
     return reinterpret_cast<char*>(const_cast<T*>(base)) +
-           (static_cast<u64>(row) * (values * row_bytes) + (value * row_bytes + unit_bytes));
+           (static_cast<u64>(row) * (values * row_bytes) + (value * row_bytes + column_bytes));
   };
 
   struct Place {
@@ -288,20 +295,23 @@ __device__ __forceinline__ void run_cells(const Problem<T>& p, const Exchange& e
     }
   };
 
-  Place first{0, 0, start};
-  if constexpr (S::kMemory)
-    first = {group < part.tiles ? 0 : p.steps + 1, group, start + group * S::kTileRows};
-  else
-    advance(first, group);
+  auto first_place = [&]() {
+    Place place{0, 0, start};
+    if constexpr (S::kMemory)
+      place = {group < part.tiles ? 0 : p.steps + 1, group, start + group * S::kTileRows};
+    else
+      advance(place, group);
+    return place;
+  };
 
-  // Every thread copies its own inputs, so it alone waits for them. Backwards they are the gradient of h, the saved values
-  // and the memory before the step.
+  // Every thread copies its own inputs, so it alone waits for them. Backwards they are the gradient of h, the saved
+  // values and the memory before the step.
   const u32 inputs = shared_address(shared + S::kInputOffset) + (group * S::kStages * kPasses * S::kInputs * S::kCellThreads + thread) * 8;
   constexpr int kStageBytes = kPasses * S::kInputs * S::kCellThreads * 8;
   auto input_slot = [&](int stage, int n, int i) {
     return inputs + stage * kStageBytes + (n * S::kInputs + i) * (S::kCellThreads * 8);
   };
-  Place ahead = first;
+  Place ahead = first_place();
   int ahead_stage = 0;
   auto fetch_ahead = [&]() {
 #pragma unroll
@@ -363,12 +373,12 @@ __device__ __forceinline__ void run_cells(const Problem<T>& p, const Exchange& e
     if (p.bias && working) {
 #pragma unroll
       for (int product = 0; product < S::kOut; ++product)
-        bias[product] = *reinterpret_cast<const Words2*>(p.bias + product * p.hidden + unit);
+        bias[product] = *reinterpret_cast<const Words2*>(p.bias + product * p.pitch + column);
     }
   }
 
   const float* sums = reinterpret_cast<const float*>(shared) + pass_row * S::kSumPitch + thread % S::kQuads * 4;
-  Place here = first;
+  Place here = first_place();
   finish_steps(0, here.step);
   fetch_masks(here.step, here.tile);
   Place next = here;
@@ -561,7 +571,10 @@ template <typename S, typename T>
 __device__ __forceinline__ Part part_of(const Problem<T>& p) {
   Part part;
   part.peers = (p.hidden + S::kColumns - 1) / S::kColumns;
-  part.first_row = blockIdx.x / part.peers * p.tiles * S::kTileRows;
+  const int group = blockIdx.x / part.peers, groups = gridDim.x / part.peers / (p.pitch / p.hidden);
+  part.head = group / groups;
+  part.first_row = group % groups * p.tiles * S::kTileRows;
+  part.first_slot = group * p.tiles * S::kTileRows;
   part.first_unit = blockIdx.x % part.peers * S::kColumns;
   part.rows = min(p.tiles * S::kTileRows, p.batch - part.first_row);
   part.tiles = (part.rows + S::kTileRows - 1) / S::kTileRows;
@@ -599,12 +612,13 @@ template <typename T, typename Cell, int kRowTiles, int kRegisterUnits, int kSha
           template <typename, int, int> class Exchange>
 __global__ void __launch_bounds__(persistent::kThreads, 1)
     persistent_forward(const T* pre, const T* weight, const T* bias, const T* h0, const T* c0, const u8* reset, T* h,
-                       T* saved, T* c, T* c_last, char* ring, int steps, int batch, int hidden, int tiles) {
+                       T* saved, T* c, T* c_last, char* ring, int steps, int batch, int hidden, int pitch, int tiles) {
   using S = persistent::Shape<Cell, false, kRowTiles, kRegisterUnits, kSharedUnits, kBlocks>;
   persistent::Problem<T> p{};
   p.input = pre, p.weight = weight, p.bias = bias, p.initial = h0, p.reset = reset, p.output = h, p.saved = saved;
   p.memory_before = S::kOtherState ? c0 : h0, p.memory = c, p.memory_last = c_last;
-  p.ring = ring, p.steps = steps, p.batch = batch, p.hidden = hidden, p.tiles = tiles;
+  p.ring = ring, p.steps = steps, p.batch = batch, p.hidden = hidden, p.pitch = pitch,
+  p.tiles = tiles;
   persistent::run<S, Cell, T, Exchange>(p);
 }
 
@@ -613,12 +627,13 @@ template <typename T, typename Cell, int kRowTiles, int kRegisterUnits, int kSha
 __global__ void __launch_bounds__(persistent::kThreads, 1)
     persistent_backward(const T* dh, const T* weight, const T* dh_last, T* dc_last, const u8* reset, T* saved,
                         const T* memory0, T* memory, T* dpre, T* drec, T* dh0, T* dc0, char* ring, int steps, int batch,
-                        int hidden, int tiles) {
+                        int hidden, int pitch, int tiles) {
   using S = persistent::Shape<Cell, true, kRowTiles, kRegisterUnits, kSharedUnits, kBlocks>;
   persistent::Problem<T> p{};
   p.input = dh, p.weight = weight, p.last_gradient = dh_last, p.reset = reset, p.output = dpre, p.saved = saved;
   p.initial_gradient = dh0, p.memory_before = memory0, p.memory = memory, p.memory_last = dc_last;
   p.memory_gradient = dc0, p.products_gradient = drec;
-  p.ring = ring, p.steps = steps, p.batch = batch, p.hidden = hidden, p.tiles = tiles;
+  p.ring = ring, p.steps = steps, p.batch = batch, p.hidden = hidden, p.pitch = pitch,
+  p.tiles = tiles;
   persistent::run<S, Cell, T, Exchange>(p);
 }

@@ -10,23 +10,9 @@
 
 constexpr int kStepThreads = 256;
 
-template <class T, int kWidth>
-struct alignas(sizeof(T) * kWidth) Pack {
-  T at[kWidth];
-};
-
-template <int kWidth, class T>
-__device__ __forceinline__ Pack<T, kWidth> load(const T* base, long long index) {
-  return *reinterpret_cast<const Pack<T, kWidth>*>(base + index);
-}
-
-template <int kWidth, class T>
-__device__ __forceinline__ void store(T* base, long long index, const Pack<T, kWidth>& pack) {
-  *reinterpret_cast<Pack<T, kWidth>*>(base + index) = pack;
-}
-
-// The cell's forward. `memory` is the state that it reads, as the step before left it; `state` takes the one that is not
-// h. `carry` is h as the next step's product shall see it: zero in the rows that `reset_next` names.
+// The cell's forward. `memory` is the state that it reads, as the step before left it, and zero in the rows that `reset`
+// names; `state` takes the one that is not h. `carry` is h as the next step's product shall see it: zero in the rows that
+// `reset_next` names.
 template <class Cell, class T, int kWidth>
 __global__ void __launch_bounds__(kStepThreads)
     step_forward(const T* __restrict__ pre, long long pre_stride, long long gate_stride, const T* __restrict__ rec,
@@ -81,7 +67,7 @@ __global__ void __launch_bounds__(kStepThreads)
 }
 
 // The cell's backward. `dh_next` is what the next step's products gave to h, and `dmemory` what its cell gave to the
-// memory, where this step's cell puts its own: neither crosses a reset, in the rows that `reset_next` names. `memory` and
+// memory, where this step's cell puts its own: neither crosses into the rows that `reset_next` names. `memory` and
 // `reset` are as in step_forward; `drec` is written only where it is no part of `dpre`.
 template <class Cell, class T, int kWidth>
 __global__ void __launch_bounds__(kStepThreads)

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from elman.ops.backends import shipped_modules
+from elman.ops.cells import CELLS
 from elman.ops.cuda import cache, compiler
 from elman.ops.cuda.compiler import CompilerUnavailableError, Module
 
@@ -139,6 +140,29 @@ def test_each_include_is_taken_once_and_keeps_its_lines() -> None:
     assert text.count("struct Tanh") == 1
     assert "#include" not in text
     assert '#line 1 "cells.cuh"' in text
+
+
+@needs_nvrtc
+def test_twins_agree_on_their_numbers(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A cell in Python and its functor have as many gates, products, states and saved values."""
+    claims = [
+        f'static_assert({cell.functor}::{constant} == {int(value)}, "{name}");'
+        for name, cell in CELLS.items()
+        for constant, value in (
+            ("kGates", cell.gates),
+            ("kProducts", cell.products),
+            ("kStates", cell.states),
+            ("kSaved", cell.saved),
+            ("kReadsMemory", cell.reads_memory),
+            ("kAdditive", cell.additive),
+        )
+    ]
+    text = compiler.flatten("cells.cuh") + "\n".join(claims)
+    monkeypatch.setattr(compiler, "flatten", lambda source: text)
+    compiler.compile_module(Module("cells.cuh", ()), "sm_80")
+    text = text.replace("Lstm::kStates == 2", "Lstm::kStates == 1")
+    with pytest.raises(Exception, match="static assertion failed"):
+        compiler.compile_module(Module("cells.cuh", ()), "sm_80")
 
 
 @needs_nvrtc

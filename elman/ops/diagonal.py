@@ -1,0 +1,155 @@
+"""How the ``persistent`` backend runs a diagonal operator: all steps in one launch, every thread on its own units.
+
+The kernels are in ``cuda/diagonal.cuh``. Nothing is exchanged and no weight is large, so any H, any B and every dtype
+will do.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from elman.ops.cells import CELLS, Cell
+from elman.ops.cuda.compiler import Module, kernels
+from elman.ops.loop import NUMBERS
+from elman.ops.operators import Diagonal, real_of
+
+if TYPE_CHECKING:
+    from elman.ops.backends import Problem
+
+_DIRECTIONS = ("forward", "backward")
+_THREADS = 64  # kThreads of diagonal.cuh
+#: What a thread moves at once, where it owns several units: half types in pairs.
+_PACK_BYTES = 4
+#: A step of a tensor is addressed in 32 bits.
+_STEP_BYTES = 2**32
+
+
+def why_not(problem: Problem) -> str | None:
+    """In words, why these kernels cannot run a problem on a GPU; None if they can."""
+    cell, batch, hidden = problem.cell, problem.batch_size, problem.hidden_size
+    if cell.functor is None:
+        return f"it does not run cell={cell.name!r}: use backend='auto'"
+    if problem.dtype not in NUMBERS:
+        return f"it does not run {problem.dtype}: cast to one of {', '.join(str(dtype) for dtype in NUMBERS)}"
+    if batch * hidden * max(cell.gates, cell.saved, cell.products) * problem.dtype.itemsize >= _STEP_BYTES:
+        return f"a step of B × H = {batch} × {hidden} has 4 GB or more: split the batch"
+    return None
+
+
+def forward(
+    pre: Tensor,
+    operator: Diagonal,
+    bias: Tensor | None,
+    states: Sequence[Tensor],
+    reset: Tensor | None,
+    cell: Cell,
+    save: bool,
+) -> tuple[Tensor, list[Tensor], list[Tensor]]:
+    """All steps; see ``fused.Walk``."""
+    pre = _strided(pre)
+    seq_len, batch, _, hidden = pre.shape
+    h = pre.new_empty(seq_len, batch, hidden)
+    saved = pre.new_empty(seq_len, batch, cell.saved, hidden) if save else None
+    others = [torch.empty_like(h) for _ in range(cell.states - 1)] if save else []
+    last = [torch.empty_like(h[0]) for _ in range(cell.states - 1)]
+    arguments = (
+        *(pre, pre.stride(0), pre.stride(1), pre.stride(2)),
+        *(operator.weight, bias, *_pair(states), reset),
+        *(h, saved, _only(others), _only(last)),
+    )
+    _launch("forward", cell, h, arguments)
+    return h, last, [] if saved is None else [saved, *others]
+
+
+def backward(
+    dh: Tensor | None,
+    dlast: Sequence[Tensor],
+    h: Tensor,
+    saved: Sequence[Tensor],
+    operator: Diagonal,
+    states: Sequence[Tensor],
+    reset: Tensor | None,
+    cell: Cell,
+    need_states: bool,
+) -> tuple[Tensor, Tensor, list[Tensor], list[Tensor]]:
+    """All steps, the last one first; see ``fused.Walk``."""
+    dh = torch.zeros_like(h) if dh is None else _strided(dh)
+    seq_len, batch, hidden = h.shape
+    dpre = h.new_empty(seq_len, batch, cell.gates, hidden)
+    drec = dpre[:, :, : cell.products] if cell.additive else h.new_empty(seq_len, batch, cell.products, hidden)
+    dstates = [torch.empty_like(h[0]) for _ in range(cell.states)] if need_states else []
+    sums = h.new_empty(batch, cell.products, hidden, dtype=real_of(h.dtype))
+    arguments = (
+        *(dh, dh.stride(0), dh.stride(1)),
+        *(operator.weight, *_pair(states), *_pair(dlast), reset),
+        *(h, saved[0], _only(saved[1:])),
+        *(dpre, None if cell.additive else drec, *_pair(dstates), sums),
+    )
+    _launch("backward", cell, h, arguments)
+    return dpre, drec, [sums.sum(0).to(h.dtype).view(operator.weight.shape)], dstates
+
+
+def _pair(states: Sequence[Tensor]) -> tuple[Tensor | None, Tensor | None]:
+    """H and the other state, as far as they are there."""
+    return (states[0] if states else None, _only(states[1:]))
+
+
+def _only(tensors: Sequence[Tensor]) -> Tensor | None:
+    return tensors[0] if tensors else None
+
+
+def _strided(x: Tensor) -> Tensor:
+    """The tensor itself where the kernels can read it as it lies, as a slice of a wider product does."""
+    return x if x.stride(-1) == 1 and x.stride(0) * x.itemsize < _STEP_BYTES else x.contiguous()
+
+
+def _launch(direction: str, cell: Cell, h: Tensor, arguments: Sequence[Tensor | int | None]) -> None:
+    """The first argument, a tensor, may have rows that lie apart; the other tensors are made contiguous."""
+    from cuda.core import Device, LaunchConfig, Stream, launch
+
+    first, *others = arguments
+    given = [first, *(x.contiguous() if isinstance(x, Tensor) else x for x in others)]
+    width = _width(h, given)
+    threads = h[0].numel() // width
+    # A thread of autograd's that has not run a kernel yet has no CUDA context.
+    Device(h.device.index).set_current()
+    kernel = kernels(module(cell.name, h.dtype), torch.cuda.get_device_capability(h.device))[
+        _name(direction, cell.name, h.dtype, width)
+    ]
+    stream = Stream.from_handle(torch.cuda.current_stream(h.device).cuda_stream)
+    config = LaunchConfig(grid=-(-threads // _THREADS), block=_THREADS)
+    numbers = [x.data_ptr() if isinstance(x, Tensor) else x or 0 for x in given]
+    launch(stream, config, kernel, *map(np.int64, (*numbers, *h.shape)))
+
+
+def _width(h: Tensor, given: Sequence[Tensor | int | None]) -> int:
+    """Neighbouring units a thread: as many as fill a pack, where every row begins at one."""
+    width = max(1, _PACK_BYTES // h.itemsize)
+    first = given[0]
+    assert isinstance(first, Tensor)
+    strides = [h.shape[-1], *first.stride()[:-1]]
+    pointers = [x.data_ptr() for x in given if isinstance(x, Tensor) and x.dtype == h.dtype]
+    whole = all(n % width == 0 for n in strides) and all(at % (width * h.itemsize) == 0 for at in pointers)
+    return width if whole else 1
+
+
+def _name(direction: str, cell: str, dtype: torch.dtype, width: int) -> str:
+    return f"diagonal_{direction}<{CELLS[cell].functor}, {NUMBERS[dtype]}, {width}>"
+
+
+@functools.cache
+def module(cell: str, dtype: torch.dtype) -> Module:
+    """The kernels of this cell and dtype: forward and backward, for packs of units and for single ones."""
+    widths = sorted({max(1, _PACK_BYTES // dtype.itemsize), 1})
+    return Module("diagonal.cuh", tuple(_name(d, cell, dtype, n) for d in _DIRECTIONS for n in widths))
+
+
+def shipped_modules() -> list[Module]:
+    """Modules that stand for all: every size of number, and the cells that read most and that publish most."""
+    return [module("tanh", dtype) for dtype in NUMBERS] + [module(cell, torch.bfloat16) for cell in ("lstm", "gru")]
