@@ -125,7 +125,8 @@ struct Place {
 // Calls step(t, words, reset) for all t in order, backwards if so asked, with two windows that fill(t, words) loads in
 // turn.
 template <class Window, bool kBackward, class Fill, class Step>
-__device__ __forceinline__ void walk(u32 steps, const bool* reset, const Place& place, const Fill& fill, const Step& step) {
+__device__ __forceinline__ void walk(u32 steps, const bool* reset, const Place& place, const Fill& fill,
+                                     const Step& step) {
   constexpr int kDepth = Window::kDepth;
   const Steps<const bool> resets(reset + place.row, place.batch);
   // Past the end the last step is loaded again: cheaper than a branch a load.
@@ -202,7 +203,8 @@ __global__ void __launch_bounds__(diagonal::kThreads, diagonal::kBlocks)
 #pragma unroll
       for (int gate = 0; gate < kGates; ++gate) unit_pre[gate] = given[gate][j];
 #pragma unroll
-      for (int p = 0; p < kProducts; ++p) unit_rec[p] = Cell::kAdditive ? w[p][j] * previous : w[p][j] * previous + b[p][j];
+      for (int p = 0; p < kProducts; ++p)
+        unit_rec[p] = Cell::kAdditive ? w[p][j] * previous : w[p][j] * previous + b[p][j];
       state[j] = Cell::template forward<MathOf<T>>(unit_pre, unit_rec, unit_memory, unit_saved);
       memory[j] = unit_memory;
 #pragma unroll

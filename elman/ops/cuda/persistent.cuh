@@ -1,10 +1,10 @@
 // All T steps of a recurrence in one launch, h_t = f(pre_t, W h_{t-1}, memory_{t-1}) with a cell f, and its gradient.
 //
-// The grid is heads x groups x columns. A group owns some batch rows of a head, and its CTAs split the hidden units. Each CTA keeps its
-// rows of W on chip for the whole launch, as fragments of the tensor cores' stationary operand: in registers as far as
-// they go, the rest in shared memory. A step computes v^T = W h^T, so that W is that operand and the few batch rows of
-// a tile are the narrow one. The eight product warps split the depth K of the product: every word of the state enters
-// a CTA once, straight into the fragment that uses it, and partial sums meet in shared memory.
+// The grid is heads x groups x columns. A group owns some batch rows of a head, and its CTAs split the hidden units.
+// Each CTA keeps its rows of W on chip for the whole launch, as fragments of the tensor cores' stationary operand: in
+// registers as far as they go, the rest in shared memory. A step computes v^T = W h^T, so that W is that operand and
+// the few batch rows of a tile are the narrow one. The eight product warps split the depth K of the product: every word
+// of the state enters a CTA once, straight into the fragment that uses it, and partial sums meet in shared memory.
 //
 // Batch rows are independent, so each tile of 8 or 16 rows runs at its own pace: while one tile's state travels between
 // the CTAs (exchange.cuh), the tensor cores work on the next.
@@ -617,8 +617,7 @@ __global__ void __launch_bounds__(persistent::kThreads, 1)
   persistent::Problem<T> p{};
   p.input = pre, p.weight = weight, p.bias = bias, p.initial = h0, p.reset = reset, p.output = h, p.saved = saved;
   p.memory_before = S::kOtherState ? c0 : h0, p.memory = c, p.memory_last = c_last;
-  p.ring = ring, p.steps = steps, p.batch = batch, p.hidden = hidden, p.pitch = pitch,
-  p.tiles = tiles;
+  p.ring = ring, p.steps = steps, p.batch = batch, p.hidden = hidden, p.pitch = pitch, p.tiles = tiles;
   persistent::run<S, Cell, T, Exchange>(p);
 }
 
@@ -633,7 +632,6 @@ __global__ void __launch_bounds__(persistent::kThreads, 1)
   p.input = dh, p.weight = weight, p.last_gradient = dh_last, p.reset = reset, p.output = dpre, p.saved = saved;
   p.initial_gradient = dh0, p.memory_before = memory0, p.memory = memory, p.memory_last = dc_last;
   p.memory_gradient = dc0, p.products_gradient = drec;
-  p.ring = ring, p.steps = steps, p.batch = batch, p.hidden = hidden, p.pitch = pitch,
-  p.tiles = tiles;
+  p.ring = ring, p.steps = steps, p.batch = batch, p.hidden = hidden, p.pitch = pitch, p.tiles = tiles;
   persistent::run<S, Cell, T, Exchange>(p);
 }
