@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from operator import index as as_int  # unlike int, it makes a constant of a symbolic size under torch.compile
 from typing import TYPE_CHECKING
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -21,7 +22,6 @@ from torch import Tensor
 from elman.ops import diagonal
 from elman.ops.cells import CELLS, Cell
 from elman.ops.cuda.compiler import CompilerUnavailableError, Module, compiler_version, kernels
-from elman.ops.cuda.launch import launch, make_current
 from elman.ops.operators import Diagonal, LowRank, Operator
 
 if TYPE_CHECKING:
@@ -426,25 +426,29 @@ def _dense(x: Tensor | None) -> Tensor | None:
 
 
 def _launch(task: Task, tensors: tuple[Tensor | None, ...], like: Tensor, layout: _Layout) -> None:
+    from cuda.core import Device, LaunchConfig, Stream, launch
+
+    index = like.device.index
     seq_len, batch, heads, hidden = *like.shape[:2], layout.heads, layout.width
-    plan = make_plan(chip_of(like.device.index), batch, hidden, task, heads)
+    plan = make_plan(chip_of(index), batch, hidden, task, heads)
+    # A thread of autograd's that has not run a kernel yet has no CUDA context.
+    Device(index).set_current()
+    kernel = _kernel(task, like.dtype, plan, index)
     groups = heads * plan.groups
-    ring = None
-    if not plan.clustered:
+    if plan.clustered:
+        ring = None
+        config = LaunchConfig(grid=groups, cluster=plan.columns, block=_THREADS, shmem_size=plan.shared_bytes)
+    else:
         units = groups * plan.tiles * plan.blocks * math.ceil(task.depth * hidden / _UNIT_DEPTH)
         # No published value has all bits set, so this marks every slot as empty.
         ring = torch.full((_RING_SLOTS * units * _UNIT_BYTES,), 0xFF, dtype=torch.uint8, device=like.device)
-    make_current(like.device)
-    launch(
-        _kernel(task, like.dtype, plan, like.device.index),
-        groups * plan.columns,
-        _THREADS,
-        [*tensors, ring, seq_len, batch, hidden, heads * hidden, plan.tiles],
-        like.device,
-        shared_bytes=plan.shared_bytes,
-        cluster=plan.columns if plan.clustered else None,
-        cooperative=not plan.clustered,
-    )
+        config = LaunchConfig(
+            grid=groups * plan.columns, block=_THREADS, shmem_size=plan.shared_bytes, is_cooperative=True
+        )
+    pointers = [0 if x is None else x.data_ptr() for x in (*tensors, ring)]
+    sizes = [np.int32(size) for size in (seq_len, batch, hidden, heads * hidden, plan.tiles)]
+    stream = Stream.from_handle(torch.cuda.current_stream(like.device).cuda_stream)
+    launch(stream, config, kernel, *pointers, *sizes)
 
 
 @functools.cache
