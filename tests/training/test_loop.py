@@ -150,7 +150,7 @@ def test_steps_after_the_last_save_are_done_again(config: TrainConfig, tmp_path:
 
 def test_a_finished_run_goes_on_only_with_more_steps(config: TrainConfig) -> None:
     start(config)
-    with pytest.raises(UsageError, match=r"has reached its end \(step 12, 0s\): give more --steps"):
+    with pytest.raises(UsageError, match=r"has reached its end \(step 12, \d+s\): give more --steps"):
         resume(config)
     assert resume(config, steps=15)[0] == 0
     assert max(losses(config.out)) == 15  # type: ignore[arg-type]
