@@ -71,9 +71,12 @@ def recurrence(
     if cell not in CELLS:
         raise UsageError(f"cell={cell!r} is unknown: choose one of {', '.join(CELLS)}")
     rule = CELLS[cell]
-    weights: Tensors = (weight,) if isinstance(weight, Tensor) else weight
-    states = (h0,) if isinstance(h0, Tensor) else h0
-    if isinstance(pre, Tensor) and torch.is_autocast_enabled(pre.device.type):
+    (pre,), weights = _tensors("pre", pre), _tensors("weight", weight, many=True)
+    states = None if h0 is None else _tensors("h0", h0, many=True)
+    for name, optional in (("bias", bias), ("reset", reset)):
+        if optional is not None:
+            _tensors(name, optional)
+    if torch.is_autocast_enabled(pre.device.type):
         dtype = torch.get_autocast_dtype(pre.device.type)
         pre, weights = pre.to(dtype), tuple(x.to(dtype) for x in weights)
         bias = None if bias is None else bias.to(dtype)
@@ -114,8 +117,9 @@ def _check(
     named = _named("weight", weights)
     if states is not None:
         if len(states) != cell.states:
+            form = "one" if cell.states == 1 else f"a tuple of {cell.states}, h first,"
             raise UsageError(
-                f"h0 has {len(states)} tensors: cell={cell.name!r} has {cell.states} state{'s' * (cell.states > 1)}"
+                f"h0 has {len(states)} tensor{'s' * (len(states) != 1)}: give {form} for cell={cell.name!r}"
             )
         for name, state in _named("h0", states).items():
             named[name] = state
@@ -136,6 +140,18 @@ def _check(
     for name, tensor in (named if reset is None else {**named, "reset": reset}).items():
         if tensor.device != pre.device:
             raise UsageError(f"{name} is on {tensor.device} but pre is on {pre.device}: move one to the other")
+
+
+def _tensors(name: str, given: object, many: bool = False) -> Tensors:
+    """What was given for an argument, as a tuple of tensors."""
+    tensors = tuple(given) if many and isinstance(given, tuple | list) else (given,)
+    for x in tensors:
+        if not isinstance(x, Tensor):
+            what = "is" if x is given else "holds"
+            raise UsageError(
+                f"{name} {what} a {type(x).__name__}: give {'one tensor or several' if many else 'a tensor'}"
+            )
+    return tensors
 
 
 def _named(name: str, tensors: Tensors) -> dict[str, Tensor]:
