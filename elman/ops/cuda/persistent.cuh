@@ -288,6 +288,7 @@ __device__ __forceinline__ void run_cells(const Problem<T>& p, const Exchange& e
         place.tile = group, ++place.step;
       }
     } else {
+#pragma unroll 1
       for (int i = 0; i < tiles; ++i) {
         place.row += S::kTileRows;
         if (++place.tile == part.tiles) place.tile = 0, ++place.step, place.row += next_step;
@@ -353,6 +354,7 @@ __device__ __forceinline__ void run_cells(const Problem<T>& p, const Exchange& e
   // first cell warp where none is left.
   auto finish_steps = [&](int from, int to) {
     if constexpr (Exchange::kWipes) {
+#pragma unroll 1
       for (int step = from; step < to && step < products; ++step) {
         if (step + 1 < products) {
           if (S::kSpareWarp || group > 0 || thread >= 32) {
