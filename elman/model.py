@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from elman.errors import UsageError
 from elman.mixers import MixerConfig, State, mixer_config
+from elman.mixers.base import FollowsWeights
 from elman.ops import add_norm
 
 
@@ -116,6 +117,8 @@ class LanguageModel(nn.Module):
 
     The embedding starts as N(0, 0.02); the mixers' weights start as ``Mixer.initialize`` says. Under autocast the
     residual stream stays float32, and what enters a mixer or the head is of autocast's dtype.
+
+    A training loop calls ``after_step`` after each step of its optimiser.
     """
 
     def __init__(self, config: ModelConfig) -> None:
@@ -133,6 +136,12 @@ class LanguageModel(nn.Module):
         Evaluation mode stays plain: with and without a state, it meets texts of many lengths, each a compilation.
         """
         self._call_in_training = wrap(_call)
+
+    def after_step(self) -> None:
+        """Bring up to date what follows the weights, such as the vectors by which spectral norms are known."""
+        for module in self.modules():
+            if isinstance(module, FollowsWeights):
+                module.after_step()
 
     def forward(
         self, tokens: Tensor, state: State | None = None, reset: Tensor | None = None

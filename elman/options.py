@@ -4,9 +4,18 @@ from __future__ import annotations
 
 import dataclasses
 import typing
-from typing import Any, Literal
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import tyro
 
 from elman.errors import UsageError
+
+# Options that may be absent: their help tells what that means, so tyro need not say "None".
+OptionalInt = Annotated[int | None, tyro.conf.arg(metavar="INT", help_behavior_hint="")]
+OptionalFloat = Annotated[float | None, tyro.conf.arg(metavar="FLOAT", help_behavior_hint="")]
+OptionalStr = Annotated[str | None, tyro.conf.arg(metavar="STR", help_behavior_hint="")]
+OptionalPath = Annotated[Path | None, tyro.conf.arg(metavar="PATH", help_behavior_hint="")]
 
 #: Above every sensible number, and exact in a float.
 _LARGEST = 2**53

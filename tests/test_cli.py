@@ -78,6 +78,15 @@ BAD_INPUT = {
     "bad heldout": (["--heldout", "2", "--data", "text", "--steps", "1"], "--heldout 2.0 is out of range"),
     "bad eval bytes": (["--eval-bytes", "many", "--steps", "1"], "--eval-bytes 'many' is no count"),
     "bad expansion": (["--expansion", "-1", "--steps", "1"], "--expansion -1.0 is out of range"),
+    "structure and constraint": (
+        ["--structure", "low_rank", "--constraint", "scaled_orthogonal", "--steps", "1"],
+        "--constraint scaled_orthogonal does not go with --structure low_rank.*: give --structure dense or",
+    ),
+    "size of another structure": (["--rank", "4", "--steps", "1"], "--rank 4 means nothing to --structure dense"),
+    "rank above the width": (
+        ["--structure", "low_rank", "--rank", "17", "--data", "text", "--steps", "1"],
+        "--rank 17 is more than the 16 units of W_h: give at most 16",
+    ),
     "unknown device": (["--device", "tpu", "--data", "text", "--steps", "1"], "--device 'tpu' is unknown"),
     "missing device": (["--device", "cuda:99", "--data", "text", "--steps", "1"], "--device cuda:99: "),
     "out is a file": (["--data", "text", "--steps", "1", "--out", "short"], "--out short is a file"),
@@ -205,7 +214,7 @@ def test_train_ladder_is_train(folder: Path) -> None:
 
 
 def test_each_variant_shows_its_own_options(capsys: pytest.CaptureFixture[str]) -> None:
-    for model, options in (("e0", "{none,input}"), ("e1", "{split,hx,sigmoid}")):
+    for model, options in (("e0", "{none,input}"), ("e1", "{split,hx,sigmoid}"), ("e5", "{input,none}")):
         assert run("train", "--model", model, "--help") == 0
         assert options in capsys.readouterr().out
     assert run("train", "--model", "e0,e1", "--help") == 0

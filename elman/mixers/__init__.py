@@ -16,6 +16,8 @@ __all__ = ["Mixer", "MixerConfig", "State", "mixer_config", "mixer_names", "pars
 _REGISTRY = {
     "e0": "elman.mixers.e0:E0Config",
     "e1": "elman.mixers.e1:E1Config",
+    "e4": "elman.mixers.e4:E4Config",
+    "e5": "elman.mixers.e5:E5Config",
 }
 
 

@@ -40,6 +40,14 @@ class Mixer(nn.Module, ABC):
         """
 
 
+class FollowsWeights(nn.Module, ABC):
+    """A module with buffers that are worked out of its weights, and that forward passes read but never change."""
+
+    @abstractmethod
+    def after_step(self) -> None:
+        """Bring the buffers up to date; called after each step of the optimiser."""
+
+
 @dataclass(frozen=True)
 class MixerConfig(ABC):
     """The options of one variant, as on the command line, and its counts at a model width ``dim``.
@@ -65,6 +73,7 @@ class MixerConfig(ABC):
     def flops_per_token(self, dim: int, seq_len: int) -> int:
         """FLOPs of the forward pass a token: 2 a multiply-add of every matrix product, pointwise work left out.
 
+        So is what a call costs however many rows it has: the composing of weights.
         ``seq_len`` matters only where the work a token grows with the context, as in attention.
         """
 

@@ -37,12 +37,12 @@ class E0Config(ElmanConfig):
     def num_params(self, dim: int) -> int:
         d = self.inner_size(dim)
         gate = d * d + d if self.gate == "input" else 0
-        return 2 * dim * d + ElmanRecurrence.num_params(d) + gate
+        return 2 * dim * d + ElmanRecurrence.num_params(self.recurrent_weight(dim)) + gate
 
     def flops_per_token(self, dim: int, seq_len: int) -> int:
         d = self.inner_size(dim)
         gate = 2 * d * d if self.gate == "input" else 0
-        return 2 * 2 * dim * d + ElmanRecurrence.flops_per_token(d) + gate
+        return 2 * 2 * dim * d + ElmanRecurrence.flops_per_token(self.recurrent_weight(dim)) + gate
 
 
 class E0(Mixer):
@@ -52,7 +52,7 @@ class E0(Mixer):
         super().__init__()
         d = config.inner_size(dim)
         self.in_proj = nn.Linear(dim, d, bias=False)
-        self.recurrence = ElmanRecurrence(d, cell="tanh")
+        self.recurrence = ElmanRecurrence(config.recurrent_weight(dim), cell="tanh")
         self.gate_proj = nn.Linear(d, d) if config.gate == "input" else None
         self.out_proj = nn.Linear(d, dim, bias=False)
 

@@ -38,12 +38,12 @@ class E1Config(ElmanConfig):
     def num_params(self, dim: int) -> int:
         d = self.inner_size(dim)
         gate = 2 * d * d + d if self.gate == "hx" else dim * d
-        return 2 * dim * d + ElmanRecurrence.num_params(d) + gate
+        return 2 * dim * d + ElmanRecurrence.num_params(self.recurrent_weight(dim)) + gate
 
     def flops_per_token(self, dim: int, seq_len: int) -> int:
         d = self.inner_size(dim)
         gate = 2 * 2 * d * d if self.gate == "hx" else 2 * dim * d
-        return 2 * 2 * dim * d + ElmanRecurrence.flops_per_token(d) + gate
+        return 2 * 2 * dim * d + ElmanRecurrence.flops_per_token(self.recurrent_weight(dim)) + gate
 
 
 class E1(Mixer):
@@ -54,7 +54,7 @@ class E1(Mixer):
         d = config.inner_size(dim)
         self.gate = config.gate
         self.in_proj = nn.Linear(dim, d if config.gate == "hx" else 2 * d, bias=False)
-        self.recurrence = ElmanRecurrence(d, cell="tanh")
+        self.recurrence = ElmanRecurrence(config.recurrent_weight(dim), cell="tanh")
         self.gate_proj = nn.Linear(2 * d, d) if config.gate == "hx" else None
         self.out_proj = nn.Linear(d, dim, bias=False)
 

@@ -3,19 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Annotated, Literal
 
 import tyro
 
 from elman.errors import UsageError
-from elman.options import check_at_least, check_choices
+from elman.options import OptionalInt, OptionalPath, OptionalStr, check_at_least, check_choices
 from elman.units import parse_count, parse_duration
-
-# Options that may be absent: their help tells what that means, so tyro need not say "None".
-_Int = Annotated[int | None, tyro.conf.arg(metavar="INT", help_behavior_hint="")]
-_Str = Annotated[str | None, tyro.conf.arg(metavar="STR", help_behavior_hint="")]
-_Path = Annotated[Path | None, tyro.conf.arg(metavar="PATH", help_behavior_hint="")]
 
 
 @dataclass(frozen=True)
@@ -24,14 +18,14 @@ class TrainConfig:
 
     model: Annotated[str, tyro.conf.arg(aliases=["--level"])] = "e1"
     """Variant by name or number (1 means e1), or a pattern repeated over the depth, such as e0,e1."""
-    params: _Str = None
+    params: OptionalStr = None
     """Parameters to size the model for, such as 50m; within 2%. The default is 10m where no --dim is given."""
-    dim: _Int = None
+    dim: OptionalInt = None
     """Width of the residual stream; solved for from --params if absent."""
-    depth: _Int = None
+    depth: OptionalInt = None
     """Layers; 6 if absent, or solved for where --params and --dim are given."""
 
-    data: _Path = None
+    data: OptionalPath = None
     """Raw text file, documents ended by 0x1e; Python's standard library if absent."""
     heldout: float = 0.05
     """Part of the file, at its end, kept for evaluation (at most 10 MB)."""
@@ -42,9 +36,9 @@ class TrainConfig:
     grad_accum: int = 1
     """Parts that a step's batch is split into, to save memory; the step stays the same."""
 
-    steps: _Int = None
+    steps: OptionalInt = None
     """Stop after this many steps."""
-    time_limit: _Str = None
+    time_limit: OptionalStr = None
     """Stop after this much training time, such as 10m; evaluation and saving do not count."""
     lr: float = 1e-3
     """Peak learning rate of AdamW."""
@@ -72,9 +66,9 @@ class TrainConfig:
     """Held-out bytes an evaluation reads, evenly spread."""
     save_every: int = 1000
     """Steps between checkpoints; 0 saves only at the end."""
-    out: _Path = None
+    out: OptionalPath = None
     """Run folder to make; runs/MODEL-DATE-TIME if absent. An existing run is never overwritten."""
-    resume: _Path = None
+    resume: OptionalPath = None
     """Run folder to go on with, from its newest checkpoint and with its own options. A --steps or --time-limit given
     beside it replaces the run's end."""
 

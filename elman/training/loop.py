@@ -200,6 +200,7 @@ class Trainer:
         loss = self._accumulate_gradients()
         norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.config.grad_clip or float("inf"))
         self.optimizer.step()
+        self.model.after_step()
         self.optimizer.zero_grad(set_to_none=True)
         self.step += 1
         return rate, loss, norm

@@ -19,7 +19,7 @@ from rich.console import Console
 from elman.data.bytes import open_bytes
 from elman.errors import TrainingError, UsageError
 from elman.generation import generate
-from elman.mixers import mixer_config
+from elman.mixers import MixerConfig, mixer_config
 from elman.training import loop
 from elman.training.config import TrainConfig
 from elman.training.loop import Trainer
@@ -28,6 +28,8 @@ from elman.training.run import RunFolder, load_model, newest_checkpoint, open_ru
 from elman.training.start import resume_run, start_run
 
 E1 = (mixer_config("e1")(),)
+# Its power iteration's vector must be saved too.
+CAPPED = (mixer_config("e1")(constraint="spectral_norm"),)
 
 
 @pytest.fixture
@@ -47,9 +49,9 @@ def config(tmp_path: Path, text: Path) -> TrainConfig:
     )  # fmt: skip
 
 
-def start(config: TrainConfig) -> tuple[int, str]:
+def start(config: TrainConfig, mixers: tuple[MixerConfig, ...] = E1) -> tuple[int, str]:
     output = io.StringIO()
-    return start_run(config, E1, Console(file=output, width=100)), output.getvalue()
+    return start_run(config, mixers, Console(file=output, width=100)), output.getvalue()
 
 
 def resume(config: TrainConfig, **changes: Any) -> tuple[int, str]:
@@ -107,11 +109,15 @@ def test_gradient_accumulation_does_not_change_the_step(config: TrainConfig, tmp
     assert list(parts.values()) == pytest.approx(list(whole.values()), rel=1e-4)
 
 
-@pytest.mark.parametrize("stop_at", [8, 9])
+@pytest.mark.parametrize(("mixers", "stop_at"), [(E1, 8), (E1, 9), (CAPPED, 9)])
 def test_a_resumed_run_equals_an_uninterrupted_one_bit_for_bit(
-    config: TrainConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stop_at: int
+    config: TrainConfig,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    mixers: tuple[MixerConfig, ...],
+    stop_at: int,
 ) -> None:
-    start(replace(config, out=tmp_path / "whole"))
+    start(replace(config, out=tmp_path / "whole"), mixers)
     train_step = Trainer._train_step
 
     def step_then_signal(trainer: Trainer) -> Any:
@@ -122,7 +128,7 @@ def test_a_resumed_run_equals_an_uninterrupted_one_bit_for_bit(
 
     with monkeypatch.context() as patch:
         patch.setattr(Trainer, "_train_step", step_then_signal)
-        code, output = start(config)
+        code, output = start(config, mixers)
     assert code == 130
     assert f"stopped at step {stop_at}" in output
     assert f"elman train --resume {config.out}" in output
@@ -131,6 +137,15 @@ def test_a_resumed_run_equals_an_uninterrupted_one_bit_for_bit(
     assert f"going on from step {stop_at}" in output
     assert losses(config.out) == losses(tmp_path / "whole")  # type: ignore[arg-type]
     assert len(RunFolder(config.out).read_json("env.json")) == 2  # type: ignore[arg-type]
+
+
+def test_what_follows_the_weights_follows_every_step(config: TrainConfig) -> None:
+    start(replace(config, steps=40), CAPPED)
+    assert config.out is not None
+    for layer in load_model(config.out).layers:
+        weight = layer.mixer.recurrence.weight_h
+        assert torch.linalg.matrix_norm(weight.unscaled(), 2) > 1.2
+        assert torch.linalg.matrix_norm(weight(), 2) < 1.0
 
 
 def test_steps_after_the_last_save_are_done_again(config: TrainConfig, tmp_path: Path) -> None:
@@ -275,12 +290,13 @@ def pretend_to_compile(monkeypatch: pytest.MonkeyPatch, error: Exception | None 
     return calls
 
 
+@pytest.mark.parametrize("mixers", [E1, CAPPED])
 def test_compiling_leaves_no_trace_but_its_time(
-    config: TrainConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    config: TrainConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, mixers: tuple[MixerConfig, ...]
 ) -> None:
-    start(replace(config, out=tmp_path / "plain", grad_accum=2))
+    start(replace(config, out=tmp_path / "plain", grad_accum=2), mixers)
     calls = pretend_to_compile(monkeypatch)
-    start(replace(config, compile="on", grad_accum=2))
+    start(replace(config, compile="on", grad_accum=2), mixers)
     assert len(calls) == 2  # layers and loss
     assert losses(config.out) == losses(tmp_path / "plain")  # type: ignore[arg-type]
     for out, compiled, backend in ((config.out, True, "loop"), (tmp_path / "plain", False, "reference")):
