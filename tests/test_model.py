@@ -22,6 +22,9 @@ from elman.training.checkpoint import Checkpoint, load_checkpoint, save_checkpoi
 OPTIONS = {
     "e0": [{"gate": "input"}, {"expansion": 1.5}],
     "e1": [{"gate": "hx"}, {"gate": "sigmoid"}, {"expansion": 0.5, "gate": "hx"}],
+    "rnn": [{"kernels": "elman"}],
+    "gru": [{"kernels": "elman"}],
+    "lstm": [{"kernels": "elman", "expansion": 1.5}],
 }
 VARIANTS = [mixer_config(name)(**options) for name in mixer_names() for options in ({}, *OPTIONS.get(name, []))]
 B, T = 3, 11

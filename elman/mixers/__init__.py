@@ -16,6 +16,9 @@ __all__ = ["Mixer", "MixerConfig", "State", "mixer_config", "mixer_names", "pars
 _REGISTRY = {
     "e0": "elman.mixers.e0:E0Config",
     "e1": "elman.mixers.e1:E1Config",
+    "rnn": "elman.mixers.torch_rnn:RNNConfig",
+    "gru": "elman.mixers.torch_rnn:GRUConfig",
+    "lstm": "elman.mixers.torch_rnn:LSTMConfig",
 }
 
 
