@@ -25,6 +25,7 @@ OPTIONS = {
     "rnn": [{"kernels": "elman"}],
     "gru": [{"kernels": "elman"}],
     "lstm": [{"kernels": "elman", "expansion": 1.5}],
+    "mingru": [{"expansion": 1.5}],
 }
 VARIANTS = [mixer_config(name)(**options) for name in mixer_names() for options in ({}, *OPTIONS.get(name, []))]
 B, T = 3, 11

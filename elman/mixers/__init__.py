@@ -19,6 +19,8 @@ _REGISTRY = {
     "rnn": "elman.mixers.torch_rnn:RNNConfig",
     "gru": "elman.mixers.torch_rnn:GRUConfig",
     "lstm": "elman.mixers.torch_rnn:LSTMConfig",
+    "mingru": "elman.mixers.min_rnn:MinGRUConfig",
+    "minlstm": "elman.mixers.min_rnn:MinLSTMConfig",
 }
 
 
