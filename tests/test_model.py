@@ -26,6 +26,7 @@ OPTIONS = {
     "gru": [{"kernels": "elman"}],
     "lstm": [{"kernels": "elman", "expansion": 1.5}],
     "mingru": [{"expansion": 1.5}],
+    "transformer": [{"head_dim": 8, "mlp": 2.0}],
 }
 VARIANTS = [mixer_config(name)(**options) for name in mixer_names() for options in ({}, *OPTIONS.get(name, []))]
 B, T = 3, 11
