@@ -26,6 +26,7 @@ OPTIONS = {
     "gru": [{"kernels": "elman"}],
     "lstm": [{"kernels": "elman", "expansion": 1.5}],
     "mingru": [{"expansion": 1.5}],
+    "mamba2": [{"d_state": 8, "headdim": 8, "d_conv": 3, "expand": 1.5}],
     "transformer": [{"head_dim": 8, "mlp": 2.0}],
 }
 VARIANTS = [mixer_config(name)(**options) for name in mixer_names() for options in ({}, *OPTIONS.get(name, []))]
@@ -221,6 +222,18 @@ def test_a_saved_and_loaded_model_gives_the_same_logits(mixer: MixerConfig, tmp_
     loaded = LanguageModel(ModelConfig.from_dict(model.config.to_dict())).double()
     loaded.load_state_dict(load_checkpoint(path, with_trainer=False).model)
     assert torch.equal(loaded(text)[0], logits)
+
+
+def test_a_hybrid_streams_and_resets_like_its_parts() -> None:
+    names = ("e1", "mamba2", "lstm", "transformer", "mingru")
+    model, text = build(*(mixer_config(name)() for name in names), depth=len(names)), tokens()
+    reset = torch.zeros(B, T, dtype=torch.bool)
+    reset[1, 6] = True
+    whole, _ = model(text, None, reset)
+    first, state = model(text[:, :4])
+    rest, _ = model(text[:, 4:], state, reset[:, 4:])
+    torch.testing.assert_close(torch.cat((first, rest), 1), whole)
+    torch.testing.assert_close(whole[1:2, 6:], model(text[1:2, 6:])[0])
 
 
 def test_loss_is_that_of_plain_cross_entropy() -> None:

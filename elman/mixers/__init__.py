@@ -21,6 +21,7 @@ _REGISTRY = {
     "lstm": "elman.mixers.torch_rnn:LSTMConfig",
     "mingru": "elman.mixers.min_rnn:MinGRUConfig",
     "minlstm": "elman.mixers.min_rnn:MinLSTMConfig",
+    "mamba2": "elman.mixers.mamba2:Mamba2Config",
     "transformer": "elman.mixers.transformer:TransformerConfig",
 }
 
