@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import io
 import os
+import re
 import signal
 import sys
 from dataclasses import dataclass
@@ -157,12 +158,14 @@ def _train_command(argv: list[str]) -> Any:
         names = parse_pattern(choice.model if choice.model is not None else "e1")
         mixers = [mixer_config(name)() for name in names]
     distinct = {mixer.name: mixer for mixer in mixers}
+    #: What a dataclass may call a variant of any name.
+    attributes = {name: re.sub(r"\W", "_", name) for name in distinct}
 
     def run_command(self: Any, console: Console) -> int:
         from elman.training.display import RunConsole
         from elman.training.start import resume_run, start_run
 
-        chosen = tuple(getattr(self, name) for name in names)
+        chosen = tuple(getattr(self, attributes[name]) for name in names)
         return (start_run if self.config.resume is None else resume_run)(self.config, chosen, RunConsole(**_PLAIN))
 
     def prefix(name: str) -> Any:
@@ -174,7 +177,7 @@ def _train_command(argv: list[str]) -> Any:
         [
             ("config", Annotated[TrainConfig, tyro.conf.arg(name="")], config_field),
             *(
-                (name, Annotated[type(mixer), prefix(name)], dataclasses.field(default=mixer))
+                (attributes[name], Annotated[type(mixer), prefix(name)], dataclasses.field(default=mixer))
                 for name, mixer in distinct.items()
             ),
         ],

@@ -77,6 +77,7 @@ def models(params: str, depth: int, seq_len: int, console: Console) -> int:
         counts = (num_params(config), flops_per_token(config, seq_len), state_size(config, seq_len))
         table.add_row(name, mixer.equation, str(config.dim), *(format_count(count) for count in counts))
     console.print(table)
+    console.print("fla:NAME is the layer NAME of the package flash-linear-attention, such as fla:GatedDeltaNet.")
     console.print("FLOPs: forward, 2 a multiply-add; training costs 3 times that. State: numbers a sequence.")
     return 0
 

@@ -84,7 +84,10 @@ def describe_environment(device: torch.device) -> dict[str, Any]:
 def package_versions() -> dict[str, str | None]:
     """Versions of the packages that decide what a run computes; None where one is absent."""
     versions: dict[str, str | None] = {}
-    for name in ("torch", "numpy", "triton", "safetensors", "cuda-core"):
+    for name in (
+        *("torch", "numpy", "triton", "safetensors", "cuda-core"),
+        *("mamba-ssm", "causal-conv1d", "flash-linear-attention"),
+    ):
         try:
             versions[name] = importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError:

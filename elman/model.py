@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from elman.errors import UsageError
-from elman.mixers import MixerConfig, State, mixer_config
+from elman.mixers import Mixer, MixerConfig, State, mixer_config
 from elman.mixers.base import FollowsWeights
 from elman.ops import add_norm
 
@@ -92,10 +92,10 @@ class AddNorm(nn.Module):
 class Layer(nn.Module):
     """``x + mixer(norm(x))``."""
 
-    def __init__(self, dim: int, mixer: MixerConfig) -> None:
+    def __init__(self, dim: int, mixer: Mixer) -> None:
         super().__init__()
         self.norm = AddNorm(dim)
-        self.mixer = mixer.build(dim)
+        self.mixer = mixer
         self.mixer.initialize()
 
     def forward(
@@ -105,6 +105,11 @@ class Layer(nn.Module):
         y, state = self.mixer(normed, state, reset)
         x, normed = next_norm(x, y)
         return x, normed, state
+
+
+def _chain(mixer: MixerConfig, dim: int) -> tuple[Mixer, ...]:
+    built = mixer.build(dim)
+    return built if isinstance(built, tuple) else (built,)
 
 
 def _call(module: nn.Module, *arguments: Any) -> Any:
@@ -125,7 +130,8 @@ class LanguageModel(nn.Module):
         super().__init__()
         self.config = config
         self.embedding = nn.Embedding(config.vocab_size, config.dim)
-        self.layers = nn.ModuleList(Layer(config.dim, mixer) for mixer in config.layers())
+        chains = (_chain(mixer, config.dim) for mixer in config.layers())
+        self.layers = nn.ModuleList(Layer(config.dim, mixer) for chain in chains for mixer in chain)
         self.norm = AddNorm(config.dim)
         nn.init.normal_(self.embedding.weight, std=0.02)
         self._call_in_training = _call
@@ -154,7 +160,7 @@ class LanguageModel(nn.Module):
             reset: (B, T) bool; where true, that row starts anew at that token.
 
         Returns:
-            Logits (B, T, V) in the dtype of the head's product, and the state: one entry a layer.
+            Logits (B, T, V) in the dtype of the head's product, and the state: one entry a mixer.
         """
         if tokens.ndim != 2:
             raise UsageError(f"tokens has shape {tuple(tokens.shape)}: give (B, T)")
@@ -169,7 +175,9 @@ class LanguageModel(nn.Module):
         new_state = []
         for i, layer in enumerate(self.layers):
             layer_state = None if state is None else state[i]
-            x, normed, layer_state = call(layer, x, normed, norms[i + 1], layer_state, reset)
+            assert isinstance(layer, Layer)
+            run = call if layer.mixer.compiles else _call
+            x, normed, layer_state = run(layer, x, normed, norms[i + 1], layer_state, reset)
             new_state.append(layer_state)
         logits = F.linear(normed, self.embedding.weight)
         return logits.transpose(0, 1), tuple(new_state)

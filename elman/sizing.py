@@ -107,7 +107,11 @@ def _with_width(config: ModelConfig, granularity: int, n: int) -> ModelConfig:
 
 def _nearest(make: Callable[[int], ModelConfig], upper: int, params: int) -> list[ModelConfig]:
     """The one or two of ``make(1 ... upper)`` around the target, the nearer first. More n is more parameters."""
-    above = bisect.bisect_right(range(1, upper), params, key=lambda n: num_params(make(n))) + 1
+    # Doubling first: a layer of another package is counted by making it, which takes long where it is very wide.
+    above = 1
+    while above < upper and num_params(make(above)) <= params:
+        above = min(2 * above, upper)
+    above = bisect.bisect_right(range(1, above), params, key=lambda n: num_params(make(n))) + 1
     around = [make(n) for n in (above - 1, above) if n > 0]
     return sorted(around, key=lambda config: abs(num_params(config) - params))
 

@@ -1,6 +1,7 @@
 """The commands as a user types them: what they print, and one clear line for every mistake."""
 
 import io
+import json
 import os
 import re
 import subprocess
@@ -77,6 +78,7 @@ BAD_INPUT = {
     ),
     "bad heldout": (["--heldout", "2", "--data", "text", "--steps", "1"], "--heldout 2.0 is out of range"),
     "bad eval bytes": (["--eval-bytes", "many", "--steps", "1"], "--eval-bytes 'many' is no count"),
+    "missing package": (["--model", "fla:GLA", "--steps", "1"], "fla:GLA needs flash-linear-attention"),
     "bad expansion": (["--expansion", "-1", "--steps", "1"], "--expansion -1.0 is out of range"),
     "structure and constraint": (
         ["--structure", "low_rank", "--constraint", "scaled_orthogonal", "--steps", "1"],
@@ -227,6 +229,15 @@ def test_a_pattern_of_variants_trains_and_resumes(folder: Path) -> None:
     argv = ["--model", "e0,e1", "--e0.gate", "input", "--data", "text", *TINY, "--out", "mixed"]
     assert run("train", *argv, "--steps", 2) == 0
     assert run("train", "--resume", "mixed", "--steps", 3) == 0
+
+
+def test_a_hybrid_with_options_of_its_parts_trains_and_says_what_ran(folder: Path) -> None:
+    options = "--mamba2.d-state 8 --lstm.kernels elman --transformer.mlp 2"
+    argv = ["--model", "e1,mamba2,lstm,transformer,mingru", *options.split(), "--data", "text", *TINY, "--depth", 5]
+    assert run("train", *argv, "--steps", 2, "--out", "hybrid") == 0
+    (session,) = json.loads(Path("hybrid/env.json").read_text())
+    assert session["backends"] == ["reference", "torch", "reference", "sdpa", "scan"]
+    assert run("generate", "hybrid", "--bytes", 5) == 0
 
 
 def test_models_and_doctor(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -4,16 +4,19 @@ import copy
 import functools
 import itertools
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
 from torch._dynamo.testing import CompileCounterWithBackend
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from elman.errors import UsageError
 from elman.mixers import MixerConfig, mixer_config, mixer_names
 from elman.model import LanguageModel, ModelConfig, next_token_loss
 from elman.sizing import flops_per_token, num_params, state_size
+from elman.training.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
 
 #: Options beside the defaults that change what a variant computes; every variant needs no more than its name here.
 OPTIONS = {
@@ -34,6 +37,12 @@ OPTIONS = {
     ],
     "e4": [{"rank": 5, "expansion": 1.0}, {"constraint": "spectral_norm", "spectral_mode": "rescale"}],
     "e5": [{"gate": "none"}, {"rank": 7, "constraint": "spectral_norm"}],
+    "rnn": [{"kernels": "elman"}],
+    "gru": [{"kernels": "elman"}],
+    "lstm": [{"kernels": "elman", "expansion": 1.5}],
+    "mingru": [{"expansion": 1.5}],
+    "mamba2": [{"d_state": 8, "headdim": 8, "d_conv": 3, "expand": 1.5}],
+    "transformer": [{"head_dim": 8, "mlp": 2.0}],
 }
 VARIANTS = [mixer_config(name)(**options) for name in mixer_names() for options in ({}, *OPTIONS.get(name, []))]
 B, T = 3, 11
@@ -102,7 +111,8 @@ def test_resets_equal_separate_sequences(mixer: MixerConfig) -> None:
 @pytest.mark.parametrize(("dim", "depth"), [(16, 2), (40, 3)])
 def test_counts_are_those_of_the_module(mixer: MixerConfig, dim: int, depth: int) -> None:
     config = ModelConfig(dim, depth, (mixer,))
-    model = LanguageModel(config)
+    # In float64 and without fused attention, PyTorch's counter sees every product on a CPU.
+    model = LanguageModel(config).double()
     assert num_params(config) == sum(parameter.numel() for parameter in model.parameters())
     _, state = model(tokens())
     # By the difference of two batches: what a call costs however many rows it has, such as composing W_h, is left out.
@@ -111,7 +121,7 @@ def test_counts_are_those_of_the_module(mixer: MixerConfig, dim: int, depth: int
 
 
 def total_flops(model: LanguageModel, batch: int) -> int:
-    with FlopCounterMode(display=False) as counter:
+    with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
         model(tokens()[:1].expand(batch, T))
     return counter.get_total_flops()
 
@@ -159,9 +169,10 @@ def test_compiled_training_is_plain_training_and_one_compilation_a_kind_of_layer
     plain = gradients(model, text, targets)
     counter = compile_counting(model, "aot_eager")
     torch.testing.assert_close(gradients(model, text, targets), plain)
-    assert counter.frame_count == 2  # the first norm and the layers
+    kinds = {type(layer.mixer) for layer in model.layers if layer.mixer.compiles}
+    assert counter.frame_count == 1 + len(kinds)  # the first norm and the layers
     model.eval()(tokens(4)[:, :5])
-    assert counter.frame_count == 2
+    assert counter.frame_count == 1 + len(kinds)
 
 
 @compiles
@@ -195,7 +206,7 @@ def test_autocast_keeps_the_residual_stream_and_rounds_what_products_read() -> N
 @pytest.mark.parametrize("name", mixer_names())
 @compiles
 def test_compiled_training_on_the_gpu_errs_no_more_than_plain(name: str) -> None:
-    """Over float64, as a multiple of what plain autocast errs; and twice the same bits."""
+    """Over float64, as a multiple of what plain autocast errs; and twice the same bits where the kernels are ours."""
     model = build(mixer_config(name)(), dim=64).cuda()
     text, targets = (torch.randint(256, (16, 64), device="cuda") for _ in range(2))
     exact = gradients(model, text, targets)
@@ -207,7 +218,7 @@ def test_compiled_training_on_the_gpu_errs_no_more_than_plain(name: str) -> None
     for name, truth in exact.items():
         errors = [(found[name].double() - truth).norm() for found in (compiled, plain)]
         assert 0 < errors[0] <= 1.5 * errors[1], name
-        assert torch.equal(compiled[name], again[name]), name
+        assert torch.equal(compiled[name], again[name]) or not all(layer.mixer.compiles for layer in model.layers), name
 
 
 def test_a_pattern_repeats_over_the_depth() -> None:
@@ -222,6 +233,28 @@ def test_a_pattern_repeats_over_the_depth() -> None:
 def test_config_survives_json(mixer: MixerConfig) -> None:
     config = ModelConfig(16, 2, (mixer,))
     assert ModelConfig.from_dict(config.to_dict()) == config
+
+
+@variants
+def test_a_saved_and_loaded_model_gives_the_same_logits(mixer: MixerConfig, tmp_path: Path) -> None:
+    model, text = build(mixer), tokens()
+    logits, _ = model(text)
+    path = save_checkpoint(tmp_path, Checkpoint(1, model.state_dict(), {}))
+    loaded = LanguageModel(ModelConfig.from_dict(model.config.to_dict())).double()
+    loaded.load_state_dict(load_checkpoint(path, with_trainer=False).model)
+    assert torch.equal(loaded(text)[0], logits)
+
+
+def test_a_hybrid_streams_and_resets_like_its_parts() -> None:
+    names = ("e1", "mamba2", "lstm", "transformer", "mingru")
+    model, text = build(*(mixer_config(name)() for name in names), depth=len(names)), tokens()
+    reset = torch.zeros(B, T, dtype=torch.bool)
+    reset[1, 6] = True
+    whole, _ = model(text, None, reset)
+    first, state = model(text[:, :4])
+    rest, _ = model(text[:, 4:], state, reset[:, 4:])
+    torch.testing.assert_close(torch.cat((first, rest), 1), whole)
+    torch.testing.assert_close(whole[1:2, 6:], model(text[1:2, 6:])[0])
 
 
 def test_loss_is_that_of_plain_cross_entropy() -> None:

@@ -18,6 +18,13 @@ _REGISTRY = {
     "e1": "elman.mixers.e1:E1Config",
     "e4": "elman.mixers.e4:E4Config",
     "e5": "elman.mixers.e5:E5Config",
+    "rnn": "elman.mixers.torch_rnn:RNNConfig",
+    "gru": "elman.mixers.torch_rnn:GRUConfig",
+    "lstm": "elman.mixers.torch_rnn:LSTMConfig",
+    "mingru": "elman.mixers.min_rnn:MinGRUConfig",
+    "minlstm": "elman.mixers.min_rnn:MinLSTMConfig",
+    "mamba2": "elman.mixers.mamba2:Mamba2Config",
+    "transformer": "elman.mixers.transformer:TransformerConfig",
 }
 
 
@@ -27,11 +34,15 @@ def mixer_names() -> list[str]:
 
 
 def mixer_config(name: str) -> type[MixerConfig]:
-    """The config class of a registered variant. Its file is imported only now.
+    """The config class of a registered variant, or of ``fla:NAME``. Its file is imported only now.
 
     Raises:
-        UsageError: no variant has this name; the nearest are named.
+        UsageError: no variant has this name; the nearest are named. Or its package is not installed.
     """
+    if name.startswith("fla:"):
+        from elman.mixers.fla import fla_config
+
+        return fla_config(name)
     if name not in _REGISTRY:
         near = difflib.get_close_matches(name, _REGISTRY, n=3, cutoff=0.4) or list(_REGISTRY)
         raise UsageError(
@@ -44,8 +55,5 @@ def mixer_config(name: str) -> type[MixerConfig]:
 
 def parse_pattern(text: str) -> tuple[str, ...]:
     """``"e1"`` or ``"e1,e1,e0"``: the variants of successive layers, repeated over the depth. ``"1"`` means ``e1``."""
-    names = [name.strip().lower() for name in text.split(",")]
-    names = [f"e{name}" if name.isdigit() else name for name in names]
-    for name in names:
-        mixer_config(name)
-    return tuple(names)
+    names = [name.strip() if name.strip().startswith("fla:") else name.strip().lower() for name in text.split(",")]
+    return tuple(mixer_config(f"e{name}" if name.isdigit() else name).name for name in names)

@@ -6,12 +6,37 @@ from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
+import torch
 from torch import Tensor, nn
 
+from elman.errors import UsageError
 from elman.options import check_choices
+
+#: Widths of heads and their like are multiples of this, which the hardware's fast kernels need.
+_MULTIPLE = 8
 
 #: What a mixer carries from one chunk to the next: a pytree of tensors whose first axis is the batch. None: at rest.
 State = Any
+
+
+def round_width(width: float) -> int:
+    """The nearest width, at least 1, that fast kernels take: a multiple of 8."""
+    return max(1, round(width / _MULTIPLE)) * _MULTIPLE
+
+
+def split_heads(width: float, head_width: int) -> tuple[int, int]:
+    """Heads that share about ``width`` units evenly: how many, and how wide each.
+
+    Of all even widths from half to one and a half times ``head_width`` whose heads make one that fast kernels take,
+    the one nearest to ``width`` in all; of those, a width that fast kernels take, and the nearest to ``head_width``.
+    """
+    if width <= head_width:
+        return 1, round_width(width)
+    splits = [(round(width / each), each) for each in range(head_width // 4 * 2, head_width * 3 // 2 + 1, 2)]
+    return min(
+        ((heads, each) for heads, each in splits if heads * each % _MULTIPLE == 0),
+        key=lambda split: (abs(split[0] * split[1] - width), split[1] % _MULTIPLE > 0, abs(split[1] - head_width)),
+    )
 
 
 class Mixer(nn.Module, ABC):
@@ -24,6 +49,11 @@ class Mixer(nn.Module, ABC):
                 nn.init.normal_(module.weight, std=0.02)
                 if module.bias is not None:
                     nn.init.zeros_(module.bias)
+
+    @property
+    def compiles(self) -> bool:
+        """Whether ``torch.compile`` takes ``forward`` in one piece; a layer that it does not take runs plain."""
+        return True
 
     @abstractmethod
     def forward(self, x: Tensor, state: State, reset: Tensor | None) -> tuple[Tensor, State]:
@@ -62,8 +92,18 @@ class MixerConfig(ABC):
         check_choices(self)
 
     @abstractmethod
-    def build(self, dim: int) -> Mixer:
-        """The module at width ``dim``."""
+    def build(self, dim: int) -> Mixer | tuple[Mixer, ...]:
+        """The module at width ``dim``; several where the layer is a chain of them, each between a norm and a sum.
+
+        The norms behind the first are part of this config's ``num_params``.
+        """
+
+    def check_device(self, device: torch.device) -> None:  # noqa: B027
+        """Training calls this before it starts on ``device``.
+
+        Raises:
+            UsageError: what would run there is not what the options ask for.
+        """
 
     @abstractmethod
     def num_params(self, dim: int) -> int:
@@ -80,3 +120,20 @@ class MixerConfig(ABC):
     @abstractmethod
     def state_size(self, dim: int, seq_len: int) -> int:
         """Numbers carried from one step to the next, a sequence. ``seq_len``: as for ``flops_per_token``."""
+
+
+@dataclass(frozen=True)
+class ExpandedConfig(MixerConfig):
+    """A variant whose inner width may differ from the model's."""
+
+    expansion: float = 1.0
+    """Inner width as a multiple of the model width."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not 0 < self.expansion <= 64:
+            raise UsageError(f"--expansion {self.expansion} is out of range: give a number above 0 and up to 64")
+
+    def inner_size(self, dim: int) -> int:
+        """d, the number of recurrent units at model width ``dim``."""
+        return max(1, round(self.expansion * dim))

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from torch import Tensor, nn
 
 from elman.errors import UsageError
+from elman.mixers.base import ExpandedConfig
 from elman.mixers.recurrent_weight import Structure, WeightConfig, WeightOptions
 from elman.ops import recurrence
 from elman.options import OptionalFloat, OptionalInt, check_at_least, flag
@@ -48,7 +49,7 @@ class ElmanRecurrence(nn.Module):
 
 
 @dataclass(frozen=True)
-class ElmanConfig(WeightOptions):
+class ElmanConfig(ExpandedConfig, WeightOptions):
     """Options that every dense Elman variant takes."""
 
     structure: Structure = "dense"
@@ -62,13 +63,9 @@ class ElmanConfig(WeightOptions):
     then U V has as many weights as a dense W_h at e = 1."""
     density: OptionalFloat = None
     """Part of each unit's connections that sparse_low_rank keeps beside U V; 0.1 if absent."""
-    expansion: float = 1.0
-    """Inner width as a multiple of the model width."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not 0 < self.expansion <= 64:
-            raise UsageError(f"--expansion {self.expansion} is out of range: give a number above 0 and up to 64")
         for name, structures in _TAKEN_BY.items():
             if getattr(self, name) is not None and self.structure not in structures:
                 raise UsageError(

@@ -2,6 +2,15 @@
 
 from elman.ops.backends import BACKENDS, backend_status
 from elman.ops.norm import add_norm
-from elman.ops.recurrence import record_backends, recurrence
+from elman.ops.recurrence import note_backend, record_backends, recurrence
+from elman.ops.scan import linear_scan
 
-__all__ = ["BACKENDS", "add_norm", "backend_status", "record_backends", "recurrence"]
+__all__ = [
+    "BACKENDS",
+    "add_norm",
+    "backend_status",
+    "linear_scan",
+    "note_backend",
+    "record_backends",
+    "recurrence",
+]

@@ -20,13 +20,21 @@ _used: list[str] | None = None
 
 @contextlib.contextmanager
 def record_backends() -> Iterator[list[str]]:
-    """The backends that ``recurrence`` takes inside the ``with`` block, in the order of the calls."""
+    """What runs the mixers' steps inside the ``with`` block, in the order of the calls: ``recurrence``'s backends, and
+    the names that ``note_backend`` is told.
+    """
     global _used
     before, _used = _used, []
     try:
         yield _used
     finally:
         _used = before
+
+
+def note_backend(name: str) -> None:
+    """Tell ``record_backends`` what runs: of a mixer whose steps are not run by ``recurrence``."""
+    if _used is not None:
+        _used.append(name)
 
 
 def recurrence(
@@ -88,8 +96,7 @@ def recurrence(
     seq_len, batch, gates, hidden = pre.shape
     problem = Problem(seq_len, batch, hidden, pre.dtype, pre.device, type(operator), rule, operator.heads)
     chosen = choose(backend, problem)
-    if _used is not None:
-        _used.append(chosen)
+    note_backend(chosen)
     with torch.autocast(pre.device.type, enabled=False):
         if bias is not None and rule.additive:
             pre, bias = pre + F.pad(bias, (0, 0, 0, gates - rule.products)), None

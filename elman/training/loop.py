@@ -49,6 +49,8 @@ class Trainer:
         self.model_config = model_config
         self.console = console
         self.device = resolve_device(config.device)
+        for mixer in model_config.mixers:
+            mixer.check_device(self.device)
         self.bf16 = config.precision == "bf16" or (config.precision == "auto" and supports_bf16(self.device))
         data = open_bytes(config.data, config.heldout)
         self.fingerprint = data.fingerprint()

@@ -14,6 +14,7 @@ import contextlib
 import datetime
 import itertools
 import json
+import re
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -156,7 +157,9 @@ def create(path: Path | None, pattern: str) -> Iterator[RunFolder]:
     """
     try:
         if path is None:
-            path = _make_unique(Path("runs"), f"{pattern.replace(',', '-')}-{datetime.datetime.now():%Y%m%d-%H%M%S}")
+            path = _make_unique(
+                Path("runs"), f"{re.sub(r'[,:]', '-', pattern)}-{datetime.datetime.now():%Y%m%d-%H%M%S}"
+            )
         else:
             path.mkdir(parents=True, exist_ok=True)
     except OSError as error:

@@ -1,0 +1,129 @@
+"""The LSTM, the GRU and the tanh network as PyTorch defines them, by its kernels or by ours.
+
+    h   = RNN(x)        torch.nn.LSTM, GRU or RNN, one layer of d units
+    out = W_out h
+
+Sources: Hochreiter and Schmidhuber (1997), Cho et al. (2014), Elman (1990). Weights start as PyTorch starts them.
+"""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils._pytree import tree_map
+
+from elman.mixers.base import ExpandedConfig, Mixer, State
+from elman.ops import note_backend, recurrence
+
+
+@dataclass(frozen=True)
+class TorchRNNConfig(ExpandedConfig):
+    """G gates, each with matrices of the input and of the state: G (e + e²) + e weights in units of D²."""
+
+    gates: ClassVar[int]
+    states: ClassVar[int] = 1
+    cell: ClassVar[str]
+
+    kernels: Literal["cudnn", "elman"] = "cudnn"
+    """Who runs the steps on a GPU: cuDNN (PyTorch itself on a CPU), or this package. The values are the same. A chunk
+    with resets inside, which cuDNN cannot run, always takes the latter."""
+
+    @abstractmethod
+    def make(self, dim: int, size: int) -> nn.RNNBase:
+        """PyTorch's module."""
+
+    def build(self, dim: int) -> TorchRNN:
+        return TorchRNN(dim, self)
+
+    def num_params(self, dim: int) -> int:
+        d = self.inner_size(dim)
+        return self.gates * (dim * d + d * d + 2 * d) + d * dim
+
+    def flops_per_token(self, dim: int, seq_len: int) -> int:
+        d = self.inner_size(dim)
+        return 2 * self.gates * (dim * d + d * d) + 2 * d * dim
+
+    def state_size(self, dim: int, seq_len: int) -> int:
+        return self.states * self.inner_size(dim)
+
+
+@dataclass(frozen=True)
+class LSTMConfig(TorchRNNConfig):
+    """PyTorch's LSTM: 4e + 4e² + e weights in units of D² (9 at e = 1)."""
+
+    name: ClassVar[str] = "lstm"
+    equation: ClassVar[str] = "c = σ(f) c + σ(i) tanh(g); y = σ(o) tanh(c); i, f, g, o = W_h y + W_x x + b"
+    gates: ClassVar[int] = 4
+    states: ClassVar[int] = 2
+    cell: ClassVar[str] = "lstm"
+
+    def make(self, dim: int, size: int) -> nn.RNNBase:
+        return nn.LSTM(dim, size)
+
+
+@dataclass(frozen=True)
+class GRUConfig(TorchRNNConfig):
+    """PyTorch's GRU: 3e + 3e² + e weights in units of D² (7 at e = 1)."""
+
+    name: ClassVar[str] = "gru"
+    equation: ClassVar[str] = "y = (1 − z) tanh(W_n x + r (U_n y + c) + b) + z y; r, z = σ(W x + U y + b)"
+    gates: ClassVar[int] = 3
+    cell: ClassVar[str] = "gru"
+
+    def make(self, dim: int, size: int) -> nn.RNNBase:
+        return nn.GRU(dim, size)
+
+
+@dataclass(frozen=True)
+class RNNConfig(TorchRNNConfig):
+    """PyTorch's tanh network: e + e² + e weights in units of D² (3 at e = 1)."""
+
+    name: ClassVar[str] = "rnn"
+    equation: ClassVar[str] = "y = tanh(W_h y + W_x x + b)"
+    gates: ClassVar[int] = 1
+    cell: ClassVar[str] = "tanh"
+
+    def make(self, dim: int, size: int) -> nn.RNNBase:
+        return nn.RNN(dim, size)
+
+
+class TorchRNN(Mixer):
+    """See the top of this file; shapes as in ``Mixer.forward``, the state being h (B, d), of the LSTM (h, c)."""
+
+    def __init__(self, dim: int, config: TorchRNNConfig) -> None:
+        super().__init__()
+        d = config.inner_size(dim)
+        self.kernels = config.kernels
+        self.cell, self.gates = config.cell, config.gates
+        self.rnn = config.make(dim, d)
+        self.out_proj = nn.Linear(d, dim, bias=False)
+
+    @property
+    def compiles(self) -> bool:
+        # torch.compile refuses to look into PyTorch's own RNNs; nor is there anything to fuse.
+        return False
+
+    def forward(self, x: Tensor, state: State, reset: Tensor | None) -> tuple[Tensor, State]:
+        if self.kernels == "cudnn" and reset is None:
+            h, state = self._run_torch(x, state)
+        else:
+            h, state = self._run_elman(x, state, reset)
+        return self.out_proj(h), state
+
+    def _run_torch(self, x: Tensor, state: State) -> tuple[Tensor, State]:
+        note_backend("cudnn" if x.is_cuda else "torch")
+        # PyTorch's states have an axis of layers in front.
+        h, state = self.rnn(x, tree_map(lambda s: s.unsqueeze(0), state) if state is not None else None)
+        return h, tree_map(lambda s: s.squeeze(0), state)
+
+    def _run_elman(self, x: Tensor, state: State, reset: Tensor | None) -> tuple[Tensor, State]:
+        weight_ih, weight_hh, bias_ih, bias_hh = self.rnn.all_weights[0]
+        gates = (self.gates,) if self.gates > 1 else ()
+        size = self.rnn.hidden_size
+        pre = F.linear(x, weight_ih, bias_ih).view(*x.shape[:2], *gates, size)
+        weight, bias = weight_hh.view(*gates, size, size), bias_hh.view(self.gates, size)
+        return recurrence(pre, weight, state, cell=self.cell, bias=bias, reset=reset)
