@@ -22,6 +22,7 @@ OPTIONS = {
         {"expansion": 1.5},
         {"structure": "diagonal"},
         {"structure": "monarch", "constraint": "spectral_norm"},
+        {"conv": 4},
     ],
     "e1": [
         {"gate": "hx"},
@@ -31,9 +32,12 @@ OPTIONS = {
         {"structure": "sparse_low_rank", "rank": 3, "density": 0.3},
         {"structure": "random_projection", "rank": 8},
         {"constraint": "scaled_orthogonal"},
+        {"conv": 4},
     ],
     "e4": [{"rank": 5, "expansion": 1.0}, {"constraint": "spectral_norm", "spectral_mode": "rescale"}],
     "e5": [{"gate": "none"}, {"rank": 7, "constraint": "spectral_norm"}],
+    "e10": [{"banks": 2, "expansion": 1.5, "conv": 3}, {"structure": "diagonal"}],
+    "e15": [{"gate": "hx", "conv": 2}],
 }
 VARIANTS = [mixer_config(name)(**options) for name in mixer_names() for options in ({}, *OPTIONS.get(name, []))]
 B, T = 3, 11

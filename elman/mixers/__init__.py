@@ -18,6 +18,8 @@ _REGISTRY = {
     "e1": "elman.mixers.e1:E1Config",
     "e4": "elman.mixers.e4:E4Config",
     "e5": "elman.mixers.e5:E5Config",
+    "e10": "elman.mixers.e10:E10Config",
+    "e15": "elman.mixers.e15:E15Config",
 }
 
 
