@@ -73,7 +73,8 @@ def choose(name: str, problem: Problem) -> str:
     if name == "auto":
         if problem.device.type != "cuda":
             # A compiler unrolls the reference's loop over time, and so would never end.
-            return "loop" if torch.compiler.is_compiling() else "reference"
+            compiles = torch.compiler.is_compiling() and problem.cell.backward is not None
+            return "loop" if compiles else "reference"
         able = (name for name, backend in reversed(BACKENDS.items()) if backend.why_not(problem) is None)
         return next(name for name in able if BACKENDS[name].pays(problem))
     if name not in BACKENDS:
