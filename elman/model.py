@@ -133,7 +133,8 @@ class LanguageModel(nn.Module):
     def compile_training(self, wrap: Callable[[Callable[..., Any]], Callable[..., Any]] = torch.compile) -> None:
         """Have ``wrap``, such as ``torch.compile``, make the function that runs the layers in training mode.
 
-        Evaluation mode stays plain: with and without a state, it meets texts of many lengths, each a compilation.
+        Evaluation mode stays plain: with and without a state, it meets texts of many lengths, each a compilation. So do
+        layers whose mixer says that it does not compile.
         """
         self._call_in_training = wrap(_call)
 
@@ -169,7 +170,9 @@ class LanguageModel(nn.Module):
         new_state = []
         for i, layer in enumerate(self.layers):
             layer_state = None if state is None else state[i]
-            x, normed, layer_state = call(layer, x, normed, norms[i + 1], layer_state, reset)
+            assert isinstance(layer, Layer)
+            run = call if layer.mixer.compiles else _call
+            x, normed, layer_state = run(layer, x, normed, norms[i + 1], layer_state, reset)
             new_state.append(layer_state)
         logits = F.linear(normed, self.embedding.weight)
         return logits.transpose(0, 1), tuple(new_state)

@@ -15,7 +15,13 @@ State = Any
 
 
 class Mixer(nn.Module, ABC):
-    """The part of a layer that mixes over time. Time-major inside: step t of every row lies together."""
+    """The part of a layer that mixes over time. Time-major inside: step t of every row lies together.
+
+    Attributes:
+        compiles: whether ``torch.compile`` takes it in one piece, however long the sequence.
+    """
+
+    compiles: ClassVar[bool] = True
 
     def initialize(self) -> None:
         """Draw the weights anew: matrices N(0, 0.02), biases 0. A mixer with other wishes extends this."""
