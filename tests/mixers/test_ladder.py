@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from elman.errors import UsageError
-from elman.mixers import mixer_config
+from elman.mixers import mixer_config, parse_pattern
 from elman.ops.log_space import from_log_space, to_log_space
 from tests.mixers.test_elman import B, D, T, build, sigmoid, silu
 
@@ -144,3 +144,10 @@ def test_the_log_state_is_float32_under_autocast() -> None:
 def test_groups_out_of_range_are_refused() -> None:
     with pytest.raises(UsageError, match="--groups 0 is out of range"):
         mixer_config("ladder_2")(groups=0)
+
+
+def test_bare_numbers_are_of_the_e_series_and_rungs_have_names() -> None:
+    assert parse_pattern("0,1,10,15") == ("e0", "e1", "e10", "e15")
+    assert parse_pattern("ladder_3,LOG_2") == ("ladder_3", "log_2")
+    with pytest.raises(UsageError, match="'e6' is unknown"):
+        parse_pattern("6")
