@@ -19,7 +19,7 @@ import torch
 
 from elman.errors import UsageError
 from elman.ops import BACKENDS
-from elman.ops.cells import CELLS
+from elman.ops.cells import FUSED_CELLS
 from tests.ops.problems import Problem, draw, errors, solve
 
 NAMES = ["h", "h_last", "c_last", "dpre", "dweight", "du", "dv", "dbias", "dh0", "dc0"]
@@ -35,7 +35,7 @@ def cases(dtype: torch.dtype, small: bool) -> Iterator[tuple[str, Problem]]:
         yield f"{seq_len} × {batch} × {hidden}", draw(seq_len, batch, hidden, dtype=dtype, device="cuda")
     bare = draw(7, 5, 64, dtype=dtype, device="cuda", with_h0=False, reset_rate=None)
     yield "7 × 5 × 64, no h0, no resets", bare
-    for cell in CELLS:
+    for cell in FUSED_CELLS:
         if cell != "tanh":
             for seq_len, batch, hidden in [(7, 5, 64)] if small else [(7, 5, 64), (20, 64, 512), (10, 250, 1024)]:
                 problem = draw(seq_len, batch, hidden, dtype=dtype, device="cuda", cell=cell, with_bias=True)

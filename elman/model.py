@@ -139,7 +139,8 @@ class LanguageModel(nn.Module):
     def compile_training(self, wrap: Callable[[Callable[..., Any]], Callable[..., Any]] = torch.compile) -> None:
         """Have ``wrap``, such as ``torch.compile``, make the function that runs the layers in training mode.
 
-        Evaluation mode stays plain: with and without a state, it meets texts of many lengths, each a compilation.
+        Evaluation mode stays plain: with and without a state, it meets texts of many lengths, each a compilation. So do
+        layers whose mixer says that it does not compile.
         """
         self._call_in_training = wrap(_call)
 

@@ -48,7 +48,7 @@ BAD_INPUT = {
     "short data": (["--data", "short", "--steps", "1"], "--seq-len 32 needs windows of 33 bytes"),
     "long window": (["--data", "text", "--steps", "1", "--seq-len", "20000"], "--seq-len 20000 needs windows"),
     "long held-out window": (["--data", "text", "--steps", "1", "--seq-len", "900"], "the held-out part has"),
-    "unknown model": (["--model", "e01", "--steps", "1"], "'e01' is unknown: did you mean e1 or e0"),
+    "unknown model": (["--model", "e01", "--steps", "1"], "'e01' is unknown: did you mean e1 or e"),
     "unknown level": (["--level", "77", "--steps", "1"], "'e77' is unknown"),
     "bad params": (["--params", "50x", "--steps", "1"], "--params '50x' is no count"),
     "zero params": (["--params", "0", "--steps", "1"], "--params '0' is no count"),

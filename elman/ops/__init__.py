@@ -1,6 +1,7 @@
 """Differentiable recurrences. Nothing in here knows of language models."""
 
 from elman.ops.backends import BACKENDS, backend_status
+from elman.ops.banks import banks
 from elman.ops.norm import add_norm
 from elman.ops.recurrence import note_backend, record_backends, recurrence
 from elman.ops.scan import linear_scan
@@ -9,6 +10,7 @@ __all__ = [
     "BACKENDS",
     "add_norm",
     "backend_status",
+    "banks",
     "linear_scan",
     "note_backend",
     "record_backends",

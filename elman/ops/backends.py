@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from elman.errors import UsageError
-from elman.ops import fused, loop, norm, persistent, reference
+from elman.ops import banks, fused, loop, norm, persistent, reference
 from elman.ops.cells import Cell, Tensors
 from elman.ops.cuda.compiler import Module
 from elman.ops.operators import Operator
@@ -73,7 +73,8 @@ def choose(name: str, problem: Problem) -> str:
     if name == "auto":
         if problem.device.type != "cuda":
             # A compiler unrolls the reference's loop over time, and so would never end.
-            return "loop" if torch.compiler.is_compiling() else "reference"
+            compiles = torch.compiler.is_compiling() and problem.cell.backward is not None
+            return "loop" if compiles else "reference"
         able = (name for name, backend in reversed(BACKENDS.items()) if backend.why_not(problem) is None)
         return next(name for name in able if BACKENDS[name].pays(problem))
     if name not in BACKENDS:
@@ -91,4 +92,4 @@ def backend_status() -> list[tuple[str, bool, str]]:
 
 def shipped_modules() -> list[Module]:
     """Every module of CUDA kernels that may be compiled, for tests without a GPU and for compiling ahead."""
-    return loop.shipped_modules() + persistent.shipped_modules() + norm.shipped_modules()
+    return loop.shipped_modules() + persistent.shipped_modules() + norm.shipped_modules() + banks.shipped_modules()

@@ -11,13 +11,16 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from elman.ops.log_space import Signed, from_log_space, signed_logaddexp, to_log_space
+
 Tensors = tuple[Tensor, ...]
-Forward = Callable[[Sequence[Tensor], Sequence[Tensor], Tensor], tuple[Tensors, Tensors]]
+Forward = Callable[[Sequence[Tensor], Sequence[Tensor], Any], tuple[Tensors, Tensors]]
 Backward = Callable[[Sequence[Tensor], Tensor, Tensor, Tensor], tuple[Tensors, Tensors, Tensor]]
 
 
@@ -26,12 +29,13 @@ class Cell:
     """One pointwise rule. Every tensor of ``forward`` and ``backward`` is one value a unit, (B, H).
 
     The first state, h, is what the products see and what is returned for every step. A cell may read one state itself,
-    its *memory*: the last one, which is h where there is no other.
+    its *memory*: the last one, which is h where there is no other. Of three states or more it is a tuple of all but h.
 
     Attributes:
         name: what ``recurrence(cell=...)`` calls it.
         equation: the rule for readers, ``pre`` being the input's part and ``rec`` the operator's.
-        functor: its twin's name in ``cuda/cells.cuh``; None if it has none.
+        functor: its twin's name in ``cuda/cells.cuh``; None if it has none, and then no ``backward`` either: only the
+            reference runs it.
         forward: ``(pre, rec, memory) -> (states, saved)``, G and P tensors to S and those that backward needs.
         backward: ``(saved, memory, dh, dmemory) -> (dpre, drec, dmemory)`` of one step: the memory before it; the
             gradients of h and of the memory after it, ``dmemory`` being what the next step's cell made of the latter;
@@ -49,7 +53,7 @@ class Cell:
     equation: str
     functor: str | None
     forward: Forward
-    backward: Backward
+    backward: Backward | None
     gates: int = 1
     products: int = 1
     saved: int = 1
@@ -151,6 +155,64 @@ def _gru_backward(saved: Sequence[Tensor], h: Tensor, dh: Tensor, dmemory: Tenso
     return (dr, dz, dn), (dr, dz, dn * torch.sigmoid(r)), dh * torch.sigmoid(z)
 
 
+def _power(v: Tensor, exponent: Tensor) -> Tensor:
+    """sign(c) |c|^α, c = v clamped to [−1, 1], α = 1 + softplus(exponent)."""
+    c = v.clamp(-1, 1)
+    return c.sgn() * c.abs().pow(1 + F.softplus(exponent))
+
+
+def _polynomial_forward(pre: Sequence[Tensor], rec: Sequence[Tensor], h: Tensor) -> tuple[Tensors, Tensors]:
+    v, d, exponent = _sums(pre, rec)
+    return (torch.sigmoid(-d) * h + torch.sigmoid(d) * _power(v, exponent),), (v, d, exponent)
+
+
+def _polynomial_backward(
+    saved: Sequence[Tensor], h: Tensor, dh: Tensor, dmemory: Tensor
+) -> tuple[Tensors, Tensors, Tensor]:
+    v, d, exponent = saved
+    dh = dh + dmemory
+    dcandidate = dh * torch.sigmoid(d)
+    candidate, more = _power(v, exponent), F.softplus(exponent)
+    # At 0 the power and its slopes are 0, where the formulas' are 0 times infinity.
+    flat = (v == 0) | (v.abs() > 1)
+    size = torch.where(flat, 1, v.abs())
+    dv = torch.where(flat, 0, dcandidate * (1 + more) * size.pow(more))
+    dexponent = dcandidate * candidate * size.log() * torch.sigmoid(exponent)
+    dd = dh * (candidate - h) * _sigmoid_derivative(d)
+    return (dv, dd, dexponent), (dv,), dh * torch.sigmoid(-d)
+
+
+def _log_leaky(
+    name: str,
+    equation: str,
+    candidate: Callable[[Sequence[Tensor]], Signed],
+    gates: int = 2,
+    products: int = 1,
+) -> Cell:
+    """A leaky unit as ``_delta``, whose state is (log |h|, sign h) and is mixed there; h itself is for the products."""
+
+    def forward(pre: Sequence[Tensor], rec: Sequence[Tensor], memory: Signed) -> tuple[Tensors, Tensors]:
+        v = _sums(pre, rec)
+        log, sign = memory
+        log_new, sign_new = candidate(v)
+        log, sign = signed_logaddexp((log + F.logsigmoid(-v[1]), sign), (log_new + F.logsigmoid(v[1]), sign_new))
+        return (from_log_space(log, sign), log, sign), ()
+
+    return Cell(
+        name, equation, None, forward, None, gates=gates, products=products, saved=0, states=3, reads_memory=True
+    )
+
+
+def _log_tanh(v: Sequence[Tensor]) -> Signed:
+    return to_log_space(torch.tanh(v[0]))
+
+
+def _log_power(v: Sequence[Tensor]) -> Signed:
+    """sign(v) σ(α log |v|), a power for small v that never passes 1, by its logarithm −softplus(−α log |v|)."""
+    log, sign = to_log_space(v[0])
+    return F.logsigmoid((1 + F.softplus(v[2])) * log), sign
+
+
 CELLS: dict[str, Cell] = {
     cell.name: cell
     for cell in (
@@ -182,5 +244,26 @@ CELLS: dict[str, Cell] = {
             reads_memory=True,
             additive=False,
         ),
+        Cell(
+            "polynomial",
+            "h = (1 − δ) h + δ sign(c) |c|^α, c = clamp(pre₀ + rec, ±1), δ = σ(pre₁), α = 1 + softplus(pre₂)",
+            "Polynomial",
+            _polynomial_forward,
+            _polynomial_backward,
+            gates=3,
+            saved=3,
+            reads_memory=True,
+        ),
+        _log_leaky("log_delta", "delta, h kept as (log |h|, sign h)", _log_tanh),
+        _log_leaky("log_triple_r", "triple_r, h kept as (log |h|, sign h)", _log_tanh, products=2),
+        _log_leaky(
+            "log_polynomial",
+            "h = (1 − δ) h + δ sign(v) σ(α log |v|), v = pre₀ + rec, δ, α as polynomial, h kept as (log |h|, sign h)",
+            _log_power,
+            gates=3,
+        ),
     )
 }
+
+#: Cells that every backend runs; the others are the reference's alone.
+FUSED_CELLS = {name: cell for name, cell in CELLS.items() if cell.functor is not None}

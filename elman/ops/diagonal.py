@@ -151,5 +151,7 @@ def module(cell: str, dtype: torch.dtype) -> Module:
 
 
 def shipped_modules() -> list[Module]:
-    """Modules that stand for all: every size of number, and the cells that read most and that publish most."""
-    return [module("tanh", dtype) for dtype in NUMBERS] + [module(cell, torch.bfloat16) for cell in ("lstm", "gru")]
+    """Modules that stand for all: every size of number, and cells that read most, publish most and compute most."""
+    return [module("tanh", dtype) for dtype in NUMBERS] + [
+        module(cell, torch.bfloat16) for cell in ("lstm", "gru", "polynomial")
+    ]

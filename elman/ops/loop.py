@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from elman.ops.cells import CELLS, Cell
+from elman.ops.cells import CELLS, FUSED_CELLS, Cell
 from elman.ops.cuda.compiler import CompilerUnavailableError, Module, compiler_version, kernels
 from elman.ops.operators import Operator, real_of
 
@@ -228,6 +228,7 @@ class _TorchSteps:
             elif x.last:
                 dh = dh + x.dh_next
             saved = x.saved[t].to(self.real).unbind(1)
+            assert self.cell.backward is not None
             dpre, drec, dmemory = self.cell.backward(saved, self._memory(x, t), dh, dmemory)
             x.dpre[t] = torch.stack(dpre, 1)
             if not self.cell.additive:
@@ -395,4 +396,4 @@ def step_module(cell: str, dtype: torch.dtype) -> Module:
 
 def shipped_modules() -> list[Module]:
     """Every module that this backend may compile."""
-    return [step_module(cell, dtype) for cell in CELLS for dtype in NUMBERS]
+    return [step_module(cell, dtype) for cell in FUSED_CELLS for dtype in NUMBERS]

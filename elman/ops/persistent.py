@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from elman.ops import diagonal
-from elman.ops.cells import CELLS, Cell
+from elman.ops.cells import CELLS, FUSED_CELLS, Cell
 from elman.ops.cuda.compiler import CompilerUnavailableError, Module, compiler_version, kernels
 from elman.ops.operators import Diagonal, LowRank, Operator
 
@@ -490,7 +490,7 @@ def shipped_modules() -> list[Module]:
     return [
         _module(task, dtype, plan, (arch,))
         for arch, chip in _TYPICAL_CHIPS.items()
-        for cell in CELLS.values()
+        for cell in FUSED_CELLS.values()
         for task in _tasks(cell)
         for plan in dict.fromkeys(
             make_plan(chip, batch, hidden, task)

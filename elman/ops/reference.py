@@ -24,6 +24,7 @@ def run(
         rec = operator(states[0]).view(len(pre_t), cell.products, -1)
         if bias is not None:
             rec = rec + bias
-        states, _ = cell.forward(pre_t.unbind(1), rec.unbind(1), states[-1])
+        memory = states[1:] if cell.states > 2 else states[-1]
+        states, _ = cell.forward(pre_t.unbind(1), rec.unbind(1), memory)
         outputs.append(states[0])
     return torch.stack(outputs), states

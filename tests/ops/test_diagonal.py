@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from elman.ops import diagonal, loop
-from elman.ops.cells import CELLS, Cell
+from elman.ops.cells import CELLS, FUSED_CELLS, Cell
 from elman.ops.cuda.compiler import flatten
 from elman.ops.operators import Diagonal
 from tests.ops.problems import Problem, draw, parts
@@ -62,7 +62,7 @@ def results(p: Problem, walk: object) -> list[Tensor]:
     return [h, *last, *saved, dpre, drec, *dstates]
 
 
-@pytest.mark.parametrize("cell", CELLS)
+@pytest.mark.parametrize("cell", FUSED_CELLS)
 @pytest.mark.parametrize("with_h0", [False, True])
 def test_launches_compute_the_recurrence(monkeypatch: pytest.MonkeyPatch, cell: str, with_h0: bool) -> None:
     monkeypatch.setattr(diagonal, "_launch", run_like_the_kernels)

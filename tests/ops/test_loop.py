@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from elman.ops import loop
-from elman.ops.cells import CELLS
+from elman.ops.cells import CELLS, FUSED_CELLS
 from elman.ops.cuda import compiler
 from elman.ops.cuda.compiler import CompilerUnavailableError
 from elman.ops.operators import Dense
@@ -51,7 +51,7 @@ def run_like_the_kernels(names: dict[int, str]) -> Launch:
 
     def launch(function: object, batch: int, y: int, z: int, threads: int, *rest: object) -> tuple[int]:
         direction, functor, _, width = re.fullmatch(r"step_(\w+)<(\w+), (\w+), (\d)>", names[int(function)]).groups()
-        cell = next(cell for cell in CELLS.values() if cell.functor == functor)
+        cell = next(cell for cell in FUSED_CELLS.values() if cell.functor == functor)
         count = {"forward": 13, "backward": 11}[direction]
         table, extra = rest[-2:]
         arguments = [int(array(int(at), 1, dtype=np.int64)[0]) for at in array(table, count, dtype=np.int64)]
@@ -93,7 +93,7 @@ def run_like_the_kernels(names: dict[int, str]) -> Launch:
 
 @pytest.fixture
 def simulated_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    names = dict(enumerate((name for cell in CELLS for name in loop.step_module(cell, torch.float64).kernels), 1))
+    names = dict(enumerate((name for cell in FUSED_CELLS for name in loop.step_module(cell, torch.float64).kernels), 1))
     found = {name: types.SimpleNamespace(handle=number) for number, name in names.items()}
     monkeypatch.setattr(loop, "kernels", lambda module, capability: found)
     monkeypatch.setattr(loop, "_steps", loop._KernelSteps)
@@ -135,7 +135,7 @@ PROBLEMS = {
 
 GATED = {
     f"{cell}, {words}": draw(4, 3, hidden, cell=cell, with_bias=not CELLS[cell].additive, **options)
-    for cell in CELLS
+    for cell in FUSED_CELLS
     for words, hidden, options in (("even", 8, {}), ("odd", 7, {}), ("bare", 6, {"with_h0": False, "reset_rate": None}))
 }
 
@@ -171,5 +171,5 @@ def test_without_nvrtc_it_warns_once_and_runs(monkeypatch: pytest.MonkeyPatch) -
 
 def test_the_table_of_kernels_is_complete() -> None:
     modules = loop.shipped_modules()
-    assert len(modules) == len(set(modules)) == len(CELLS) * 4
+    assert len(modules) == len(set(modules)) == len(FUSED_CELLS) * 4
     assert all(isinstance(module, compiler.Module) and len(module.kernels) == 4 for module in modules)

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from elman.errors import UsageError
 from elman.ops import recurrence
-from elman.ops.cells import CELLS
+from elman.ops.cells import CELLS, FUSED_CELLS
 from elman.ops.operators import OPERATORS
 from tests.ops.problems import assert_as_exact_as_reference, assert_chunks_equal_one_piece, draw, parts, solve
 
@@ -16,7 +16,7 @@ F64, F32, BF16, F16 = torch.float64, torch.float32, torch.bfloat16, torch.float1
 STRUCTURED = [name for name in OPERATORS if name != "dense"]
 
 each_operator = pytest.mark.parametrize("operator", STRUCTURED)
-each_cell = pytest.mark.parametrize("cell", CELLS)
+each_cell = pytest.mark.parametrize("cell", FUSED_CELLS)
 gpu = pytest.mark.gpu
 each_backend = pytest.mark.parametrize(
     ("backend", "device", "dtype"),

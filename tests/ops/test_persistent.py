@@ -10,7 +10,7 @@ from torch import Tensor
 
 from elman.errors import UsageError
 from elman.ops import backends, loop, persistent
-from elman.ops.cells import CELLS, Cell
+from elman.ops.cells import CELLS, FUSED_CELLS, Cell
 from elman.ops.cuda import compiler
 from elman.ops.cuda.compiler import CompilerUnavailableError, Module, flatten
 from elman.ops.operators import OPERATORS, BlockDiagonal, Dense, Diagonal
@@ -36,7 +36,7 @@ MEASURED = [
 ]
 
 
-TASKS = [Task(direction, cell) for cell in CELLS.values() for direction in ("forward", "backward")]
+TASKS = [Task(direction, cell) for cell in FUSED_CELLS.values() for direction in ("forward", "backward")]
 TANH = Task("forward", CELLS["tanh"])
 
 
@@ -80,7 +80,7 @@ def test_every_measured_shape_fits_an_h200(batch: int, hidden: int) -> None:
     assert persistent.largest_hidden(H200, "tanh") >= 3584
 
 
-@pytest.mark.parametrize("cell", CELLS)
+@pytest.mark.parametrize("cell", FUSED_CELLS)
 @pytest.mark.parametrize(("batch", "hidden"), [(64, 512), (64, 1024), (256, 1024)])
 def test_every_cell_fits_an_h200(cell: str, batch: int, hidden: int) -> None:
     assert persistent._has_plans(H200, batch, hidden, cell)
@@ -257,7 +257,7 @@ def run_like_the_kernels(
             output.copy_(value)
 
 
-@pytest.mark.parametrize("cell", CELLS)
+@pytest.mark.parametrize("cell", FUSED_CELLS)
 @pytest.mark.parametrize(
     ("operator", "hidden", "heads"), [("dense", 13, 1), ("block_diagonal", 12, 4), ("low_rank", 16, 1)]
 )

@@ -6,7 +6,7 @@ from torch import Tensor
 
 from elman.errors import UsageError
 from elman.ops import recurrence
-from elman.ops.cells import CELLS
+from elman.ops.cells import CELLS, FUSED_CELLS
 from tests.ops.problems import assert_chunks_equal_one_piece, draw, parts
 
 T, B, H = 7, 3, 5
@@ -66,7 +66,27 @@ def test_delta_and_triple_r_are_their_equations() -> None:
         assert torch.equal(last, ours[-1])
 
 
-@pytest.mark.parametrize("cell", CELLS)
+def test_polynomial_is_its_equation_and_flat_beyond_one() -> None:
+    p = draw(T, B, H, cell="polynomial", operator="diagonal", reset_rate=None)
+    h, outputs = p.h0, []
+    for v, d, e in (pre_t.unbind(1) for pre_t in p.pre):
+        c = (v + p.weight * h).clamp(-1, 1)
+        rate = 1 / (1 + torch.exp(-d))
+        h = (1 - rate) * h + rate * c.sign() * c.abs() ** (1 + torch.log1p(torch.exp(e)))
+        outputs.append(h)
+    torch.testing.assert_close(p.run("reference")[0], torch.stack(outputs))
+    pre = torch.tensor([0.0, 0.5, 1.5, -1.5], dtype=torch.float64)
+    gates = torch.stack([pre, torch.ones(4), torch.ones(4)]).double().view(1, 1, 3, 4)
+    for backend in ("reference", "loop"):
+        given = gates.clone().requires_grad_()
+        h, _ = recurrence(given, torch.zeros(4, dtype=torch.float64), cell="polynomial", backend=backend)
+        (gradient,) = torch.autograd.grad(h.sum(), given)
+        assert gradient.isfinite().all()
+        assert (gradient[0, 0, 0] != 0).tolist() == [False, True, False, False]
+        assert (gradient[0, 0, 2] != 0).tolist() == [False, True, False, False]
+
+
+@pytest.mark.parametrize("cell", FUSED_CELLS)
 @pytest.mark.parametrize("reset_rate", [None, 0.3])
 def test_gradcheck_of_every_input(cell: str, reset_rate: float | None) -> None:
     p = draw(T, B, H, seed=1, cell=cell, with_bias=True, reset_rate=reset_rate)
@@ -90,7 +110,7 @@ def test_absent_h0_is_zero() -> None:
     assert torch.equal(given, absent)
 
 
-@pytest.mark.parametrize("cell", CELLS)
+@pytest.mark.parametrize("cell", FUSED_CELLS)
 @pytest.mark.parametrize("cut", range(1, T))
 def test_chunks_with_carried_state_equal_one_piece(cell: str, cut: int) -> None:
     p = draw(T, B, H, seed=4, cell=cell)

@@ -20,6 +20,7 @@ template <class Number>
 struct Precise {
   using Real = Number;
   static __device__ __forceinline__ Real exp(Real x) { return ::exp(x); }
+  static __device__ __forceinline__ Real log(Real x) { return ::log(x); }
   static __device__ __forceinline__ Real divide(Real x, Real y) { return x / y; }
   static __device__ __forceinline__ Real tanh(Real x) { return ::tanh(x); }
 };
@@ -27,6 +28,7 @@ struct Precise {
 struct Fast {
   using Real = float;
   static __device__ __forceinline__ float exp(float x) { return __expf(x); }
+  static __device__ __forceinline__ float log(float x) { return __logf(x); }
   static __device__ __forceinline__ float divide(float x, float y) { return __fdividef(x, y); }
   // (1 − e) / (1 + e) loses its relative precision where e is near 1: there, a series.
   static __device__ __forceinline__ float tanh(float x) {
@@ -233,5 +235,52 @@ struct Gru {
     for (int i = 0; i < 3; ++i) dpre[i] = dh * slope[i];
     drec[0] = dpre[0], drec[1] = dpre[1], drec[2] = dh * slope[3];
     dmemory = dh * slope[4];
+  }
+};
+
+// h = (1 - δ) h + δ sign(c) |c|^α with c = clamp(v, ±1), δ = σ(d) and α = 1 + softplus(e): v, d, e.
+struct Polynomial {
+  static constexpr int kGates = 3, kProducts = 1, kStates = 1, kSaved = 3, kSlopes = 4;
+  static constexpr bool kReadsMemory = true, kAdditive = true;
+
+  // softplus(e), without the loss of a small exp(-|e|) beside 1.
+  template <class Math, class Real = typename Math::Real>
+  static __device__ __forceinline__ Real softplus(Real e) {
+    const Real x = Math::exp(-fabs(e));
+    return fmax(e, Real(0)) + (x < Real(1e-3) ? x - x * x / Real(2) : Math::log(Real(1) + x));
+  }
+
+  template <class Math, class Real = typename Math::Real>
+  static __device__ __forceinline__ Real forward(const Real (&pre)[3], const Real (&rec)[1], Real& memory,
+                                                 Real (&saved)[3]) {
+    saved[0] = pre[0] + rec[0], saved[1] = pre[1], saved[2] = pre[2];
+    const Real size = fabs(saved[0]), alpha = Real(1) + softplus<Math>(saved[2]);
+    const Real power = size == Real(0) ? Real(0) : size > Real(1) ? Real(1) : Math::exp(alpha * Math::log(size));
+    memory += sigmoid<Math>(saved[1]) * (copysign(power, saved[0]) - memory);
+    return memory;
+  }
+
+  template <class Math, class Real = typename Math::Real>
+  static __device__ __forceinline__ void slopes(const Real (&saved)[3], Real memory, Real (&slope)[4]) {
+    const Gate<Math> rate(saved[1]), bent(saved[2]);
+    const Real size = fabs(saved[0]), more = softplus<Math>(saved[2]);
+    // At 0 the power and its slopes are 0, where the formulas' are 0 times infinity.
+    const bool inside = !(size == Real(0) || size > Real(1));
+    const Real log = inside ? Math::log(size) : Real(0), root = Math::exp(more * log);
+    const Real power = size == Real(0) ? Real(0) : copysign(inside ? size * root : Real(1), saved[0]);
+    slope[0] = inside ? rate.open * (Real(1) + more) * root : Real(0);
+    slope[1] = rate.slope * (power - memory);
+    slope[2] = rate.open * power * log * bent.open;
+    slope[3] = rate.shut;
+  }
+
+  template <class Real>
+  static __device__ __forceinline__ void backward(const Real (&slope)[4], Real dh, Real& dmemory, Real (&dpre)[3],
+                                                  Real (&drec)[1]) {
+    dh += dmemory;
+#pragma unroll
+    for (int i = 0; i < 3; ++i) dpre[i] = dh * slope[i];
+    drec[0] = dpre[0];
+    dmemory = dh * slope[3];
   }
 };
