@@ -52,7 +52,7 @@ class Mixer(nn.Module, ABC):
 
     @property
     def compiles(self) -> bool:
-        """Whether ``torch.compile`` takes ``forward`` in one piece, however long the sequence; if not, it runs plain."""
+        """Whether ``torch.compile`` takes ``forward`` in one piece, whatever T; a layer it does not take runs plain."""
         return True
 
     @abstractmethod

@@ -148,6 +148,7 @@ def test_twins_agree_on_their_numbers(monkeypatch: pytest.MonkeyPatch) -> None:
     claims = [
         f'static_assert({cell.functor}::{constant} == {int(value)}, "{name}");'
         for name, cell in CELLS.items()
+        if cell.functor is not None
         for constant, value in (
             ("kGates", cell.gates),
             ("kProducts", cell.products),
