@@ -63,5 +63,7 @@ def test_names() -> None:
     assert parse_pattern("e1, e1,0") == ("e1", "e1", "e0")
     with pytest.raises(UsageError, match=r"'e11' is unknown: did you mean e1"):
         parse_pattern("e11")
+    with pytest.raises(UsageError, match=r"'e3' is unknown: did you mean ladder_3\?"):
+        parse_pattern("3")
     with pytest.raises(UsageError, match="`elman models`"):
         parse_pattern("")

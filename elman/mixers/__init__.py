@@ -48,7 +48,10 @@ def mixer_config(name: str) -> type[MixerConfig]:
 
         return fla_config(name)
     if name not in _REGISTRY:
-        near = difflib.get_close_matches(name, _REGISTRY, n=3, cutoff=0.4) or list(_REGISTRY)
+        # A number that no E-variant has is likely to be meant as a rung of the older ladder.
+        rung = f"ladder_{name[1:]}" if name[1:].isdigit() else name
+        near = [rung] if rung in _REGISTRY else difflib.get_close_matches(name, _REGISTRY, n=3, cutoff=0.4)
+        near = near or list(_REGISTRY)
         raise UsageError(
             f"--model {name!r} is unknown: did you mean {' or '.join(near)}? `elman models` lists every variant"
         )
