@@ -18,6 +18,7 @@ from elman.errors import UsageError
 from elman.ops.cuda.compiler import CompilerUnavailableError, Module, compiler_version, kernels
 from elman.ops.loop import NUMBERS
 from elman.ops.operators import real_of
+from elman.ops.registration import register
 
 _THREADS = 64  # kThreads of diagonal.cuh
 #: What a thread moves at once, where it owns several units: half types in pairs.
@@ -195,20 +196,14 @@ def _differentiate(ctx: Any, dy: Tensor | None, dm: Tensor | None, dcheckpoints:
     return (*(x if need else None for x, need in zip(given, ctx.needs_input_grad, strict=False)), None, None)
 
 
-def _refuse_to_differentiate_twice(ctx: Any, *gradients: Tensor | None) -> None:
-    raise UsageError("the backward pass of the banks cannot be differentiated itself: use the CPU, not compiled")
-
-
-# Not torch.library.custom_op: its first call imports torch._dynamo, which takes seconds.
-for _name, _implementation, _fake in (
-    ("elman::banks", _forward, _fake_forward),
-    ("elman::banks_backward", _backward, _fake_backward),
-):
-    torch.library.define(_name, torch.library.infer_schema(_implementation, mutates_args=()))
-    torch.library.impl(_name, "default", _implementation)
-    torch.library.register_fake(_name, _fake)
-torch.library.register_autograd("elman::banks", _differentiate, setup_context=_setup_context)
-torch.library.register_autograd("elman::banks_backward", _refuse_to_differentiate_twice)
+register(
+    "banks",
+    (_forward, _fake_forward),
+    (_backward, _fake_backward),
+    _setup_context,
+    _differentiate,
+    "the backward pass of the banks cannot be differentiated itself: use the CPU, not compiled",
+)
 
 
 def _has_kernel(h: Tensor, decay: Tensor) -> bool:

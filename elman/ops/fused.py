@@ -12,10 +12,10 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from elman.errors import UsageError
 from elman.ops import loop, persistent
 from elman.ops.cells import CELLS, Cell, Tensors
 from elman.ops.operators import OPERATORS, Operator, real_of
+from elman.ops.registration import register
 
 
 class Walk(Protocol):
@@ -108,9 +108,7 @@ def _fake_forward(
     states: list[Tensor],
     reset: Tensor | None,
     cell: str,
-    operator: str,
-    backend: str,
-    save: bool,
+    *choices: str | bool,
 ) -> tuple[Tensor, list[Tensor], list[Tensor]]:
     seq_len, batch, _, hidden = pre.shape
     rule = CELLS[cell]
@@ -119,6 +117,7 @@ def _fake_forward(
         pre.new_empty(seq_len, batch, rule.saved, hidden),
         *(pre.new_empty(seq_len, batch, hidden) for _ in last[1:]),
     ]
+    *_, save = choices
     return pre.new_empty(seq_len, batch, hidden), last, saved if save else []
 
 
@@ -158,12 +157,9 @@ def _fake_backward(
     states: list[Tensor],
     reset: Tensor | None,
     cell: str,
-    operator: str,
-    backend: str,
-    need_weights: bool,
-    need_bias: bool,
-    need_states: bool,
+    *choices: str | bool,
 ) -> tuple[Tensor, list[Tensor], Tensor, list[Tensor]]:
+    *_, need_weights, need_bias, need_states = choices
     seq_len, batch, hidden = h.shape
     rule = CELLS[cell]
     return (
@@ -218,20 +214,14 @@ def _differentiate(
     )
 
 
-def _refuse_to_differentiate_twice(ctx: Any, *gradients: Tensor | None) -> None:
-    raise UsageError("this backend's backward pass cannot be differentiated itself: use backend='reference'")
-
-
-# Not torch.library.custom_op: its first call imports torch._dynamo, which takes seconds.
-for _name, _implementation, _fake in (
-    ("elman::recurrence", _forward, _fake_forward),
-    ("elman::recurrence_backward", _backward, _fake_backward),
-):
-    torch.library.define(_name, torch.library.infer_schema(_implementation, mutates_args=()))
-    torch.library.impl(_name, "default", _implementation)
-    torch.library.register_fake(_name, _fake)
-torch.library.register_autograd("elman::recurrence", _differentiate, setup_context=_setup_context)
-torch.library.register_autograd("elman::recurrence_backward", _refuse_to_differentiate_twice)
+register(
+    "recurrence",
+    (_forward, _fake_forward),
+    (_backward, _fake_backward),
+    _setup_context,
+    _differentiate,
+    "this backend's backward pass cannot be differentiated itself: use backend='reference'",
+)
 
 
 def _weight_gradients(

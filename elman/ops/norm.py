@@ -10,8 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from elman.errors import UsageError
 from elman.ops.cuda.compiler import CompilerUnavailableError, Module, compiler_version, kernels
+from elman.ops.registration import register
 
 _NUMBERS = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "float"}
 # What norm.cuh fixes.
@@ -133,20 +133,14 @@ def _differentiate(ctx: Any, ds: Tensor | None, dn: Tensor | None, dr: None) -> 
     return dx, (dy if rounds else dx) if need_y else None, dweight if need_weight else None, None, None
 
 
-def _refuse_to_differentiate_twice(ctx: Any, *gradients: Tensor | None) -> None:
-    raise UsageError("the norm's backward pass on a GPU cannot be differentiated itself: use float64, or the CPU")
-
-
-# Not torch.library.custom_op: its first call imports torch._dynamo, which takes seconds.
-for _name, _implementation, _fake in (
-    ("elman::add_norm", _forward, _fake_forward),
-    ("elman::add_norm_backward", _backward, _fake_backward),
-):
-    torch.library.define(_name, torch.library.infer_schema(_implementation, mutates_args=()))
-    torch.library.impl(_name, "default", _implementation)
-    torch.library.register_fake(_name, _fake)
-torch.library.register_autograd("elman::add_norm", _differentiate, setup_context=_setup_context)
-torch.library.register_autograd("elman::add_norm_backward", _refuse_to_differentiate_twice)
+register(
+    "add_norm",
+    (_forward, _fake_forward),
+    (_backward, _fake_backward),
+    _setup_context,
+    _differentiate,
+    "the norm's backward pass on a GPU cannot be differentiated itself: use float64, or the CPU",
+)
 
 
 def _dense(x: Tensor) -> Tensor:

@@ -8,6 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from benchmarks.recurrence import SHAPES
 from elman.errors import UsageError
 from elman.ops import backends, loop, persistent
 from elman.ops.cells import CELLS, FUSED_CELLS, Cell
@@ -23,17 +24,7 @@ A100 = Chip((8, 0), 108, 163 * 1024)
 RTX_4090 = Chip((8, 9), 128, 99 * 1024)
 CHIPS = {"H200": H200, "A100": A100, "RTX 4090": RTX_4090}
 ODD = Cell("odd", "h = pre", None, lambda pre, rec, memory: ((pre[0],), ()), lambda *args: ((), (), args[-1]))
-MEASURED = [
-    (16, 512),
-    (64, 512),
-    (64, 1024),
-    (64, 1280),
-    (256, 1280),
-    (512, 1280),
-    (48, 1760),
-    (256, 2048),
-    (128, 3584),
-]
+MEASURED = SHAPES["tanh"]
 
 
 TASKS = [Task(direction, cell) for cell in FUSED_CELLS.values() for direction in ("forward", "backward")]

@@ -1,0 +1,44 @@
+"""How an op with a backward pass of its own becomes known to PyTorch's dispatcher, compiler and autograd."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from elman.errors import UsageError
+
+Implementation = Callable[..., Any]
+
+
+def register(
+    name: str,
+    forward: tuple[Implementation, Implementation],
+    backward: tuple[Implementation, Implementation],
+    setup_context: Callable[..., None],
+    differentiate: Callable[..., tuple[Any, ...]],
+    cannot: str,
+) -> None:
+    """Makes ``torch.ops.elman.NAME`` and ``torch.ops.elman.NAME_backward``.
+
+    Args:
+        name: of the op.
+        forward: what computes, typed as the op's schema shall be, and what only makes tensors like its results.
+        backward: the same of the op NAME_backward.
+        setup_context: as for ``torch.library.register_autograd``.
+        differentiate: likewise; it calls the backward op.
+        cannot: what a second differentiation is told, the cure included.
+    """
+    # Not torch.library.custom_op: its first call imports torch._dynamo, which takes seconds.
+    for op, (implementation, fake) in ((f"elman::{name}", forward), (f"elman::{name}_backward", backward)):
+        torch.library.define(op, torch.library.infer_schema(implementation, mutates_args=()))
+        torch.library.impl(op, "default", implementation)
+        torch.library.register_fake(op, fake)
+
+    def refuse(ctx: Any, *gradients: Tensor | None) -> None:
+        raise UsageError(cannot)
+
+    torch.library.register_autograd(f"elman::{name}", differentiate, setup_context=setup_context)
+    torch.library.register_autograd(f"elman::{name}_backward", refuse)
