@@ -453,17 +453,23 @@ def _launch(task: Task, tensors: tuple[Tensor | None, ...], like: Tensor, layout
 
 @functools.cache
 def _kernel(task: Task, dtype: torch.dtype, plan: Plan, index: int) -> object:
-    """Compiled and loaded, with leave on this device to use the shared memory and the cluster size that it needs."""
+    """Compiled and loaded, with leave on this device to use shared memory and clusters of any size.
+
+    Plans of one instantiation share a kernel and need not agree on the memory, so none of them may set the limit.
+    """
     from cuda.bindings import driver
 
-    module = _module(task, dtype, plan)
+    module, device = _module(task, dtype, plan), driver.CUdevice(index)
     kernel = kernels(module, chip_of(index).capability)[module.kernels[0]]
     attributes = driver.CUfunction_attribute
-    wanted = {attributes.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES: plan.shared_bytes}
+    status, static = driver.cuKernelGetAttribute(attributes.CU_FUNC_ATTRIBUTE_SHARED_SIZE_BYTES, kernel.handle, device)
+    if status:
+        raise RuntimeError(f"cannot ask for the shared memory of the persistent kernel: {status.name}")
+    wanted = {attributes.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES: chip_of(index).shared_bytes - static}
     if plan.clustered:
         wanted[attributes.CU_FUNC_ATTRIBUTE_NON_PORTABLE_CLUSTER_SIZE_ALLOWED] = 1
     for attribute, value in wanted.items():
-        (status,) = driver.cuKernelSetAttribute(attribute, value, kernel.handle, driver.CUdevice(index))
+        (status,) = driver.cuKernelSetAttribute(attribute, value, kernel.handle, device)
         if status:
             raise RuntimeError(f"cannot prepare the persistent kernel: {status.name} for {attribute.name} = {value}")
     return kernel

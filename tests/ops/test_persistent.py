@@ -1,6 +1,7 @@
 """Which plans the persistent backend makes, and why it refuses, for GPUs that need not be there."""
 
 import re
+import types
 
 import pytest
 import torch
@@ -17,7 +18,7 @@ from elman.ops.cuda.compiler import CompilerUnavailableError, Module, flatten
 from elman.ops.operators import OPERATORS, BlockDiagonal, Dense, Diagonal
 from elman.ops.persistent import Chip, Plan, Task
 from tests.ops.cuda.test_compiler import needs_nvrtc
-from tests.ops.problems import draw, parts
+from tests.ops.problems import draw, parts, solve
 
 H200 = Chip((9, 0), 132, 227 * 1024)
 A100 = Chip((8, 0), 108, 163 * 1024)
@@ -197,6 +198,49 @@ def test_the_shared_memory_is_what_the_kernels_use(monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(compiler, "flatten", lambda source: text.replace("kCarriedBytes +", "kCarriedBytes + 16 +"))
     with pytest.raises(Exception, match="static assertion failed"):
         compiler._compile(Module("persistent.cuh", ()), "sm_90a")
+
+
+def batches_of_one_kernel(chip: Chip, hidden: int) -> tuple[int, int]:
+    """A batch, and a smaller one whose plan has the same instantiation and asks for less shared memory."""
+    found: dict[Module, tuple[int, Plan]] = {}
+    for batch in range(1, 1000):
+        plan = persistent.make_plan(chip, batch, hidden, TANH)
+        small, of_small = found.setdefault(persistent._module(TANH, torch.bfloat16, plan), (batch, plan))
+        if plan.shared_bytes > max(of_small.shared_bytes, 48 * 1024):
+            return batch, small
+    pytest.skip("no two plans on this GPU share a kernel")
+
+
+def test_plans_of_one_kernel_leave_each_other_their_shared_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    driver = pytest.importorskip("cuda.bindings.driver")
+    limits: dict[object, int] = {}
+    static = 16
+
+    def set_attribute(attribute: object, value: int, kernel: object, device: object) -> tuple[int]:
+        limits[attribute] = value
+        return (0,)
+
+    monkeypatch.setattr(driver, "cuKernelGetAttribute", lambda *args: (0, static))
+    monkeypatch.setattr(driver, "cuKernelSetAttribute", set_attribute)
+    monkeypatch.setattr(persistent, "chip_of", lambda index: H200)
+    kernel = types.SimpleNamespace(handle=7)
+    monkeypatch.setattr(persistent, "kernels", lambda module, capability: dict.fromkeys(module.kernels, kernel))
+    persistent._kernel.cache_clear()
+    plans = [persistent.make_plan(H200, batch, 512, TANH) for batch in batches_of_one_kernel(H200, 512)]
+    for plan in plans:
+        assert persistent._kernel(TANH, torch.bfloat16, plan, 0) is kernel
+    limit = limits[driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES]
+    assert max(plan.shared_bytes for plan in plans) <= limit <= H200.shared_bytes - static
+    persistent._kernel.cache_clear()
+
+
+@pytest.mark.gpu
+def test_a_kernel_runs_with_less_shared_memory_and_then_with_more() -> None:
+    persistent._kernel.cache_clear()  # it may have met these plans before
+    large, small = batches_of_one_kernel(persistent.chip_of(0), 512)
+    problems = [draw(2, batch, 512, dtype=torch.bfloat16, device="cuda") for batch in (large, small, large)]
+    first, _, again = (solve(p, "persistent") for p in problems)
+    assert all(torch.equal(value, again[name]) for name, value in first.items())
 
 
 def test_arguments_are_in_the_kernels_order() -> None:
