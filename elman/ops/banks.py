@@ -9,13 +9,13 @@ from __future__ import annotations
 import functools
 from typing import Any
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from elman.errors import UsageError
-from elman.ops.cuda.compiler import CompilerUnavailableError, Module, compiler_version, kernels
+from elman.ops.cuda.compiler import CompilerUnavailableError, Module, compiler_version
+from elman.ops.cuda.launch import launch
 from elman.ops.loop import NUMBERS
 from elman.ops.operators import real_of
 from elman.ops.registration import register
@@ -217,20 +217,11 @@ def _has_kernel(h: Tensor, decay: Tensor) -> bool:
 
 
 def _launch(direction: str, h: Tensor, decay: Tensor, arguments: tuple[Tensor | None, ...]) -> None:
-    from cuda.core import Device, LaunchConfig, Stream, launch
-
-    with torch.cuda.device(h.device):
-        # A thread of autograd's that has not run a kernel yet has no CUDA context.
-        Device(h.device.index).set_current()
-        width = _width(h, len(decay))
-        given = [None if x is None else _aligned(x, width) for x in arguments]
-        kernel = kernels(_module(len(decay), h.dtype), torch.cuda.get_device_capability(h.device))[
-            _kernel_name(direction, len(decay), h.dtype, width)
-        ]
-        stream = Stream.from_handle(torch.cuda.current_stream(h.device).cuda_stream)
-        config = LaunchConfig(grid=-(-h[0].numel() // (width * _THREADS)), block=_THREADS)
-        numbers = [0 if x is None else x.data_ptr() for x in given]
-        launch(stream, config, kernel, *map(np.int64, (*numbers, *h.shape)))
+    k, width = len(decay), _width(h, len(decay))
+    given = [None if x is None else _aligned(x, width) for x in arguments]
+    name = _kernel_name(direction, k, h.dtype, width)
+    blocks = -(-h[0].numel() // (width * _THREADS))
+    launch(_module(k, h.dtype), name, blocks, _THREADS, (*given, *h.shape), h.device)
 
 
 def _width(h: Tensor, k: int) -> int:

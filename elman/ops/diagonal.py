@@ -10,12 +10,12 @@ import functools
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from elman.ops.cells import CELLS, Cell
-from elman.ops.cuda.compiler import Module, kernels
+from elman.ops.cuda.compiler import Module
+from elman.ops.cuda.launch import launch
 from elman.ops.loop import NUMBERS
 from elman.ops.operators import Diagonal, real_of
 
@@ -111,21 +111,13 @@ def _strided(x: Tensor) -> Tensor:
 
 def _launch(direction: str, cell: Cell, h: Tensor, arguments: Sequence[Tensor | int | None]) -> None:
     """The first argument, a tensor, may have rows that lie apart; the other tensors are made contiguous."""
-    from cuda.core import Device, LaunchConfig, Stream, launch
-
     first, *others = arguments
     given = [first, *(x.contiguous() if isinstance(x, Tensor) else x for x in others)]
     width = _width(h, given)
     threads = h[0].numel() // width
-    # A thread of autograd's that has not run a kernel yet has no CUDA context.
-    Device(h.device.index).set_current()
-    kernel = kernels(module(cell.name, h.dtype), torch.cuda.get_device_capability(h.device))[
-        _name(direction, cell.name, h.dtype, width)
-    ]
-    stream = Stream.from_handle(torch.cuda.current_stream(h.device).cuda_stream)
-    config = LaunchConfig(grid=-(-threads // _THREADS), block=_THREADS)
-    numbers = [x.data_ptr() if isinstance(x, Tensor) else x or 0 for x in given]
-    launch(stream, config, kernel, *map(np.int64, (*numbers, *h.shape)))
+    name = _name(direction, cell.name, h.dtype, width)
+    arguments = (*given, *h.shape)
+    launch(module(cell.name, h.dtype), name, -(-threads // _THREADS), _THREADS, arguments, h.device)
 
 
 def _width(h: Tensor, given: Sequence[Tensor | int | None]) -> int:

@@ -5,12 +5,12 @@ from __future__ import annotations
 import functools
 from typing import Any
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from elman.ops.cuda.compiler import CompilerUnavailableError, Module, compiler_version, kernels
+from elman.ops.cuda.compiler import CompilerUnavailableError, Module, compiler_version
+from elman.ops.cuda.launch import launch
 from elman.ops.registration import register
 
 _NUMBERS = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "float"}
@@ -165,20 +165,12 @@ def _blocks(direction: str, x: Tensor) -> int:
 
 
 def _launch(direction: str, dtype: torch.dtype, like: Tensor, arguments: tuple[Tensor | float | None, ...]) -> None:
-    from cuda.core import Device, LaunchConfig, Stream, launch
-
     width = like.shape[-1]
     if not like.numel():
         return
-    with torch.cuda.device(like.device):
-        # A thread of autograd's that has not run a kernel yet has no CUDA context.
-        Device(like.device.index).set_current()
-        name = _kernel_name(direction, dtype, _packs(width))
-        kernel = kernels(_module(dtype), torch.cuda.get_device_capability(like.device))[name]
-        values = [x.data_ptr() if isinstance(x, Tensor) else 0 if x is None else np.float64(x) for x in arguments]
-        stream = Stream.from_handle(torch.cuda.current_stream(like.device).cuda_stream)
-        config = LaunchConfig(grid=_blocks(direction, like), block=_threads(width))
-        launch(stream, config, kernel, *values, np.int64(like.numel() // width), np.int64(width))
+    name = _kernel_name(direction, dtype, _packs(width))
+    given = (*arguments, like.numel() // width, width)
+    launch(_module(dtype), name, _blocks(direction, like), _threads(width), given, like.device)
 
 
 def _kernel_name(direction: str, dtype: torch.dtype, packs: int) -> str:

@@ -14,14 +14,14 @@ from dataclasses import dataclass
 from operator import index as as_int  # unlike int, it makes a constant of a symbolic size under torch.compile
 from typing import TYPE_CHECKING
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from elman.ops import diagonal
 from elman.ops.cells import CELLS, FUSED_CELLS, Cell
-from elman.ops.cuda.compiler import CompilerUnavailableError, Module, compiler_version, kernels
+from elman.ops.cuda.compiler import CompilerUnavailableError, Module, compiler_version
+from elman.ops.cuda.launch import launch
 from elman.ops.operators import Diagonal, LowRank, Operator
 
 if TYPE_CHECKING:
@@ -426,55 +426,29 @@ def _dense(x: Tensor | None) -> Tensor | None:
 
 
 def _launch(task: Task, tensors: tuple[Tensor | None, ...], like: Tensor, layout: _Layout) -> None:
-    from cuda.core import Device, LaunchConfig, Stream, launch
-
-    index = like.device.index
     seq_len, batch, heads, hidden = *like.shape[:2], layout.heads, layout.width
-    plan = make_plan(chip_of(index), batch, hidden, task, heads)
-    # A thread of autograd's that has not run a kernel yet has no CUDA context.
-    Device(index).set_current()
-    kernel = _kernel(task, like.dtype, plan, index)
+    plan = make_plan(chip_of(like.device.index), batch, hidden, task, heads)
     groups = heads * plan.groups
-    if plan.clustered:
-        ring = None
-        config = LaunchConfig(grid=groups, cluster=plan.columns, block=_THREADS, shmem_size=plan.shared_bytes)
-    else:
+    ring = None
+    if not plan.clustered:
         units = groups * plan.tiles * plan.blocks * math.ceil(task.depth * hidden / _UNIT_DEPTH)
         # No published value has all bits set, so this marks every slot as empty.
         ring = torch.full((_RING_SLOTS * units * _UNIT_BYTES,), 0xFF, dtype=torch.uint8, device=like.device)
-        config = LaunchConfig(
-            grid=groups * plan.columns, block=_THREADS, shmem_size=plan.shared_bytes, is_cooperative=True
-        )
-    pointers = [0 if x is None else x.data_ptr() for x in (*tensors, ring)]
-    sizes = [np.int32(size) for size in (seq_len, batch, hidden, heads * hidden, plan.tiles)]
-    stream = Stream.from_handle(torch.cuda.current_stream(like.device).cuda_stream)
-    launch(stream, config, kernel, *pointers, *sizes)
+    module = _module(task, like.dtype, plan)
+    launch(
+        module,
+        module.kernels[0],
+        groups * plan.columns,
+        _THREADS,
+        (*tensors, ring, seq_len, batch, hidden, heads * hidden, plan.tiles),
+        like.device,
+        shared_bytes=plan.shared_bytes,
+        cluster=plan.columns if plan.clustered else None,
+        cooperative=not plan.clustered,
+    )
 
 
 @functools.cache
-def _kernel(task: Task, dtype: torch.dtype, plan: Plan, index: int) -> object:
-    """Compiled and loaded, with leave on this device to use shared memory and clusters of any size.
-
-    Plans of one instantiation share a kernel and need not agree on the memory, so none of them may set the limit.
-    """
-    from cuda.bindings import driver
-
-    module, device = _module(task, dtype, plan), driver.CUdevice(index)
-    kernel = kernels(module, chip_of(index).capability)[module.kernels[0]]
-    attributes = driver.CUfunction_attribute
-    status, static = driver.cuKernelGetAttribute(attributes.CU_FUNC_ATTRIBUTE_SHARED_SIZE_BYTES, kernel.handle, device)
-    if status:
-        raise RuntimeError(f"cannot ask for the shared memory of the persistent kernel: {status.name}")
-    wanted = {attributes.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES: chip_of(index).shared_bytes - static}
-    if plan.clustered:
-        wanted[attributes.CU_FUNC_ATTRIBUTE_NON_PORTABLE_CLUSTER_SIZE_ALLOWED] = 1
-    for attribute, value in wanted.items():
-        (status,) = driver.cuKernelSetAttribute(attribute, value, kernel.handle, device)
-        if status:
-            raise RuntimeError(f"cannot prepare the persistent kernel: {status.name} for {attribute.name} = {value}")
-    return kernel
-
-
 def _module(task: Task, dtype: torch.dtype, plan: Plan, architectures: tuple[str, ...] = ()) -> Module:
     shape = f"{plan.row_tiles}, {plan.register_units}, {plan.shared_units}, {plan.blocks}, persistent::{plan.exchange}"
     name = f"persistent_{task.direction}<{_NUMBERS[dtype]}, {task.cell.functor}, {shape}>"

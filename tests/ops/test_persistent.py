@@ -1,7 +1,6 @@
 """Which plans the persistent backend makes, and why it refuses, for GPUs that need not be there."""
 
 import re
-import types
 
 import pytest
 import torch
@@ -13,7 +12,7 @@ from benchmarks.recurrence import SHAPES
 from elman.errors import UsageError
 from elman.ops import backends, loop, persistent
 from elman.ops.cells import CELLS, FUSED_CELLS, Cell
-from elman.ops.cuda import compiler
+from elman.ops.cuda import compiler, launch
 from elman.ops.cuda.compiler import CompilerUnavailableError, Module, flatten
 from elman.ops.operators import OPERATORS, BlockDiagonal, Dense, Diagonal
 from elman.ops.persistent import Chip, Plan, Task
@@ -211,32 +210,9 @@ def batches_of_one_kernel(chip: Chip, hidden: int) -> tuple[int, int]:
     pytest.skip("no two plans on this GPU share a kernel")
 
 
-def test_plans_of_one_kernel_leave_each_other_their_shared_memory(monkeypatch: pytest.MonkeyPatch) -> None:
-    driver = pytest.importorskip("cuda.bindings.driver")
-    limits: dict[object, int] = {}
-    static = 16
-
-    def set_attribute(attribute: object, value: int, kernel: object, device: object) -> tuple[int]:
-        limits[attribute] = value
-        return (0,)
-
-    monkeypatch.setattr(driver, "cuKernelGetAttribute", lambda *args: (0, static))
-    monkeypatch.setattr(driver, "cuKernelSetAttribute", set_attribute)
-    monkeypatch.setattr(persistent, "chip_of", lambda index: H200)
-    kernel = types.SimpleNamespace(handle=7)
-    monkeypatch.setattr(persistent, "kernels", lambda module, capability: dict.fromkeys(module.kernels, kernel))
-    persistent._kernel.cache_clear()
-    plans = [persistent.make_plan(H200, batch, 512, TANH) for batch in batches_of_one_kernel(H200, 512)]
-    for plan in plans:
-        assert persistent._kernel(TANH, torch.bfloat16, plan, 0) is kernel
-    limit = limits[driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES]
-    assert max(plan.shared_bytes for plan in plans) <= limit <= H200.shared_bytes - static
-    persistent._kernel.cache_clear()
-
-
 @pytest.mark.gpu
 def test_a_kernel_runs_with_less_shared_memory_and_then_with_more() -> None:
-    persistent._kernel.cache_clear()  # it may have met these plans before
+    launch._kernel.cache_clear()  # it may have met these plans before
     large, small = batches_of_one_kernel(persistent.chip_of(0), 512)
     problems = [draw(2, batch, 512, dtype=torch.bfloat16, device="cuda") for batch in (large, small, large)]
     first, _, again = (solve(p, "persistent") for p in problems)
