@@ -2,15 +2,12 @@
 
 A number is the backend's error against float64, as a multiple of the error that the reference makes in the same dtype
 (in the Frobenius norm; 1.5 is allowed). "bits" says whether three runs gave the same ones. The exit code is 1 if any
-case fails. ``--sanitizer`` runs small cases under compute-sanitizer's memcheck, racecheck and synccheck instead.
-Needs a GPU; run it from the repository's root: ``python -m benchmarks.correctness``.
+case fails. Needs a GPU; run it from the repository's root: ``python -m benchmarks.correctness``.
 """
 
 from __future__ import annotations
 
 import argparse
-import shutil
-import subprocess
 import sys
 from collections.abc import Iterator
 from dataclasses import replace
@@ -76,31 +73,12 @@ def long_row(backend: str) -> tuple[str, bool]:
     return f"| {LONG} × 4 × 64, the last 100 steps | {backend} | {ratio:.2f} |{'  |' * len(NAMES)}", ratio <= 1.5
 
 
-def sanitize() -> int:
-    """The small cases under each of compute-sanitizer's tools."""
-    program = shutil.which("compute-sanitizer")
-    if program is None:
-        print("compute-sanitizer is not on the PATH")
-        return 1
-    codes = []
-    for tool in ("memcheck", "racecheck", "synccheck"):
-        command = [program, "--tool", tool, "--error-exitcode", "3", sys.executable, "-m", "benchmarks.correctness"]
-        result = subprocess.run([*command, "--small"], capture_output=True, text=True)
-        words = [line for line in result.stdout.splitlines() if "SUMMARY" in line or "ERROR" in line]
-        print(f"{tool}: exit code {result.returncode}", *words[-3:], sep="\n  ")
-        codes.append(result.returncode)
-    return int(any(codes))
-
-
 def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--small", action="store_true", help="small cases only")
-    parser.add_argument("--sanitizer", action="store_true", help="run the small cases under compute-sanitizer")
     args = parser.parse_args()
     if not torch.cuda.is_available():
         parser.error("this needs a CUDA device")
-    if args.sanitizer:
-        return sanitize()
     backends = [name for name in BACKENDS if name != "reference"]
     wrong = 0
     for dtype in (torch.bfloat16, torch.float16, torch.float32):

@@ -1,0 +1,469 @@
+"""Runs small problems on every family of kernels and records their launches, memory included.
+
+What a kernel is only to write is NaN before (PyTorch fills it, when told to be deterministic), so that what it leaves
+out shows, and a tool can be told from what it may read.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import ctypes
+import functools
+import importlib
+import itertools
+import os
+import sys
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from benchmarks.compiling import compile_ahead
+from benchmarks.sanitize.launches import Buffer, Launch, Place, save
+from elman.ops import diagonal, loop, norm, persistent
+from elman.ops.cells import CELLS, FUSED_CELLS
+from elman.ops.cuda.compiler import Binary, Module, architecture, compile_module
+from elman.ops.cuda.launch import launch as launch_on_gpu
+from elman.ops.operators import OPERATORS
+from elman.ops.persistent import Chip, Plan, Task
+from tests.ops.problems import Problem, draw, parts
+
+banks = importlib.import_module("elman.ops.banks")  # the package has the function of this name
+
+HALVES = (torch.bfloat16, torch.float16)
+DTYPES = (*HALVES, torch.float32, torch.float64)
+EXCHANGES = ("PolledRing", "StagedRing2", "StagedRing3", "ClusterPush")
+#: Tiles of a group with which each exchange is run: enough for its buffers to come round again.
+_TILES = {"PolledRing": 2, "StagedRing2": 3, "StagedRing3": 5, "ClusterPush": 2}
+_BLOCK_ROWS = 8
+
+
+class Recorder:
+    """Stands in for ``elman.ops.cuda.launch.launch``, and for the loop's own launches.
+
+    Attributes:
+        launches: those so far.
+        modules: of all kernels that were to be launched.
+        family, words: for the launches to come.
+    """
+
+    def __init__(self, run: Callable[..., None], compiled: Callable[[Module], Binary]) -> None:
+        """``run`` launches a kernel as ``elman.ops.cuda.launch.launch`` does."""
+        self.launches: list[Launch] = []
+        self.modules: dict[Module, None] = {}
+        self.family = self.words = ""
+        self._run, self._compiled = run, functools.cache(compiled)
+
+    def __call__(
+        self,
+        module: Module,
+        name: str,
+        blocks: int,
+        threads: int,
+        arguments: Sequence[Tensor | float | None],
+        device: torch.device,
+        *,
+        shared_bytes: int = 0,
+        cluster: int | None = None,
+        cooperative: bool = False,
+    ) -> None:
+        options = {"shared_bytes": shared_bytes, "cluster": cluster, "cooperative": cooperative}
+        with self.recording(module, name, (blocks, 1, 1), threads, arguments, **options):
+            self._run(module, name, blocks, threads, arguments, device, **options)
+
+    @contextlib.contextmanager
+    def recording(
+        self,
+        module: Module,
+        name: str,
+        grid: tuple[int, int, int],
+        threads: int,
+        arguments: Sequence[Tensor | float | None],
+        *,
+        shared_bytes: int = 0,
+        cluster: int | None = None,
+        cooperative: bool = False,
+    ) -> Iterator[None]:
+        """Around a launch: keeps what is in memory before and after it."""
+        self.modules[module] = None
+        binary = self._compiled(module)
+        runs = _runs([x for x in arguments if isinstance(x, Tensor)])
+        before = [run.bytes() for run in runs]
+        written_only = [run.holds_nothing() for run in runs]
+        yield
+        after = [None if run.is_workspace() else run.bytes() for run in runs]
+        # What was only read is kept once.
+        after = [
+            old if new is not None and np.array_equal(old, new) else new for old, new in zip(before, after, strict=True)
+        ]
+        self.launches.append(
+            Launch(
+                family=self.family,
+                words=f"{self.words}, {name}",
+                cubin=binary.cubin,
+                symbol=binary.symbols[name],
+                grid=grid,
+                threads=threads,
+                shared_bytes=shared_bytes,
+                cluster=cluster,
+                cooperative=cooperative,
+                arguments=tuple(_recorded(argument, runs) for argument in arguments),
+                buffers=tuple(Buffer(*of) for of in zip(before, after, written_only, strict=True)),
+            )
+        )
+
+
+@dataclass
+class _Run:
+    """Bytes of GPU memory from ``start`` to ``stop``, and the tensors that lie in them."""
+
+    start: int
+    stop: int
+    tensors: list[Tensor]
+
+    def bytes(self) -> np.ndarray:
+        storage = self.tensors[0].untyped_storage()
+        whole = torch.empty(0, dtype=torch.uint8, device=self.tensors[0].device)
+        whole.set_(storage, self.start - storage.data_ptr(), (self.stop - self.start,), (1,))
+        return whole.cpu().numpy().copy()
+
+    def holds_nothing(self) -> bool:
+        return all(x.is_floating_point() and bool(x.isnan().all()) for x in self.tensors)
+
+    def is_workspace(self) -> bool:
+        """Bytes are what kernels hand each other; what is left of them depends on who came when."""
+        return all(x.dtype == torch.uint8 for x in self.tensors)
+
+
+def _runs(tensors: Iterable[Tensor]) -> list[_Run]:
+    """The memory of tensors, those that overlap in one run."""
+    found: list[_Run] = []
+    for x in sorted((x for x in tensors if x.numel()), key=Tensor.data_ptr):
+        span = 1 + sum((n - 1) * stride for n, stride in zip(x.shape, x.stride(), strict=True))
+        start, stop = x.data_ptr(), x.data_ptr() + span * x.itemsize
+        if found and start < found[-1].stop:
+            found[-1].stop = max(stop, found[-1].stop)
+            found[-1].tensors.append(x)
+        else:
+            found.append(_Run(start, stop, [x]))
+    return found
+
+
+def _recorded(argument: Tensor | float | None, runs: Sequence[_Run]) -> Place | int | float:
+    if not isinstance(argument, Tensor):
+        return argument or 0
+    address = argument.data_ptr()
+    found = (Place(number, address - run.start) for number, run in enumerate(runs) if run.start <= address < run.stop)
+    return next(found, 0)
+
+
+@contextlib.contextmanager
+def _loop_recorded(recorder: Recorder) -> Iterator[None]:
+    """The loop's launches, whose arguments are addresses: tensors are told by them."""
+    from cuda.bindings import driver
+
+    known: dict[int, Tensor] = {}
+    module_and_names: dict[int, tuple[Module, str]] = {}
+    count = 0
+    original = {name: getattr(loop._KernelSteps, name) for name in ("forward", "backward", "_launcher")}
+    launch = driver.cuLaunchKernel
+
+    def walk(direction: str) -> Callable[..., object]:
+        def start(steps: loop._KernelSteps, x: loop.Forward | loop.Backward) -> object:
+            known.clear()
+            of_steps = ("drec", "dpre", "dh", "pre", "reset", "saved", "states")
+            for name, value in vars(x).items():
+                for tensor in value if isinstance(value, Sequence) else [value]:
+                    if isinstance(tensor, Tensor):
+                        for piece in tensor.unbind(0) if name in of_steps else [tensor]:
+                            known.setdefault(piece.data_ptr(), piece)  # drec may be a part of dpre, which came first
+            return original[direction](steps, x)
+
+        return start
+
+    def launcher(steps: loop._KernelSteps, direction: str, arguments: Sequence[object], given: Any) -> object:
+        nonlocal count
+        count = len(arguments) + 1
+        # The loop may have made its own copy of one that all steps share.
+        for x in given:
+            if x is not None and x.ndim < 3:
+                known.setdefault(x.data_ptr(), x)
+        module = loop.step_module(steps.cell.name, steps.like.dtype)
+        module_and_names.update((int(kernel.handle), (module, name)) for name, kernel in steps.kernels.items())
+        return original["_launcher"](steps, direction, arguments, given)
+
+    def step(function: object, x: int, y: int, z: int, threads: int, *rest: Any) -> object:
+        table = (ctypes.c_int64 * count).from_address(rest[-2])
+        numbers = [ctypes.c_int64.from_address(address).value for address in table]
+        arguments = [known.get(number, number) for number in numbers]
+        with recorder.recording(*module_and_names[int(function)], (x, y, z), threads, arguments):
+            return launch(function, x, y, z, threads, *rest)
+
+    hooks = {"forward": walk("forward"), "backward": walk("backward"), "_launcher": launcher}
+    with mock.patch.multiple(loop._KernelSteps, **hooks), mock.patch.object(driver, "cuLaunchKernel", step):
+        yield
+
+
+@dataclass(frozen=True)
+class Case:
+    """A problem for one family of kernels, forward and backward.
+
+    Attributes:
+        family: a row of the table; an exchange's is ``persistent`` and its name.
+        words: what is drawn.
+        run: runs it on a device.
+    """
+
+    family: str
+    words: str
+    run: Callable[[str], None]
+
+
+def cases(chip: Chip) -> list[Case]:
+    """All of them, families by turns, each family's most telling first."""
+    families = [_persistent_cases(exchange, chip) for exchange in EXCHANGES]
+    families += [_diagonal_cases(), _loop_cases(), _banks_cases(), _norm_cases()]
+    return [case for turn in itertools.zip_longest(*families) for case in turn if case is not None]
+
+
+def _walk(walk: Any, problem: Problem, operator: str) -> None:
+    pre = problem.pre.unsqueeze(2) if problem.pre.ndim == 3 else problem.pre
+    made, cell = OPERATORS[operator](*parts(problem.weight)), CELLS[problem.cell]
+    h, _, saved = walk.forward(pre, made, problem.bias, parts(problem.h0), problem.reset, cell, True)
+    given = (problem.dh, parts(problem.dh_last), h, saved, made, parts(problem.h0), problem.reset, cell)
+    walk.backward(*given, problem.h0 is not None)
+
+
+@dataclass(frozen=True)
+class _Shape:
+    """Of a problem for the persistent kernels; ``tiles`` None is what the exchange needs to come round."""
+
+    words: str
+    seq_len: int = 3
+    rows_beyond: int = 3
+    hidden: int = 72
+    heads: int = 1
+    tiles: int | None = None
+    blocks: int = 1
+    in_shared: bool = False
+    bare: bool = False
+
+
+_SHAPES = (
+    _Shape("h0 and resets"),
+    _Shape("neither h0 nor resets", seq_len=4, tiles=1, bare=True),
+    _Shape("two blocks", blocks=2),
+    _Shape("one step", seq_len=1, tiles=1),
+    _Shape("two heads of 44 units", hidden=88, heads=2, tiles=1),
+)
+#: For an LSTM; the registers of cells without memory hold more.
+_IN_SHARED = _Shape("weights in shared memory", seq_len=2, hidden=264, tiles=1, in_shared=True)
+
+
+def _persistent_cases(exchange: str, chip: Chip) -> list[Case]:
+    if exchange == "ClusterPush" and chip.capability < (9, 0):
+        return []
+    cells = ("lstm", "tanh", *(name for name in FUSED_CELLS if name not in ("lstm", "tanh")))
+    wanted = [(cell, torch.bfloat16, _SHAPES[0]) for cell in cells[:2]]
+    wanted += [(cell, torch.bfloat16, shape) for shape in _SHAPES[1:] for cell in cells[:2]]
+    wanted += [("lstm", torch.bfloat16, _IN_SHARED), ("tanh", torch.bfloat16, replace(_IN_SHARED, hidden=520))]
+    wanted += [(cell, torch.bfloat16, _SHAPES[0]) for cell in cells[2:]]
+    wanted += [(cell, torch.float16, _SHAPES[0]) for cell in cells]
+
+    def case(cell: str, dtype: torch.dtype, shape: _Shape) -> Case:
+        tiles = _TILES[exchange] if shape.tiles is None else shape.tiles
+        batch = _BLOCK_ROWS * shape.blocks * max(1, tiles - 1) + shape.rows_beyond
+        plan = functools.partial(small_plan, exchange, tiles, shape.blocks, shape.in_shared)
+        options: dict[str, Any] = {"with_h0": False, "reset_rate": None} if shape.bare else {}
+
+        def run(device: str) -> None:
+            operator = "dense" if shape.heads == 1 else "block_diagonal"
+            problem = draw(
+                shape.seq_len,
+                batch,
+                shape.hidden,
+                dtype=dtype,
+                device=device,
+                cell=cell,
+                operator=operator,
+                heads=shape.heads,
+                with_bias=not CELLS[cell].additive,
+                **options,
+            )
+            with mock.patch.object(persistent, "make_plan", plan):
+                _walk(persistent, problem, operator)
+
+        return Case(f"persistent {exchange}", f"{cell} {str(dtype)[6:]}, {shape.words}", run)
+
+    return [case(*one) for one in wanted]
+
+
+def small_plan(
+    exchange: str,
+    tiles: int,
+    blocks: int,
+    in_shared: bool,
+    chip: Chip,
+    batch: int,
+    hidden: int,
+    task: Task,
+    heads: int = 1,
+) -> Plan:
+    """A plan of this exchange with few CTAs, more than one a group, as if the GPU were a small one."""
+    plans = [
+        plan
+        for multiprocessors, row_tiles in itertools.product(range(1, 17), range(1, persistent._MAX_ROW_TILES + 1))
+        for of in [replace(chip, multiprocessors=multiprocessors)]
+        for plan in [persistent._fit(of, batch, hidden, task, heads, exchange, row_tiles, blocks)]
+        if plan is not None
+    ]
+
+    def dislike(plan: Plan) -> tuple[bool | int, ...]:
+        wrong = plan.columns == 1, plan.tiles != tiles, (plan.shared_units > 0) != in_shared
+        return *wrong, plan.groups * plan.columns, plan.row_tiles
+
+    return min(plans, key=dislike)
+
+
+def _diagonal_cases() -> list[Case]:
+    def case(cell: str, dtype: torch.dtype, hidden: int, in_slice: bool) -> Case:
+        def run(device: str) -> None:
+            problem = draw(
+                *(5, 3, hidden), dtype=dtype, device=device, cell=cell, operator="diagonal", with_bias=cell == "gru"
+            )
+            if in_slice:
+                wide = torch.zeros(*problem.pre.shape[:-1], hidden + 6, dtype=dtype, device=device)
+                problem = replace(problem, pre=wide[..., 3 : hidden + 3].copy_(problem.pre))
+            _walk(persistent, problem, "diagonal")
+
+        words = f"{cell} {str(dtype)[6:]}, H = {hidden}" + ", pre a slice" * in_slice
+        return Case("diagonal", words, run)
+
+    wanted = [("lstm", torch.bfloat16, 67, True), ("tanh", torch.bfloat16, 66, False)]
+    wanted += [(cell, torch.bfloat16, 66, False) for cell in FUSED_CELLS if cell != "tanh"]
+    wanted += [(cell, dtype, 66, False) for dtype in DTYPES[1:] for cell in FUSED_CELLS]
+    return [case(*one) for one in wanted]
+
+
+def _loop_cases() -> list[Case]:
+    def case(cell: str, dtype: torch.dtype, hidden: int, **options: Any) -> Case:
+        def run(device: str) -> None:
+            with_bias = not CELLS[cell].additive
+            problem = draw(2, 3, hidden, dtype=dtype, device=device, cell=cell, with_bias=with_bias, **options)
+            _walk(loop, problem, "dense")
+
+        return Case("step", f"{cell} {str(dtype)[6:]}, H = {hidden}" + ", bare" * bool(options), run)
+
+    bare = {"with_h0": False, "reset_rate": None}
+    first = [case("lstm", torch.bfloat16, 67), case("gru", torch.bfloat16, 66, **bare)]
+    return first + [case(cell, dtype, 66) for dtype in DTYPES for cell in FUSED_CELLS]
+
+
+def _banks_cases() -> list[Case]:
+    def case(k: int, dtype: torch.dtype, hidden: int, bare: bool) -> Case:
+        def run(device: str) -> None:
+            generator = torch.Generator().manual_seed(0)
+
+            def normal(*shape: int) -> Tensor:
+                return torch.randn(*shape, generator=generator, dtype=torch.float64).to(device)
+
+            seq_len, batch = 11, 3
+            h, z = normal(seq_len, batch, hidden).to(dtype), normal(seq_len, batch, k + 1, hidden).to(dtype)
+            real = torch.float64 if dtype == torch.float64 else torch.float32
+            decay, m0, dm = (normal(*shape).to(real) for shape in ((k, hidden), *((batch, k, hidden),) * 2))
+            reset = (torch.rand(seq_len, batch, generator=generator) < 0.2).to(device)
+            decay, m0, dm, reset = decay.sigmoid(), *((None,) * 3 if bare else (m0, dm, reset))
+            _, _, checkpoints = banks._forward(h, z, decay, m0, reset, True)
+            banks._backward(h, dm, h, z, decay, reset, checkpoints)
+
+        return Case("banks", f"k = {k} {str(dtype)[6:]}, H = {hidden}" + ", bare" * bare, run)
+
+    wanted = [(4, torch.bfloat16, 67, False), (4, torch.bfloat16, 66, True)]
+    wanted += [(k, torch.bfloat16, 66, False) for k in (1, 2, 8, 16)] + [(4, dtype, 66, False) for dtype in DTYPES[1:]]
+    return [case(*one) for one in wanted]
+
+
+def _norm_cases() -> list[Case]:
+    def case(rows: int, width: int, dtype: torch.dtype, bare: bool) -> Case:
+        def run(device: str) -> None:
+            generator = torch.Generator().manual_seed(0)
+            x, ds, y, dn = (torch.randn(rows, width, generator=generator).to(device) for _ in range(4))
+            weight, y, dn = torch.randn(width, generator=generator).to(device), y.to(dtype), dn.to(dtype)
+            s, _, r = norm._forward(x, None if bare else y, weight, 1e-6, dtype)
+            norm._backward(dn, None if bare else ds, x if bare else s, weight, r, not bare)
+
+        return Case("norm", f"{rows} × {width} {str(dtype)[6:]}" + ", bare" * bare, run)
+
+    # Of the narrowest there are more rows than blocks at a time, on an H200.
+    wanted = [(7, 60, torch.bfloat16, False), (3, 8, torch.float32, True), (6000, 4, torch.bfloat16, False)]
+    wanted += [(5, width, torch.float16, False) for width in (1280, 2052, 8192)] + [(1, 132, torch.bfloat16, True)]
+    return [case(*one) for one in wanted]
+
+
+@contextlib.contextmanager
+def _poisoned() -> Iterator[None]:
+    """New memory is full of NaN."""
+    before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before[0], warn_only=before[1])
+
+
+def record(wanted: Iterable[Case], recorder: Recorder, device: str) -> None:
+    """Runs cases; what goes wrong with one is an error only after the others."""
+    errors = []
+    hooks = [mock.patch.object(module, "launch", recorder) for module in (persistent, diagonal, banks, norm)]
+    with contextlib.ExitStack() as stack, torch.no_grad():
+        for hook in (*hooks, _poisoned(), _loop_recorded(recorder)):
+            stack.enter_context(hook)
+        for case in wanted:
+            recorder.family, recorder.words = case.family, case.words
+            try:
+                case.run(device)
+            except Exception as error:
+                error.add_note(f"in {case.family}, {case.words}")
+                errors.append(error)
+    if errors:
+        raise ExceptionGroup("cases that could not be recorded", errors)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("folder", type=Path, help="for the launches")
+    args = parser.parse_args()
+    if not torch.cuda.is_available():
+        parser.error("this needs a CUDA device")
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # or its products warn of being not deterministic
+    chip, arch = persistent.chip_of(0), architecture(torch.cuda.get_device_capability(0))
+    wanted = cases(chip)
+
+    # First without launching anything, for the modules alone.
+    nothing = Recorder(lambda *args, **options: None, lambda module: Binary(b"", _AnyName(), ""))
+    record((case for case in wanted if case.family != "step"), nothing, "cuda:0")
+    steps = [loop.step_module(cell, dtype) for cell in FUSED_CELLS for dtype in DTYPES]
+    print(f"{compile_ahead([*nothing.modules, *steps], arch)} modules compiled", flush=True)
+
+    recorder = Recorder(launch_on_gpu, lambda module: compile_module(module, arch))
+    try:
+        record(wanted, recorder, "cuda:0")
+    finally:
+        save(recorder.launches, args.folder)
+        print(f"{len(recorder.launches)} launches recorded", flush=True)
+    return 0
+
+
+class _AnyName(dict[str, str]):
+    def __missing__(self, name: str) -> str:
+        return name
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,266 @@
+"""Recording launches, repeating them and counting what a tool says, by stand-ins for the GPU and the tool."""
+
+import sys
+import types
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from benchmarks.sanitize import __main__ as driver_mode
+from benchmarks.sanitize import launches as files
+from benchmarks.sanitize import record, replay
+from benchmarks.sanitize.launches import Buffer, Launch, Place
+from elman.ops import loop, norm, persistent
+from elman.ops.cells import FUSED_CELLS
+from elman.ops.cuda.compiler import Binary
+from tests.ops.test_persistent import H200
+
+driver = pytest.importorskip("cuda.bindings.driver")
+core = pytest.importorskip("cuda.core")
+
+
+@pytest.fixture(scope="module")
+def recorded() -> record.Recorder:
+    """All cases, on a GPU whose kernels do nothing and whose memory is the CPU's."""
+    names = dict(
+        enumerate(
+            name for cell in FUSED_CELLS for dtype in record.DTYPES for name in loop.step_module(cell, dtype).kernels
+        )
+    )
+    kernels = {name: types.SimpleNamespace(handle=number) for number, name in names.items()}
+    recorder = record.Recorder(lambda *args, **options: None, lambda module: Binary(b"", record._AnyName(), ""))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(persistent, "chip_of", lambda index: H200)
+        patch.setattr(record.banks, "_has_kernel", lambda h, decay: True)
+        patch.setattr(norm, "_blocks", lambda direction, x: 2)
+        patch.setattr(loop, "kernels", lambda module, capability: kernels)
+        patch.setattr(loop, "_steps", loop._KernelSteps)
+        patch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+        patch.setattr(torch.cuda, "current_stream", lambda device: types.SimpleNamespace(cuda_stream=0))
+        patch.setattr(core, "Device", lambda index: types.SimpleNamespace(set_current=lambda: None))
+        patch.setattr(driver, "cuLaunchKernel", lambda *args: (driver.CUresult.CUDA_SUCCESS,))
+        record.record(record.cases(H200), recorder, "cpu")
+    return recorder
+
+
+def test_every_family_is_recorded_and_comes_early(recorded: record.Recorder) -> None:
+    families = [launch.family for launch in recorded.launches]
+    assert set(families[:20]) == set(families) == set(driver_mode._FAMILIES.values())
+    assert min(Counter(families).values()) >= 10
+    for launch in recorded.launches:
+        assert next(family for name, family in driver_mode._FAMILIES.items() if name in launch.symbol) == launch.family
+    names = " ".join(launch.symbol for launch in recorded.launches)
+    for cell in FUSED_CELLS.values():
+        for number in ("bf16", "fp16"):
+            for exchange in record.EXCHANGES:
+                for direction in ("forward", "backward"):
+                    assert any(
+                        f"persistent_{direction}<{number}, {cell.functor}," in launch.symbol
+                        and f"{exchange}>" in launch.symbol
+                        for launch in recorded.launches
+                    ), (cell, number, exchange, direction)
+            assert f"step_backward<{cell.functor}, {number}" in names
+            assert f"diagonal_backward<{cell.functor}, {number}" in names
+
+
+def test_grids_are_small_but_ctas_have_others_to_wait_for(recorded: record.Recorder) -> None:
+    seen = Counter()
+    for launch in recorded.launches:
+        if launch.family.startswith("persistent"):
+            *_, shared_units, blocks, _ = launch.symbol.split("<")[1].split(", ")
+            tiles = launch.arguments[-1]
+            assert launch.grid[0] <= 16
+            assert launch.grid[0] >= 2
+            assert launch.cluster is None or 2 <= launch.cluster <= launch.grid[0]
+            assert launch.cooperative == (launch.cluster is None)
+            assert 0 < launch.shared_bytes <= H200.shared_bytes
+            seen[launch.family, "tiles", tiles] += 1
+            seen[launch.family, "blocks", blocks] += 1
+            seen[launch.family, "shared", int(shared_units) > 0] += 1
+    for exchange, tiles in record._TILES.items():
+        assert seen[f"persistent {exchange}", "tiles", tiles] >= 2 * 2 * len(FUSED_CELLS)
+        assert seen[f"persistent {exchange}", "tiles", 1] > 0
+        assert seen[f"persistent {exchange}", "blocks", "2"] == 4
+        assert seen[f"persistent {exchange}", "shared", True] == 4
+
+
+def test_memory_is_recorded_in_its_exact_size(recorded: record.Recorder) -> None:
+    launch = next(launch for launch in recorded.launches if "persistent_forward<bf16, Lstm" in launch.symbol)
+    seq_len, batch, hidden = launch.arguments[11:14]
+    pre, weight, h = (launch.buffers[launch.arguments[place].buffer] for place in (0, 1, 6))
+    assert pre.before.nbytes == seq_len * batch * 4 * hidden * 2
+    assert weight.before.nbytes == 4 * hidden * hidden * 2
+    assert h.written_only
+    assert not pre.written_only
+
+
+def test_a_step_of_the_loop_has_its_own_slices(recorded: record.Recorder) -> None:
+    forward = [launch for launch in recorded.launches if launch.symbol == "step_forward<Lstm, bf16, 1>"][:2]
+    sizes = [
+        [len(launch.buffers[x.buffer].before) if isinstance(x, Place) else x for x in launch.arguments]
+        for launch in forward
+    ]
+    of_states = 3 * 67 * 2
+    gates = 4 * of_states
+    expected = [gates, 4 * 67, 67, gates, 0, 3, 3, of_states, gates, of_states, of_states, of_states, 67]
+    assert sizes[0] == expected
+    expected[6] = 0  # no resets follow the last step
+    assert [a if not isinstance(b, int) or b else b for a, b in zip(sizes[1], expected, strict=True)] == sizes[1]
+
+
+class Memory:
+    """A GPU in a dictionary, with one kernel: it adds its last argument to every byte of a buffer."""
+
+    def __init__(self, wrong: bool = False, broken: bool = False) -> None:
+        self.there: dict[int, np.ndarray] = {}
+        self.top, self.wrong, self.broken, self.runs = 1000, wrong, broken, 0
+
+    def allocate(self, size: int) -> int:
+        if self.broken and self.runs:
+            raise replay.GpuError("CUDA_ERROR_LAUNCH_FAILED")
+        self.top += 1000
+        self.there[self.top] = np.full(size, 77, np.uint8)
+        return self.top
+
+    def free(self, address: int) -> None:
+        del self.there[address]
+
+    def write(self, address: int, data: np.ndarray) -> None:
+        self.there[address][:] = data
+
+    def read(self, address: int, size: int) -> np.ndarray:
+        return self.there[address][:size].copy()
+
+    def run(self, launch: Launch, arguments: Sequence[np.int64 | np.float64]) -> None:
+        self.runs += 1
+        if self.broken:
+            raise replay.GpuError("CUDA_ERROR_LAUNCH_FAILED")
+        source, target, zero, number = arguments
+        assert (type(zero), type(number)) == (np.int64, np.float64)
+        assert len(self.there[int(source) - 1]) == 3
+        self.there[int(target)][:] = self.there[int(source) - 1] + int(number) + self.wrong
+
+
+def adding(words: str = "words") -> Launch:
+    before = np.array([1, 2, 3], np.uint8)
+    buffers = (Buffer(before, before), Buffer(np.full(3, 255, np.uint8), before + 5, True), Buffer(before, None))
+    arguments = (Place(0, 1), Place(1, 0), 0, 5.0)
+    return Launch("norm", words, b"", "add", (1, 1, 1), 32, 0, None, False, arguments, buffers)
+
+
+def test_a_launch_is_repeated_as_it_was(tmp_path: Path) -> None:
+    files.save([adding()], tmp_path)
+    (launch,) = files.load(tmp_path)
+    gpu = Memory()
+    assert replay.repeat(launch, gpu) == []
+    assert not gpu.there
+    assert replay.repeat(launch, Memory(wrong=True)) == [1]
+    assert replay.repeat(launch, Memory(wrong=True), bare=True) == []
+
+
+def test_a_replay_says_how_far_it_came(capsys: pytest.CaptureFixture[str]) -> None:
+    launches = [adding("a"), adding("b"), adding("c")]
+    assert replay.repeat_all(launches, Memory(), 1, 100) == 0
+    assert capsys.readouterr().out.splitlines()[::2] == ["start 1", "start 2"]
+    assert replay.repeat_all(launches, Memory(wrong=True), 0, 100) == 1
+    assert "done 2 | differs in 1 |" in capsys.readouterr().out
+    assert replay.repeat_all(launches, Memory(broken=True), 0, 100) == replay.CONTEXT_LOST
+    out = capsys.readouterr().out
+    assert "done 0 | failed with CUDA_ERROR_LAUNCH_FAILED |" in out
+    assert "start 1" not in out
+    assert replay.repeat_all(launches, Memory(), 0, 0) == 0
+    assert capsys.readouterr().out == ""
+
+
+MEMCHECK = """\
+========= COMPUTE-SANITIZER
+========= Invalid __global__ write of size 2 bytes
+=========     at void diagonal_forward<Tanh, bf16, 2>(const T2 *, long)+0x6c0 in diagonal.cuh:81
+=========     by thread (3,0,0) in block (0,0,0)
+=========     Access to 0x7f4c2c200200 is out of bounds
+=========     Saved host backtrace up to driver entry point at kernel launch time
+=========
+========= Invalid __global__ write of size 2 bytes
+=========     at void diagonal_forward<Tanh, bf16, 2>(const T2 *, long)+0x6c0 in diagonal.cuh:81
+=========     by thread (4,0,0) in block (0,0,0)
+=========     Access to 0x7f4c2c200204 is out of bounds
+=========
+========= ERROR SUMMARY: 2 errors
+"""
+RACECHECK = """\
+========= COMPUTE-SANITIZER
+========= Error: Race reported between Write access at void persistent_forward<bf16, Tanh, (int)1, (int)1, (int)0, (int)1, persistent::StagedRing2>(const T1 *, int)+0x1c70 in primitives.cuh:35
+=========     and Read access at void persistent_forward<bf16, Tanh, (int)1, (int)1, (int)0, (int)1, persistent::StagedRing2>(const T1 *, int)+0x2a0 in exchange.cuh:99 [12 hazards]
+=========
+========= RACECHECK SUMMARY: 1 hazard displayed (1 error, 0 warnings)
+"""  # noqa: E501
+
+
+def test_errors_count_for_the_family_of_their_kernel() -> None:
+    report = driver_mode.Report({})
+    driver_mode._count_errors(MEMCHECK + RACECHECK, report)
+    assert {family: result.errors for family, result in report.families.items()} == {
+        "diagonal": 2,
+        "persistent StagedRing2": 1,
+    }
+    assert report.told == 3
+    assert [message.splitlines()[0] for message in report.messages] == ["diagonal:", "persistent StagedRing2:"]
+    assert "Access to 0x7f4c2c200200 is out of bounds" in report.messages[0]
+    assert not report.clean
+
+
+def test_no_errors_are_none() -> None:
+    report = driver_mode.Report({"norm": driver_mode.Result()})
+    driver_mode._count_errors("========= COMPUTE-SANITIZER\n========= ERROR SUMMARY: 0 errors\n", report)
+    assert (report.told, report.messages, report.clean) == (0, [], True)
+
+
+STAND_IN = """
+import sys, time
+first = int(sys.argv[sys.argv.index("--first") + 1])
+open({log!r}, "w").write("========= Barrier error\\n=========     at norm_forward<bf16, 2>\\n=========\\n"
+                         "========= ERROR SUMMARY: 1 error\\n" if first == 2 else "")
+for number in range(first, 4):
+    print("start", number, flush=True)
+    if number == {dies_at}:
+        sys.exit(4)
+    if number == {hangs_at}:
+        time.sleep(100)
+    print(f"done {{number}} | {{'differs in 1' if number == 3 else 'ok'}} | 0.5 | words {{number}}", flush=True)
+"""
+
+
+@pytest.mark.parametrize(("dies_at", "hangs_at"), [(9, 9), (1, 9), (9, 1)])
+def test_what_a_case_breaks_the_others_survive(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, dies_at: int, hangs_at: int
+) -> None:
+    monkeypatch.setattr(driver_mode, "_LAUNCH_SECONDS", 2.0)
+
+    def command(log: Path) -> list[str]:
+        return [sys.executable, "-c", STAND_IN.format(log=str(log), dies_at=dies_at, hangs_at=hangs_at)]
+
+    report = driver_mode.run_tool(command, tmp_path, "memcheck", ["norm", "banks", "norm", "banks"], 60)
+    of_norm, of_banks = report.families["norm"], report.families["banks"]
+    broken = min(dies_at, hangs_at) == 1
+    assert report.reached == 4
+    assert [of_norm.cases, of_banks.cases, of_norm.seconds] == [2, 2 - broken, 1.0]
+    assert of_banks.wrong == ["launch 1 ended its process"] * (dies_at == 1) + ["words 3: differs in 1"]
+    assert of_banks.cut_off == ["launch 1 took longer than 2 s"] * (hangs_at == 1)
+    assert of_norm.errors == report.told == broken
+    assert not report.clean
+
+
+def test_time_that_is_up_ends_it(tmp_path: Path) -> None:
+    report = driver_mode.run_tool(lambda log: ["false"], tmp_path, "memcheck", ["norm"], 0)
+    assert (report.reached, report.families["norm"].cases, report.last_words) == (0, 0, "")
+
+
+def test_a_tool_that_does_not_run_says_why(tmp_path: Path) -> None:
+    report = driver_mode.run_tool(
+        lambda log: [sys.executable, "-c", "print('no')"], tmp_path, "racecheck", ["norm"], 60
+    )
+    assert (report.reached, report.last_words) == (0, "no\n")
