@@ -219,6 +219,15 @@ def test_a_kernel_runs_with_less_shared_memory_and_then_with_more() -> None:
     assert all(torch.equal(value, again[name]) for name, value in first.items())
 
 
+@pytest.mark.gpu
+def test_narrow_heads_leave_wide_ones_their_shared_memory() -> None:
+    """Backwards, an LSTM's heads of 8 and of 16 units have one kernel and differ in shared memory."""
+    wide = draw(2, 4, 16, dtype=torch.bfloat16, device="cuda", cell="lstm")
+    narrow = draw(2, 4, 16, dtype=torch.bfloat16, device="cuda", cell="lstm", operator="block_diagonal", heads=2)
+    first, _, again = (solve(p, "persistent") for p in (wide, narrow, wide))
+    assert all(torch.equal(value, again[name]) for name, value in first.items())
+
+
 def test_arguments_are_in_the_kernels_order() -> None:
     """What ``_launch`` hands over by position is what the sources name at those positions."""
     text = flatten("persistent.cuh")
