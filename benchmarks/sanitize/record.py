@@ -25,6 +25,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.compiling import compile_ahead
+from benchmarks.designs import EXCHANGES, plans
 from benchmarks.sanitize.launches import Buffer, Launch, Place, save
 from elman.ops import diagonal, loop, norm, persistent
 from elman.ops.cells import CELLS, FUSED_CELLS
@@ -38,7 +39,6 @@ banks = importlib.import_module("elman.ops.banks")  # the package has the functi
 
 HALVES = (torch.bfloat16, torch.float16)
 DTYPES = (*HALVES, torch.float32, torch.float64)
-EXCHANGES = ("PolledRing", "StagedRing2", "StagedRing3", "ClusterPush")
 #: Tiles of a group with which each exchange is run: enough for its buffers to come round again.
 _TILES = {"PolledRing": 2, "StagedRing2": 3, "StagedRing3": 5, "ClusterPush": 2}
 _BLOCK_ROWS = 8
@@ -316,19 +316,14 @@ def small_plan(
     heads: int = 1,
 ) -> Plan:
     """A plan of this exchange with few CTAs, more than one a group, as if the GPU were a small one."""
-    plans = [
-        plan
-        for multiprocessors, row_tiles in itertools.product(range(1, 17), range(1, persistent._MAX_ROW_TILES + 1))
-        for of in [replace(chip, multiprocessors=multiprocessors)]
-        for plan in [persistent._fit(of, batch, hidden, task, heads, exchange, row_tiles, blocks)]
-        if plan is not None
-    ]
+    smaller = [replace(chip, multiprocessors=number) for number in range(1, 17)]
+    found = [plan for of in smaller for plan in plans(exchange, blocks, of, batch, hidden, task, heads)]
 
     def dislike(plan: Plan) -> tuple[bool | int, ...]:
         wrong = plan.columns == 1, plan.tiles != tiles, (plan.shared_units > 0) != in_shared
         return *wrong, plan.groups * plan.columns, plan.row_tiles
 
-    return min(plans, key=dislike)
+    return min(found, key=dislike)
 
 
 def _diagonal_cases() -> list[Case]:

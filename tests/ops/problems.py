@@ -157,33 +157,43 @@ class Errors:
         return self.ours / self.reference if self.reference else float("nan")
 
 
-def errors(problem: Problem, backend: str) -> dict[str, Errors]:
+@dataclass(frozen=True)
+class Answers:
+    """What ``solve`` finds by the reference, in float64 and in the problem's dtype."""
+
+    truth: dict[str, Tensor]
+    reference: dict[str, Tensor]
+
+
+def answers(problem: Problem) -> Answers:
+    """What every backend is judged by."""
+    return Answers(solve(problem.to(torch.float64), "reference"), solve(problem, "reference"))
+
+
+def errors(problem: Problem, ours: dict[str, Tensor], known: Answers) -> dict[str, Errors]:
     """How far every output and gradient lies from the reference in float64, in the Frobenius norm.
 
     Allowed is 1.5 times the error of the reference in the same dtype, or one as small as that of a few roundings of
     float32 and one to the dtype; more on a tiny problem, where a sum may cancel and the reference may be right by luck.
     In float64 the truth itself is rounded: 1e-12 is allowed.
     """
-    truth = solve(problem.to(torch.float64), "reference")
-    reference = solve(problem, "reference")
-    ours = solve(problem, backend)
-    assert ours.keys() == truth.keys()
+    assert ours.keys() == known.truth.keys()
     dtype = problem.pre.dtype
     luck = 1e-5 if problem.pre[0].numel() < 64 else 5e-7
     rounding = 1e-12 if dtype == torch.float64 else torch.finfo(dtype).eps / 2 + luck
     found = {}
-    for name, exact in truth.items():
+    for name, exact in known.truth.items():
         assert ours[name].shape == exact.shape
         assert ours[name].dtype == dtype
         norm = exact.norm().clamp_min(torch.finfo(torch.float64).tiny)
-        of_ours, of_reference = (float((x[name].double() - exact).norm() / norm) for x in (ours, reference))
+        of_ours, of_reference = (float((x[name].double() - exact).norm() / norm) for x in (ours, known.reference))
         found[name] = Errors(of_ours, of_reference, 1.5 * of_reference + rounding)
     return found
 
 
 def assert_as_exact_as_reference(problem: Problem, backend: str) -> None:
     """No result errs more than ``errors`` allows."""
-    for name, error in errors(problem, backend).items():
+    for name, error in errors(problem, solve(problem, backend), answers(problem)).items():
         assert error.ours <= error.allowed, f"{name}: {error}"
 
 
