@@ -19,15 +19,13 @@ import math
 import os
 import re
 import statistics
+import subprocess
 import sys
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Iterator, Sequence
-from concurrent.futures import Future, ProcessPoolExecutor, as_completed
-from concurrent.futures.process import BrokenProcessPool
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
-from multiprocessing import get_context
 from pathlib import Path
 from typing import Any, Literal
 
@@ -129,6 +127,8 @@ class Options:
     """To record, where the sources are no git checkout."""
     out: Path | None = None
     """A folder that the results are written to as well."""
+    part: int | None = None
+    """Compile this part of the models ahead, and measure nothing: how the benchmark calls itself."""
 
 
 @dataclass(frozen=True)
@@ -171,7 +171,7 @@ def _fill(row: Row, case: Case, batch_size: int, setting: Setting, console: Cons
     row.compiled, row.start_up_seconds = trainer.compiled, trainer.start_up_seconds
     row.backends = dict(Counter(trainer.backends(options.seq_len)))
     (first,) = step_times(trainer, 1)
-    about = step_times(trainer, 1 if first > _SLOW_STEP else 4)[-1]
+    about = first if first > _SLOW_STEP else step_times(trainer, 4)[-1]
     row.steps = max(2, min(options.steps, int(1e3 * options.seconds / about)))
     if trainer.device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
@@ -195,31 +195,41 @@ def _forget() -> None:
 
 def prepare(case: Case, batch_size: int, setting: Setting) -> str:
     """Compile what a step needs, a layer of each kind, so that the caches on disk hold it. Returns what went wrong."""
-    complaint = ""
+    complaint, trainer = "", None
     try:
-        setting.trainer(case, batch_size, Console(quiet=True), layers=len(case.mixers())).warm_up()
+        trainer = setting.trainer(case, batch_size, Console(quiet=True), layers=len(case.mixers()))
+        # Of a loop in Python there is nothing to compile, and its many tensors would take others' memory.
+        if "reference" not in trainer.backends():
+            trainer.warm_up()
     except Exception as error:
         complaint = first_line(error)
+    trainer = None
     _forget()
     return complaint
 
 
-def prepare_all(cases: Sequence[Case], setting: Setting) -> Iterator[str]:
-    """Prepare every model in processes of their own. Gives what went wrong, in words: nothing depends on it."""
-    jobs = setting.options.jobs
+def prepare_part(cases: Sequence[Case], setting: Setting, part: int) -> None:
+    """The part-th of ``--jobs`` parts of the models. Says what went wrong: nothing depends on it."""
+    options = setting.options
+    for case, batch_size in itertools.product(cases[part :: options.jobs], options.batch_sizes):
+        complaint = prepare(case, batch_size, setting)
+        if complaint:
+            print(f"{case.label}, B = {batch_size} not prepared: {complaint}", flush=True)
+
+
+def prepare_all(options: Options) -> None:
+    """Prepare every model, in processes of their own.
+
+    Not by multiprocessing: in its processes this file is a module named ``__mp_main__``, which gets into the keys by
+    which the compiler's caches are asked.
+    """
     # Each would start as many compilers as there are cores.
-    os.environ["TORCHINDUCTOR_COMPILE_THREADS"] = str(max(1, (os.cpu_count() or 1) // jobs))
-    with ProcessPoolExecutor(jobs, mp_context=get_context("spawn")) as pool:
-        tasks: dict[Future[str], str] = {}
-        for case, batch_size in itertools.product(cases, setting.options.batch_sizes):
-            tasks[pool.submit(prepare, case, batch_size, setting)] = f"{case.label}, B = {batch_size}"
-        try:
-            for task in as_completed(tasks):
-                if task.result():
-                    yield f"{tasks[task]} not prepared: {task.result()}"
-        except BrokenProcessPool as error:
-            yield f"preparing ended early: {first_line(error)}"
-    del os.environ["TORCHINDUCTOR_COMPILE_THREADS"]
+    threads = str(max(1, (os.cpu_count() or 1) // options.jobs))
+    environment = {**os.environ, "TORCHINDUCTOR_COMPILE_THREADS": threads}
+    command = [sys.executable, "-m", "benchmarks.models", *sys.argv[1:], "--part"]
+    processes = [subprocess.Popen([*command, str(part)], env=environment) for part in range(options.jobs)]
+    for process in processes:
+        process.wait()
 
 
 def words(backends: dict[str, int]) -> str:
@@ -320,9 +330,11 @@ def main(options: Options) -> list[Row]:
         data = Path(folder) / "random.bin"
         data.write_bytes(np.random.default_rng(0).integers(256, size=_DATA_BYTES, dtype=np.uint8).tobytes())
         setting = Setting(data, options)
+        if options.part is not None:
+            prepare_part(cases, setting, options.part)
+            return rows
         if options.jobs and device.type == "cuda":
-            for complaint in prepare_all(cases, setting):
-                console.print(complaint)
+            prepare_all(options)
             console.print(f"prepared in {time.perf_counter() - started:.0f} s")
         for case, batch_size in itertools.product(cases, options.batch_sizes):
             if time.perf_counter() - started < options.time_limit:
