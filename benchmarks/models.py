@@ -48,7 +48,7 @@ _DATA_BYTES = 1 << 24
 _SLOW_STEP = 1000.0
 #: Kernels that run a recurrence or a rival of one, by a part of their names.
 _RECURRENT = re.compile(
-    r"persistent_|diagonal_|banks_|step_(forward|backward)|rnn|lstm|gru|chunk_|state_passing|causal_conv1d|flash|fmha",
+    r"(persistent|diagonal|banks|step)_(forward|backward)|rnn|lstm|gru|chunk_|state_passing|causal_conv1d|flash|fmha",
     re.IGNORECASE,
 )
 #: Rungs whose W_h is a diagonal.
@@ -344,7 +344,8 @@ def main(options: Options) -> list[Row]:
             rows.append(row)
             seconds = time.perf_counter() - started
             console.print(f"{seconds:4.0f} s  {row.line}")
-            write({**facts, "seconds": round(seconds, 1)}, rows, device, options.out)
+            written = {**facts, "seconds": round(seconds, 1), "rows": [asdict(row) for row in rows]}
+            write_json(f"models-{device_slug(device)}.json", written, RESULTS, options.out)
     console.print(f"\nT = {options.seq_len}, medians of up to {options.steps} steps\n")
     console.print(f"{speed_table(rows)}\n\n{path_table(rows)}\n")
     for line in aims(rows):
@@ -354,12 +355,12 @@ def main(options: Options) -> list[Row]:
     return rows
 
 
-def write(facts: dict[str, Any], rows: Sequence[Row], device: torch.device, out: Path | None) -> None:
-    """All that is known so far."""
-    text = json.dumps({**facts, "rows": [asdict(row) for row in rows]}, indent=1) + "\n"
-    for folder in (RESULTS, *([] if out is None else [out])):
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / f"models-{device_slug(device)}.json").write_text(text)
+def write_json(name: str, value: object, *folders: Path | None) -> None:
+    """The same file in each of the folders that are given."""
+    for folder in folders:
+        if folder is not None:
+            folder.mkdir(parents=True, exist_ok=True)
+            (folder / name).write_text(json.dumps(value, indent=1) + "\n")
 
 
 if __name__ == "__main__":
