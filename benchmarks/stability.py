@@ -12,6 +12,7 @@ as soon as it is known, to benchmarks/results/ and to the folder ``--out``.
 from __future__ import annotations
 
 import lzma
+import math
 import os
 import re
 import shutil
@@ -111,8 +112,9 @@ class Row:
 
     @property
     def stable(self) -> bool:
-        """It came to its end, and its loss never jumped."""
-        return self.outcome == "finished" and self.spikes == 0
+        """It came to its end, its loss never jumped, and it knows more than that there are 256 bytes."""
+        learned = self.last_100 is not None and self.last_100 < math.log(256)
+        return self.outcome == "finished" and self.spikes == 0 and learned
 
 
 def command(case: Case, data: Path, run: Path, options: Options) -> list[str]:
@@ -201,7 +203,7 @@ def table(rows: Sequence[Row]) -> str:
 
 
 def _number(value: float | None, digits: int) -> str:
-    return "-" if value is None else f"{value:.{digits}f}"
+    return "-" if value is None else f"{value:.{digits}f}" if value < 1e4 else f"{value:.2g}"
 
 
 def unpacked(path: Path, folder: Path) -> Path:

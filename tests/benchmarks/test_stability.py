@@ -49,6 +49,8 @@ def test_spikes_and_runs_that_end_early_are_not_stable(tmp_path: Path) -> None:
     assert (row.outcome, row.steps, row.heldout, row.stable) == (complaint, 30, None, False)
     row = stability.read_run("e1", RunFolder(tmp_path / "nothing"), "elman: no GPU", warmup=9)
     assert row == Row("e1", "elman: no GPU")
+    row = stability.read_run("e1", write_run(tmp_path / "lost", [6.0] * 150), "", warmup=9)
+    assert (row.outcome, row.spikes, row.stable) == ("finished", 0, False)
 
 
 def test_spikes_are_told_from_slopes() -> None:
