@@ -11,9 +11,7 @@ benchmarks/results/ too.
 from __future__ import annotations
 
 import gc
-import itertools
 import json
-import re
 import statistics
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -25,6 +23,7 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks.machine import machine
+from benchmarks.steps import device_slug, kernels_of_a_step, step_times
 from elman.mixers import mixer_config, parse_pattern
 from elman.model import ModelConfig
 from elman.sizing import size_model
@@ -54,16 +53,9 @@ def measure(config: TrainConfig, model: ModelConfig, console: Console, steps: in
     """Train for a while."""
     trainer = Trainer(config, model, console)
     trainer.warm_up()
-    for _ in range(_WARM_UP_STEPS):
-        trainer._train_step()
+    step_times(trainer, _WARM_UP_STEPS)
     torch.cuda.reset_peak_memory_stats()
-    events = [torch.cuda.Event(enable_timing=True) for _ in range(steps + 1)]
-    events[0].record()
-    for event in events[1:]:
-        trainer._train_step()
-        event.record()
-    torch.cuda.synchronize()
-    ms = statistics.median(start.elapsed_time(end) for start, end in itertools.pairwise(events))
+    ms = statistics.median(step_times(trainer, steps))
     return Row(
         compile=config.compile,
         ms_per_step=ms,
@@ -72,19 +64,6 @@ def measure(config: TrainConfig, model: ModelConfig, console: Console, steps: in
         start_up_seconds=trainer.start_up_seconds,
         kernels=kernels_of_a_step(trainer) if profile else [],
     )
-
-
-def kernels_of_a_step(trainer: Trainer) -> list[dict[str, Any]]:
-    """Name, calls and time of every kernel, the longest first."""
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profiler:
-        trainer._train_step()
-        torch.cuda.synchronize()
-    found = [
-        {"name": event.key[:120], "calls": event.count, "ms": round(event.self_device_time_total / 1e3, 3)}
-        for event in profiler.key_averages()
-        if event.self_device_time_total
-    ]
-    return sorted(found, key=lambda kernel: -kernel["ms"])
 
 
 def main(
@@ -136,8 +115,7 @@ def main(
         "rows": [asdict(row) for row in rows],
     }
     out.mkdir(parents=True, exist_ok=True)
-    slug = re.sub(r"\W+", "-", torch.cuda.get_device_name().lower())
-    path = out / f"training-{slug}.json"
+    path = out / f"training-{device_slug(torch.device('cuda'))}.json"
     path.write_text(json.dumps(result, indent=1) + "\n")
     console.print(f"written to {path.name}")
 

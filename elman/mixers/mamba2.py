@@ -139,7 +139,7 @@ class Mamba2(Mixer):
     def _takes_official(self, x: Tensor) -> bool:
         # The kernels know no float64.
         fits = self.config.kernels == "official" and x.is_cuda and x.dtype != torch.float64
-        return fits and official()[0] is not None
+        return fits and _has_official()
 
     def _run_official(self, x: Tensor) -> tuple[Tensor, State]:
         note_backend("mamba_split_conv1d_scan_combined")
@@ -287,3 +287,12 @@ def official() -> tuple[Any, str | None]:
     if module.causal_conv1d_fn is None:
         return None, "mamba-ssm does not find causal-conv1d"
     return module.mamba_split_conv1d_scan_combined, None
+
+
+def _has_official() -> bool:
+    return official()[0] is not None
+
+
+# What is installed is found out outside of what torch.compile traces: torch.compiler.assume_constant_result without its
+# import of torch._dynamo, which takes seconds.
+_has_official._dynamo_marked_constant = True  # type: ignore[attr-defined]

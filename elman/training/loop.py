@@ -24,6 +24,7 @@ from elman.errors import TrainingError, UsageError
 from elman.evaluation.heldout import HeldoutLoss, evaluate
 from elman.generation import generate
 from elman.model import LanguageModel, ModelConfig, next_token_loss
+from elman.ops import record_backends
 from elman.sizing import flops_per_token, num_params, state_size
 from elman.text import readable
 from elman.training.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
@@ -127,6 +128,18 @@ class Trainer:
         if self.device.type == "cuda" and not self.compiled:
             self._try_step()
         self.start_up_seconds = time.perf_counter() - started
+
+    def backends(self, steps: int = 1) -> list[str]:
+        """What runs each mixer of the model, at this run's batch size, found out by a plain forward pass."""
+        rows = self.config.batch_size // self.config.grad_accum
+        tokens = torch.zeros(rows, steps, dtype=torch.long, device=self.device)
+        self.model.eval()
+        with record_backends() as backends, torch.no_grad(), self.autocast():
+            self.model(tokens)
+        self.model.train()
+        if self.compiled and self.device.type == "cpu":
+            backends = ["loop" if backend == "reference" else backend for backend in backends]
+        return backends
 
     def _compile(self) -> None:
         # Kernels chosen by timing would sum in another order in another process, and resuming would not be exact.

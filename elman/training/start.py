@@ -18,7 +18,6 @@ from elman.environment import describe_environment, is_out_of_memory
 from elman.errors import TrainingError, UsageError
 from elman.mixers import MixerConfig
 from elman.model import ModelConfig
-from elman.ops import record_backends
 from elman.options import flag
 from elman.sizing import flops_per_token, num_params, size_model, state_size
 from elman.training.config import TrainConfig
@@ -139,22 +138,13 @@ def _train(trainer: Trainer, run: RunFolder) -> int:
 
 def _environment(trainer: Trainer) -> dict[str, Any]:
     """The machine's facts, and the backend that each recurrence of the model takes on this shape."""
-    config = trainer.config
-    rows = config.batch_size // config.grad_accum
-    tokens = torch.zeros(rows, 1, dtype=torch.long, device=trainer.device)
-    trainer.model.eval()
-    with record_backends() as backends, torch.no_grad(), trainer.autocast():
-        trainer.model(tokens)
-    trainer.model.train()
-    if trainer.compiled and trainer.device.type == "cpu":
-        backends = ["loop" if backend == "reference" else backend for backend in backends]
     return {
         "time": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "from_step": trainer.step,
         "precision": "bf16" if trainer.bf16 else "fp32",
         "compiled": trainer.compiled,
         "start_up_seconds": trainer.start_up_seconds,
-        "backends": backends,
+        "backends": trainer.backends(),
         **describe_environment(trainer.device),
     }
 

@@ -1,5 +1,6 @@
 """Mamba2's plain path against its recurrence, one step at a time, and against the official kernels."""
 
+import importlib.metadata
 import itertools
 from typing import Any
 
@@ -117,6 +118,26 @@ def test_training_on_a_gpu_without_the_packages_is_refused(monkeypatch: pytest.M
         config().check_device(torch.device("cuda"))
     config(kernels="torch").check_device(torch.device("cuda"))
     config().check_device(torch.device("cpu"))
+
+
+@pytest.mark.parametrize("installed", [False, True])
+def test_compiled_layers_do_not_look_for_the_packages(installed: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Looking for packages, which happens on a GPU alone, is nothing that torch.compile can trace."""
+    asked = []
+
+    def look() -> tuple[object, str | None]:
+        asked.append(importlib.metadata.version("torch"))
+        return (look, None) if installed else (None, "the package mamba-ssm is not installed")
+
+    monkeypatch.setattr(mamba2, "official", look)
+    torch._dynamo.reset()
+
+    @torch.compile(fullgraph=True, backend="eager")
+    def chosen(x: Tensor) -> Tensor:
+        return x + 1 if mamba2._has_official() else x - 1
+
+    assert [float(chosen(torch.zeros(()))) for _ in range(2)] == [1.0 if installed else -1.0] * 2
+    assert len(asked) == 1
 
 
 @pytest.mark.gpu
