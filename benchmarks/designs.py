@@ -23,4 +23,4 @@ def plans(
 def best_plan(exchange: str, blocks: int, chip: Chip, batch: int, hidden: int, task: Task, heads: int = 1) -> Plan:
     """The one that the model of a step's time likes best; a ValueError where none fits."""
     found = plans(exchange, blocks, chip, batch, hidden, task, heads)
-    return min(found, key=lambda plan: persistent._step_microseconds(plan, task))
+    return min(found, key=lambda plan: plan.microseconds(task))

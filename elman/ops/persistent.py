@@ -18,17 +18,18 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from elman.ops import diagonal
+from elman.ops import diagonal, wide
 from elman.ops.cells import CELLS, FUSED_CELLS, Cell
 from elman.ops.cuda.compiler import CompilerUnavailableError, Module, compiler_version
 from elman.ops.cuda.launch import launch
 from elman.ops.operators import Diagonal, LowRank, Operator
+from elman.ops.planning import DIRECTIONS, Chip, Task
+from elman.ops.wide import WidePlan
 
 if TYPE_CHECKING:
     from elman.ops.backends import Problem
 
 _NUMBERS = {torch.bfloat16: "bf16", torch.float16: "fp16"}
-_DIRECTIONS = ("forward", "backward")
 
 # What persistent.cuh and exchange.cuh fix.
 _THREADS = 512
@@ -57,45 +58,8 @@ _EXCHANGES = {"PolledRing": 0, "StagedRing2": 2, "StagedRing3": 3, "ClusterPush"
 _CLUSTERS = (132, 66, 40, 30, 22, 18, 16, 15, 11, 11, 7, 7, 7, 7, 7, 7)
 
 
-@dataclass(frozen=True)
-class Chip:
-    """What a plan depends on: the GPU's generation, its multiprocessors, and the shared memory that a block may use."""
-
-    capability: tuple[int, int]
-    multiprocessors: int
-    shared_bytes: int
-
-
-@dataclass(frozen=True)
-class Task:
-    """What a kernel does at every step: one direction of one cell.
-
-    Attributes:
-        direction: one of ``_DIRECTIONS``.
-        cell: of ``CELLS``.
-    """
-
-    direction: str
-    cell: Cell
-
-    @property
-    def depth(self) -> int:
-        """Of the product, as a multiple of H: the values that a hidden unit publishes."""
-        return self.cell.products if self.direction == "backward" else 1
-
-    @property
-    def rows(self) -> int:
-        """Of the weight that a hidden unit needs."""
-        return self.cell.products if self.direction == "forward" else 1
-
-    @property
-    def inputs(self) -> int:
-        """The values that the cell of a hidden unit reads at a step."""
-        return self.cell.gates if self.direction == "forward" else 1 + self.cell.saved + self.cell.reads_memory
-
-
 def _tasks(cell: Cell) -> list[Task]:
-    return [Task(direction, cell) for direction in _DIRECTIONS]
+    return [Task(direction, cell) for direction in DIRECTIONS]
 
 
 @dataclass(frozen=True)
@@ -123,9 +87,45 @@ class Plan:
     tiles: int
     shared_bytes: int
 
+    source = "persistent.cuh"
+    threads = _THREADS
+
     @property
     def clustered(self) -> bool:
         return self.exchange == "ClusterPush"
+
+    def kernel(self, task: Task, number: str) -> str:
+        """Its C++ name, for the number type of this name."""
+        shape = (
+            f"{self.row_tiles}, {self.register_units}, {self.shared_units}, {self.blocks}, persistent::{self.exchange}"
+        )
+        return f"persistent_{task.direction}<{number}, {task.cell.functor}, {shape}>"
+
+    def ring_bytes(self, task: Task, hidden: int, heads: int) -> int:
+        """The workspace in global memory: the exchanged state of some steps; none where a cluster exchanges it."""
+        units = heads * self.groups * self.tiles * self.blocks * math.ceil(task.depth * hidden / _UNIT_DEPTH)
+        return 0 if self.clustered else _RING_SLOTS * units * _UNIT_BYTES
+
+    def microseconds(self, task: Task) -> float:
+        """About how long a step takes on an H200: all tiles, or one and the exchange's latency if that is longer.
+
+        Three in four of the plans timed for benchmarks/NOTES.md took within a quarter of it.
+        """
+        units, rows = self.register_units + self.shared_units, _BLOCK_ROWS * self.blocks
+        product = units * self.row_tiles * self.blocks * 26 / _CLOCKS_PER_MICROSECOND
+        shared = (
+            64 * (self.shared_units * self.row_tiles + self.blocks * (self.row_tiles + units)) / _CLOCKS_PER_MICROSECOND
+        )
+        shared *= 1 if self.blocks == 1 else 0.93
+        cell = (350 + 100 * self.blocks * task.cell.gates) / _CLOCKS_PER_MICROSECOND
+        tile = max(product + 0.06, shared, cell)
+        latency = 0.7 + 0.3 * self.blocks + 0.1 * task.cell.gates + product
+        if self.exchange == "PolledRing":
+            return max(latency + 0.1 * (self.tiles - 1), 1.1 * self.tiles * tile)
+        if self.clustered:
+            pushed = rows * units * _UNIT_DEPTH * _PRODUCT_WARPS * 2 / 16 / (2 * _CLOCKS_PER_MICROSECOND)
+            return latency - 0.25 + max(0, pushed - 0.27) + (self.tiles - 1) * max(tile, pushed)
+        return max(self.tiles * tile, latency + 0.2 * units + 0.5 * tile)
 
 
 def why_not(problem: Problem) -> str | None:
@@ -190,7 +190,7 @@ def pays(problem: Problem) -> bool:
 
 def _pays_on_device(index: int | None, batch: int, hidden: int, cell: str, heads: int) -> bool:
     chip = chip_of(torch.cuda.current_device() if index is None else index)
-    both = [_step_microseconds(make_plan(chip, batch, hidden, task, heads), task) for task in _tasks(CELLS[cell])]
+    both = [make_plan(chip, batch, hidden, task, heads).microseconds(task) for task in _tasks(CELLS[cell])]
     return sum(both) / len(both) < _LOOP_MICROSECONDS
 
 
@@ -232,19 +232,20 @@ def _has_plans(chip: Chip, batch: int, hidden: int, cell: str, heads: int = 1) -
 
 
 @functools.cache
-def make_plan(chip: Chip, batch: int, hidden: int, task: Task, heads: int = 1) -> Plan:
+def make_plan(chip: Chip, batch: int, hidden: int, task: Task, heads: int = 1) -> Plan | WidePlan:
     """The plan for ``heads`` times ``hidden`` units that the model of a step's time likes best."""
-    return min(_plans(chip, batch, hidden, task, heads), key=lambda plan: _step_microseconds(plan, task))
+    return min(_plans(chip, batch, hidden, task, heads), key=lambda plan: plan.microseconds(task))
 
 
-def _plans(chip: Chip, batch: int, hidden: int, task: Task, heads: int) -> Iterator[Plan]:
+def _plans(chip: Chip, batch: int, hidden: int, task: Task, heads: int) -> Iterator[Plan | WidePlan]:
     """Every plan that fits, but for those that are known to be slow."""
+    yield from wide.plans(chip, batch, hidden, task, heads)
     for exchange, row_tiles, blocks in itertools.product(_EXCHANGES, range(1, _MAX_ROW_TILES + 1), (1, 2)):
         plan = _fit(chip, batch, hidden, task, heads, exchange, row_tiles, blocks)
         if plan is None or (blocks == 2 and batch <= _BLOCK_ROWS):
             continue
         # Polling pays while tiles are few, staging while there is another tile to work on; its third copy later still.
-        fewest, most = {"PolledRing": (1, 3), "StagedRing2": (2, math.inf), "StagedRing3": (4, math.inf)}.get(
+        fewest, most = {"PolledRing": (1, 2), "StagedRing2": (2, math.inf), "StagedRing3": (4, math.inf)}.get(
             exchange, (1, math.inf)
         )
         if fewest <= plan.tiles <= most:
@@ -296,28 +297,6 @@ def _fit(
         return None
     groups = math.ceil(batch_tiles / tiles)
     return Plan(row_tiles, register_units, units - register_units, blocks, exchange, columns, groups, tiles, shared)
-
-
-def _step_microseconds(plan: Plan, task: Task) -> float:
-    """About how long a step takes on an H200: all tiles, or one and the exchange's latency if that is longer.
-
-    Three in four of the plans timed for benchmarks/NOTES.md took within a quarter of it.
-    """
-    units, rows = plan.register_units + plan.shared_units, _BLOCK_ROWS * plan.blocks
-    product = units * plan.row_tiles * plan.blocks * 26 / _CLOCKS_PER_MICROSECOND
-    shared = (
-        64 * (plan.shared_units * plan.row_tiles + plan.blocks * (plan.row_tiles + units)) / _CLOCKS_PER_MICROSECOND
-    )
-    shared *= 1 if plan.blocks == 1 else 0.93
-    cell = (350 + 100 * plan.blocks * task.cell.gates) / _CLOCKS_PER_MICROSECOND
-    tile = max(product + 0.06, shared, cell)
-    latency = 0.7 + 0.3 * plan.blocks + 0.1 * task.cell.gates + product
-    if plan.exchange == "PolledRing":
-        return latency + (plan.tiles - 1) * tile
-    if plan.clustered:
-        pushed = rows * units * _UNIT_DEPTH * _PRODUCT_WARPS * 2 / 16 / (2 * _CLOCKS_PER_MICROSECOND)
-        return latency - 0.25 + max(0, pushed - 0.27) + (plan.tiles - 1) * max(tile, pushed)
-    return max(plan.tiles * tile, latency + 0.2 * units + 0.5 * tile)
 
 
 def forward(
@@ -428,18 +407,15 @@ def _dense(x: Tensor | None) -> Tensor | None:
 def _launch(task: Task, tensors: tuple[Tensor | None, ...], like: Tensor, layout: _Layout) -> None:
     seq_len, batch, heads, hidden = *like.shape[:2], layout.heads, layout.width
     plan = make_plan(chip_of(like.device.index), batch, hidden, task, heads)
-    groups = heads * plan.groups
-    ring = None
-    if not plan.clustered:
-        units = groups * plan.tiles * plan.blocks * math.ceil(task.depth * hidden / _UNIT_DEPTH)
-        # No published value has all bits set, so this marks every slot as empty.
-        ring = torch.full((_RING_SLOTS * units * _UNIT_BYTES,), 0xFF, dtype=torch.uint8, device=like.device)
+    # No published value has all bits set, so this marks every slot as empty.
+    room = plan.ring_bytes(task, hidden, heads)
+    ring = torch.full((room,), 0xFF, dtype=torch.uint8, device=like.device) if room else None
     module = _module(task, like.dtype, plan)
     launch(
         module,
         module.kernels[0],
-        groups * plan.columns,
-        _THREADS,
+        heads * plan.groups * plan.columns,
+        plan.threads,
         (*tensors, ring, seq_len, batch, hidden, heads * hidden, plan.tiles),
         like.device,
         shared_bytes=plan.shared_bytes,
@@ -449,11 +425,11 @@ def _launch(task: Task, tensors: tuple[Tensor | None, ...], like: Tensor, layout
 
 
 @functools.cache
-def _module(task: Task, dtype: torch.dtype, plan: Plan, architectures: tuple[str, ...] = ()) -> Module:
-    shape = f"{plan.row_tiles}, {plan.register_units}, {plan.shared_units}, {plan.blocks}, persistent::{plan.exchange}"
-    name = f"persistent_{task.direction}<{_NUMBERS[dtype]}, {task.cell.functor}, {shape}>"
+def _module(task: Task, dtype: torch.dtype, plan: Plan | WidePlan, architectures: tuple[str, ...] = ()) -> Module:
     spill_limit = _SPILL_LIMIT_WITH_MEMORY if task.cell.reads_memory else _SPILL_LIMIT
-    return Module("persistent.cuh", (name,), architectures=architectures, spill_limit=spill_limit)
+    return Module(
+        plan.source, (plan.kernel(task, _NUMBERS[dtype]),), architectures=architectures, spill_limit=spill_limit
+    )
 
 
 #: A GPU of each architecture: A100, RTX A6000, RTX 4090, H200.

@@ -21,20 +21,6 @@
 
 namespace persistent {
 
-template <typename S, typename T>
-__device__ __forceinline__ Part part_of(const Problem<T>& p) {
-  Part part;
-  part.peers = (p.hidden + S::kColumns - 1) / S::kColumns;
-  const int group = blockIdx.x / part.peers, groups = gridDim.x / part.peers / (p.pitch / p.hidden);
-  part.head = group / groups;
-  part.first_row = group % groups * p.tiles * S::kTileRows;
-  part.first_slot = group * p.tiles * S::kTileRows;
-  part.first_unit = blockIdx.x % part.peers * S::kColumns;
-  part.rows = min(p.tiles * S::kTileRows, p.batch - part.first_row);
-  part.tiles = (part.rows + S::kTileRows - 1) / S::kTileRows;
-  return part;
-}
-
 template <typename S, typename Cell, typename T, template <typename, int, int> class Exchange>
 __device__ __forceinline__ void run(const Problem<T>& p) {
   extern __shared__ __align__(128) char shared[];

@@ -98,4 +98,19 @@ struct Shape : Layout<Cell, kBackward, 16 * kRowTiles_, kBlocks_ * kBlockRows,
   static constexpr int kOtherRegisters = 256 - kProductRegisters;
 };
 
+// What this CTA works on, in the order heads x groups x columns.
+template <typename S, typename T>
+__device__ __forceinline__ Part part_of(const Problem<T>& p) {
+  Part part;
+  part.peers = (p.hidden + S::kColumns - 1) / S::kColumns;
+  const int group = blockIdx.x / part.peers, groups = gridDim.x / part.peers / (p.pitch / p.hidden);
+  part.head = group / groups;
+  part.first_row = group % groups * p.tiles * S::kTileRows;
+  part.first_slot = group * p.tiles * S::kTileRows;
+  part.first_unit = blockIdx.x % part.peers * S::kColumns;
+  part.rows = min(p.tiles * S::kTileRows, p.batch - part.first_row);
+  part.tiles = (part.rows + S::kTileRows - 1) / S::kTileRows;
+  return part;
+}
+
 }  // namespace persistent

@@ -1,0 +1,46 @@
+"""What every plan of a persistent kernel depends on: the GPU, and what is done at a step."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from elman.ops.cells import Cell
+
+DIRECTIONS = ("forward", "backward")
+
+
+@dataclass(frozen=True)
+class Chip:
+    """The GPU's generation, its multiprocessors, and the shared memory in bytes that a block may use."""
+
+    capability: tuple[int, int]
+    multiprocessors: int
+    shared_bytes: int
+
+
+@dataclass(frozen=True)
+class Task:
+    """What a kernel does at every step: one direction of one cell.
+
+    Attributes:
+        direction: one of ``DIRECTIONS``.
+        cell: of ``CELLS``.
+    """
+
+    direction: str
+    cell: Cell
+
+    @property
+    def depth(self) -> int:
+        """Of the product, as a multiple of H: the values that a hidden unit publishes."""
+        return self.cell.products if self.direction == "backward" else 1
+
+    @property
+    def rows(self) -> int:
+        """Of the weight that a hidden unit needs."""
+        return self.cell.products if self.direction == "forward" else 1
+
+    @property
+    def inputs(self) -> int:
+        """The values that the cell of a hidden unit reads at a step."""
+        return self.cell.gates if self.direction == "forward" else 1 + self.cell.saved + self.cell.reads_memory
