@@ -35,7 +35,9 @@ struct Fast {
   static __device__ __forceinline__ float exp(float x) { return __expf(x); }
   static __device__ __forceinline__ float log(float x) { return __logf(x); }
   // A small x is lost beside 1: there, series.
-  static __device__ __forceinline__ float log1p(float x) { return fabsf(x) < 1e-3f ? x - x * x * 0.5f : __logf(1.0f + x); }
+  static __device__ __forceinline__ float log1p(float x) {
+    return fabsf(x) < 1e-3f ? x - x * x * 0.5f : __logf(1.0f + x);
+  }
   static __device__ __forceinline__ float expm1(float x) {
     return fabsf(x) < 0.05f ? x * (1.0f + x * (0.5f + x * (1.0f / 6))) : __expf(x) - 1.0f;
   }
@@ -310,7 +312,7 @@ struct Polynomial {
   }
 };
 
-// h = (1 - δ) h + δ sign(v) σ(α log |v|), a power for small v that never passes 1: v, d, e as Polynomial. Its sums run as
+// h = (1 - δ) h + δ sign(v) σ(α log |v|), a power for small v that never passes 1: v, d, e as Polynomial. It runs as
 // logarithms only, see Logarithmic.
 struct BoundedPower {
   static constexpr int kGates = 3, kProducts = 1, kStates = 1, kSaved = 3, kSlopes = 4;
@@ -351,8 +353,8 @@ struct BoundedPower {
   }
 };
 
-// A leaky cell whose memory is -log |h| with the sign of h: 0 for a zero, and the smallest normal number where |h| is 1 or,
-// by rounding, more. It is mixed as logarithms; the number is the same, and so is its derivative, that of `Leaky`.
+// A leaky cell whose memory is -log |h| with the sign of h: 0 for a zero, and the smallest normal number where |h| is 1
+// or, by rounding, more. It is mixed as logarithms; the number is the same, and so is its derivative, that of `Leaky`.
 template <class Leaky>
 struct Logarithmic : Leaky {
   static constexpr int kGates = Leaky::kGates, kProducts = Leaky::kProducts, kStates = 2, kSaved = Leaky::kSaved;
@@ -377,7 +379,8 @@ struct Logarithmic : Leaky {
     const Real large = second ? taken : kept, gap = (second ? kept : taken) - large;
     const bool agree = (memory < Real(0)) == (given.sign < Real(0));
     const Real log = large + (agree ? Math::log1p(Math::exp(gap)) : Math::log(-Math::expm1(gap)));
-    const Real sign = second ? given.sign : memory, smallest = sizeof(Real) == 8 ? 2.2250738585072014e-308 : 1.17549435e-38f;
+    const Real sign = second ? given.sign : memory;
+    const Real smallest = sizeof(Real) == 8 ? 2.2250738585072014e-308 : 1.17549435e-38f;
     const Real size = -log <= smallest ? smallest : -log;
     memory = log < Real(0.1) * nothing ? Real(0) : copysign(size, sign);
     return copysign(Math::exp(-size), sign);
