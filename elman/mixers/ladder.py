@@ -138,7 +138,7 @@ class Ladder6Config(Ladder3Config):
 
 
 class Rung(Mixer):
-    """See the top of this file; shapes as in ``Mixer.forward``, the state being h (B, d)."""
+    """See the top of this file; shapes as in ``Mixer.forward``, the state being h (B, d), or what the cell has."""
 
     def __init__(self, dim: int, config: Ladder1Config) -> None:
         super().__init__()
@@ -155,14 +155,11 @@ class Rung(Mixer):
         super().initialize()
         nn.init.constant_(self.input.bias.chunk(self.gates)[1], _DELTA_BIAS)
 
-    def recur(self, pre: Tensor, state: State, reset: Tensor | None) -> tuple[Tensor, State]:
-        """Pre (T, B, G, d) -> h (T, B, d), the state."""
-        return recurrence(pre, self.weight_h(), state, cell=self.cell, reset=reset)
-
     def forward(self, x: Tensor, state: State, reset: Tensor | None) -> tuple[Tensor, State]:
         u = self.in_proj(x)
         pre = self.input(u)
-        h, state = self.recur(pre.view(*pre.shape[:-1], self.gates, -1), state, reset)
+        pre = pre.view(*pre.shape[:-1], self.gates, -1)
+        h, state = recurrence(pre, self.weight_h(), state, cell=self.cell, reset=reset)
         if self.show_proj is None:
             return self.out_proj(h), state
         shares = h.view(*h.shape[:-1], self.groups, -1).softmax(-1).view(h.shape)

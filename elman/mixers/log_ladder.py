@@ -5,8 +5,9 @@
                      needs no clamp: c is as |v|^α for small v, and below 1 for all
 
 The δ-mix h = (1 − δ) h + δ c is a signed log-sum-exp. What differs from the rung of the same number is how the state is
-rounded: relative to its logarithm, which small states do not fall below. The state is float32 under autocast, because
-bf16 would round a logarithm of −20, and so h, by 6%.
+rounded: relative to its logarithm, which small states do not fall below. It is float32 under autocast, because bf16
+would round a logarithm of −20, and so h, by 6%; what the products see is h, as everywhere. The state is h, for the next
+product, and the logarithm with the sign in one number (``elman.ops.log_space.join``).
 """
 
 from __future__ import annotations
@@ -14,10 +15,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-import torch
-from torch import Tensor
-
-from elman.mixers.base import MixerConfig, State
+from elman.mixers.base import MixerConfig
 from elman.mixers.ladder import (
     Ladder1Config,
     Ladder2Config,
@@ -25,37 +23,11 @@ from elman.mixers.ladder import (
     Ladder4Config,
     Ladder5Config,
     Ladder6Config,
-    Rung,
 )
-from elman.ops import recurrence
-from elman.ops.log_space import from_log_space
-from elman.ops.operators import real_of
-
-
-class LogRung(Rung):
-    """See the top of this file; the state is log |h| and sign h, (B, d) each."""
-
-    @property
-    def compiles(self) -> bool:
-        # Its steps are many small operations in a loop over time, which a compiler would unroll.
-        return False
-
-    def recur(self, pre: Tensor, state: State, reset: Tensor | None) -> tuple[Tensor, State]:
-        real = real_of(pre.dtype)
-        weight = self.weight_h()
-        weight = weight.to(real) if isinstance(weight, Tensor) else (weight[0].to(real), weight[1].to(real))
-        h0 = None if state is None else (from_log_space(*state), *state)
-        with torch.autocast(pre.device.type, enabled=False):
-            h, (_, *state) = recurrence(pre.to(real), weight, h0, cell=self.cell, reset=reset)
-        return h.to(pre.dtype), tuple(state)
 
 
 class _LogSpace(MixerConfig):
     """What their configs share. Not a rung: its defaults would come before those of the rung it joins."""
-
-    def build(self, dim: int) -> Rung:
-        assert isinstance(self, Ladder1Config)
-        return LogRung(dim, self)
 
     def state_size(self, dim: int, seq_len: int) -> int:
         assert isinstance(self, Ladder1Config)

@@ -1,4 +1,4 @@
-"""minGRU and minLSTM: gates that see the input alone make the recurrence linear, and so a parallel scan.
+"""minGRU and minLSTM: gates that see the input alone make the recurrence linear, and so a scan.
 
     minGRU    h_t = (1 - z_t) h_{t-1} + z_t g(W_h x),                z = sigmoid(W_z x + b_z)
     minLSTM   h_t = (f_t h_{t-1} + i_t g(W_h x)) / (f_t + i_t),      f, i = sigmoid(W x + b)
@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from elman.mixers.base import ExpandedConfig, Mixer, State
 from elman.ops import linear_scan, note_backend
+from elman.ops.scan import scan_backend
 
 
 @dataclass(frozen=True)
@@ -79,12 +80,12 @@ class MinRNN(Mixer):
         """What is kept of the state and what is taken of the candidate, of gates before their activation."""
 
     def forward(self, x: Tensor, state: State, reset: Tensor | None) -> tuple[Tensor, State]:
-        note_backend("scan")
         weights, biases = self.in_proj.weight.chunk(self.products), self.in_proj.bias.chunk(self.products)
         *gates, candidate = (_at_least_float32(F.linear(x, w, b)) for w, b in zip(weights, biases, strict=True))
         keep, take = self.gates(*gates)
         # The branch not taken is bounded, so that its gradient is no number times zero but zero.
         positive = torch.where(candidate >= 0, candidate + 0.5, candidate.sigmoid())
+        note_backend(scan_backend(keep.device, keep.dtype))
         h = linear_scan(keep, take * positive, state, reset=reset)
         return self.out_proj(h.to(x.dtype)), h[-1]
 

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from elman.errors import UsageError
 from elman.ops.cuda.compiler import CompilerUnavailableError, Module, compiler_version
-from elman.ops.cuda.launch import launch
+from elman.ops.cuda.launch import aligned, launch
 from elman.ops.loop import NUMBERS
 from elman.ops.operators import real_of
 from elman.ops.registration import register
@@ -218,7 +218,7 @@ def _has_kernel(h: Tensor, decay: Tensor) -> bool:
 
 def _launch(direction: str, h: Tensor, decay: Tensor, arguments: tuple[Tensor | None, ...]) -> None:
     k, width = len(decay), _width(h, len(decay))
-    given = [None if x is None else _aligned(x, width) for x in arguments]
+    given = [None if x is None else aligned(x, width) for x in arguments]
     name = _kernel_name(direction, k, h.dtype, width)
     blocks = -(-h[0].numel() // (width * _THREADS))
     launch(_module(k, h.dtype), name, blocks, _THREADS, (*given, *h.shape), h.device)
@@ -228,12 +228,6 @@ def _width(h: Tensor, k: int) -> int:
     """Neighbouring units a thread."""
     width = max(1, _PACK_BYTES // h.itemsize)
     return width if h.shape[-1] % width == 0 and k <= _BANKS_OF_PAIRS else 1
-
-
-def _aligned(x: Tensor, width: int) -> Tensor:
-    """Contiguous and aligned to packs, as results of ours are from the start."""
-    x = x.contiguous()
-    return x if x.data_ptr() % (width * x.itemsize) == 0 else x.clone()
 
 
 def _kernel_name(direction: str, k: int, dtype: torch.dtype, width: int) -> str:

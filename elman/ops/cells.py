@@ -17,7 +17,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from elman.ops.log_space import Signed, from_log_space, signed_logaddexp, to_log_space
+from elman.ops.log_space import join, number, signed_logaddexp, split, to_log_space, with_slope_of
+from elman.ops.operators import real_of
 
 Tensors = tuple[Tensor, ...]
 Forward = Callable[[Sequence[Tensor], Sequence[Tensor], Any], tuple[Tensors, Tensors]]
@@ -29,7 +30,7 @@ class Cell:
     """One pointwise rule. Every tensor of ``forward`` and ``backward`` is one value a unit, (B, H).
 
     The first state, h, is what the products see and what is returned for every step. A cell may read one state itself,
-    its *memory*: the last one, which is h where there is no other. Of three states or more it is a tuple of all but h.
+    its *memory*: the last one, which is h where there is no other.
 
     Attributes:
         name: what ``recurrence(cell=...)`` calls it.
@@ -47,6 +48,8 @@ class Cell:
         states: S.
         reads_memory: false where neither function looks at its memory; ``dmemory`` is then of no meaning.
         additive: ``rec`` enters only as ``pre[i] + rec[i]``, so that its gradient is that of the first P of ``pre``.
+        logarithmic: the memory stands for h by its logarithm and sign, as ``log_space.join`` makes it. It is never of a
+            half type, and its gradients, by ``backward`` as by autograd, are those of the number it stands for.
     """
 
     name: str
@@ -60,6 +63,11 @@ class Cell:
     states: int = 1
     reads_memory: bool = False
     additive: bool = True
+    logarithmic: bool = False
+
+    def dtypes(self, dtype: torch.dtype) -> tuple[torch.dtype, ...]:
+        """Of the states, h first, beside tensors of this one."""
+        return (*[dtype] * (self.states - 1), real_of(dtype) if self.logarithmic else dtype)
 
 
 def _activation(
@@ -184,33 +192,78 @@ def _polynomial_backward(
 
 def _log_leaky(
     name: str,
+    functor: str,
     equation: str,
-    candidate: Callable[[Sequence[Tensor]], Signed],
+    candidate: Callable[[Sequence[Tensor]], tuple[Tensor, Tensor]],
+    linear: Backward,
     gates: int = 2,
     products: int = 1,
 ) -> Cell:
-    """A leaky unit as ``_delta``, whose state is (log |h|, sign h) and is mixed there; h itself is for the products."""
+    """A leaky unit as ``_delta``, whose memory is the logarithm of h with its sign, and is mixed as such.
 
-    def forward(pre: Sequence[Tensor], rec: Sequence[Tensor], memory: Signed) -> tuple[Tensors, Tensors]:
-        v = _sums(pre, rec)
-        log, sign = memory
-        log_new, sign_new = candidate(v)
-        log, sign = signed_logaddexp((log + F.logsigmoid(-v[1]), sign), (log_new + F.logsigmoid(v[1]), sign_new))
-        return (from_log_space(log, sign), log, sign), ()
+    The number is the same, and so is its derivative, that of the ``linear`` unit: where the number or a part of it is 0
+    that of logarithms would be 0 times infinity. ``candidate`` gives c and log |c|.
+    """
+
+    def forward(pre: Sequence[Tensor], rec: Sequence[Tensor], memory: Tensor) -> tuple[Tensors, Tensors]:
+        # A half type would round a logarithm of −20, and so h, by 6%.
+        saved = tuple(v.to(memory.dtype) for v in _sums(pre, rec))
+        rate, (c, log_c) = saved[1], candidate(saved)
+        h = torch.sigmoid(-rate) * with_slope_of(memory, number(memory)) + torch.sigmoid(rate) * c
+        with torch.no_grad():
+            log, sign = split(memory)
+            kept, taken = (log + F.logsigmoid(-rate), sign), (log_c + F.logsigmoid(rate), to_log_space(c)[1])
+            joined = join(*signed_logaddexp(kept, taken))
+        return (with_slope_of(h, number(joined)), with_slope_of(h, joined)), saved
+
+    def backward(
+        saved: Sequence[Tensor], memory: Tensor, dh: Tensor, dmemory: Tensor
+    ) -> tuple[Tensors, Tensors, Tensor]:
+        return linear(saved, number(memory), dh, dmemory)
 
     return Cell(
-        name, equation, None, forward, None, gates=gates, products=products, saved=0, states=3, reads_memory=True
+        name,
+        equation,
+        functor,
+        forward,
+        backward,
+        gates=gates,
+        products=products,
+        saved=gates,
+        states=2,
+        reads_memory=True,
+        logarithmic=True,
     )
 
 
-def _log_tanh(v: Sequence[Tensor]) -> Signed:
-    return to_log_space(torch.tanh(v[0]))
+def _log_tanh(v: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+    c = torch.tanh(v[0])
+    return c, to_log_space(c)[0]
 
 
-def _log_power(v: Sequence[Tensor]) -> Signed:
+def _log_power(v: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
     """sign(v) σ(α log |v|), a power for small v that never passes 1, by its logarithm −softplus(−α log |v|)."""
     log, sign = to_log_space(v[0])
-    return F.logsigmoid((1 + F.softplus(v[2])) * log), sign
+    power = (1 + F.softplus(v[2])) * log
+    return sign * torch.sigmoid(power), F.logsigmoid(power)
+
+
+def _bounded_power_backward(
+    saved: Sequence[Tensor], h: Tensor, dh: Tensor, dmemory: Tensor
+) -> tuple[Tensors, Tensors, Tensor]:
+    v, d, exponent = saved
+    dh = dh + dmemory
+    dcandidate = dh * torch.sigmoid(d)
+    alpha, log = 1 + F.softplus(exponent), torch.where(v == 0, 1, v.abs()).log()
+    power = alpha * log
+    # σ'(power) and that over |v|, of which neither factor may overflow; at 0 all slopes are 0.
+    high = torch.sigmoid(power.abs()).square()
+    slope, steep = high * torch.exp(-power.abs()), high * torch.exp(-power.abs() - log)
+    candidate = v.sgn() * torch.sigmoid(power)
+    dv = torch.where(v == 0, 0, dcandidate * alpha * steep)
+    dexponent = dcandidate * v.sgn() * slope * log * torch.sigmoid(exponent)
+    dd = dh * (candidate - h) * _sigmoid_derivative(d)
+    return (dv, dd, dexponent), (dv,), dh * torch.sigmoid(-d)
 
 
 CELLS: dict[str, Cell] = {
@@ -254,12 +307,27 @@ CELLS: dict[str, Cell] = {
             saved=3,
             reads_memory=True,
         ),
-        _log_leaky("log_delta", "delta, h kept as (log |h|, sign h)", _log_tanh),
-        _log_leaky("log_triple_r", "triple_r, h kept as (log |h|, sign h)", _log_tanh, products=2),
+        _log_leaky(
+            "log_delta",
+            "LogDelta",
+            "delta, its memory (log |h|, sign h)",
+            _log_tanh,
+            functools.partial(_delta_backward, products=1),
+        ),
+        _log_leaky(
+            "log_triple_r",
+            "LogTripleR",
+            "triple_r, its memory (log |h|, sign h)",
+            _log_tanh,
+            functools.partial(_delta_backward, products=2),
+            products=2,
+        ),
         _log_leaky(
             "log_polynomial",
-            "h = (1 − δ) h + δ sign(v) σ(α log |v|), v = pre₀ + rec, δ, α as polynomial, h kept as (log |h|, sign h)",
+            "LogPolynomial",
+            "h = (1 − δ) h + δ sign(v) σ(α log |v|), v = pre₀ + rec, δ, α as polynomial, memory (log |h|, sign h)",
             _log_power,
+            _bounded_power_backward,
             gates=3,
         ),
     )

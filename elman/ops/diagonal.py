@@ -37,7 +37,10 @@ def why_not(problem: Problem) -> str | None:
         return f"it does not run cell={cell.name!r}: use backend='auto'"
     if problem.dtype not in NUMBERS:
         return f"it does not run {problem.dtype}: cast to one of {', '.join(str(dtype) for dtype in NUMBERS)}"
-    if batch * hidden * max(cell.gates, cell.saved, cell.products) * problem.dtype.itemsize >= _STEP_BYTES:
+    values = max(
+        cell.gates, cell.saved, cell.products, cell.dtypes(problem.dtype)[-1].itemsize // problem.dtype.itemsize
+    )
+    if batch * hidden * values * problem.dtype.itemsize >= _STEP_BYTES:
         return f"a step of B × H = {batch} × {hidden} has 4 GB or more: split the batch"
     return None
 
@@ -56,8 +59,9 @@ def forward(
     seq_len, batch, _, hidden = pre.shape
     h = pre.new_empty(seq_len, batch, hidden)
     saved = pre.new_empty(seq_len, batch, cell.saved, hidden) if save else None
-    others = [torch.empty_like(h) for _ in range(cell.states - 1)] if save else []
-    last = [torch.empty_like(h[0]) for _ in range(cell.states - 1)]
+    dtypes = cell.dtypes(h.dtype)[1:]
+    others = [torch.empty_like(h, dtype=dtype) for dtype in dtypes] if save else []
+    last = [torch.empty_like(h[0], dtype=dtype) for dtype in dtypes]
     arguments = (
         *(pre, pre.stride(0), pre.stride(1), pre.stride(2)),
         *(operator.weight, bias, *_pair(states), reset),
@@ -83,7 +87,7 @@ def backward(
     seq_len, batch, hidden = h.shape
     dpre = h.new_empty(seq_len, batch, cell.gates, hidden)
     drec = dpre[:, :, : cell.products] if cell.additive else h.new_empty(seq_len, batch, cell.products, hidden)
-    dstates = [torch.empty_like(h[0]) for _ in range(cell.states)] if need_states else []
+    dstates = [torch.empty_like(h[0], dtype=dtype) for dtype in cell.dtypes(h.dtype)] if need_states else []
     sums = h.new_empty(batch, cell.products, hidden, dtype=real_of(h.dtype))
     arguments = (
         *(dh, dh.stride(0), dh.stride(1)),
@@ -126,8 +130,8 @@ def _width(h: Tensor, given: Sequence[Tensor | int | None]) -> int:
     first = given[0]
     assert isinstance(first, Tensor)
     strides = [h.shape[-1], *first.stride()[:-1]]
-    pointers = [x.data_ptr() for x in given if isinstance(x, Tensor) and x.dtype == h.dtype]
-    whole = all(n % width == 0 for n in strides) and all(at % (width * h.itemsize) == 0 for at in pointers)
+    tensors = [x for x in given if isinstance(x, Tensor) and x.is_floating_point()]
+    whole = all(n % width == 0 for n in strides) and all(x.data_ptr() % (width * x.itemsize) == 0 for x in tensors)
     return width if whole else 1
 
 
@@ -145,5 +149,5 @@ def module(cell: str, dtype: torch.dtype) -> Module:
 def shipped_modules() -> list[Module]:
     """Modules that stand for all: every size of number, and cells that read most, publish most and compute most."""
     return [module("tanh", dtype) for dtype in NUMBERS] + [
-        module(cell, torch.bfloat16) for cell in ("lstm", "gru", "polynomial")
+        module(cell, torch.bfloat16) for cell in ("lstm", "gru", "polynomial", "log_triple_r", "log_polynomial")
     ]

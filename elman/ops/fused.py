@@ -19,7 +19,10 @@ from elman.ops.registration import register
 
 
 class Walk(Protocol):
-    """Both directions of a backend, over tensors of one dtype on one device: pre (T, B, G, H), states (B, H) each."""
+    """Both directions of a backend, over tensors of one dtype on one device: pre (T, B, G, H), states (B, H) each.
+
+    States are of ``Cell.dtypes``, and the gradients of a memory in log space those of the number it stands for.
+    """
 
     def forward(
         self,
@@ -112,10 +115,11 @@ def _fake_forward(
 ) -> tuple[Tensor, list[Tensor], list[Tensor]]:
     seq_len, batch, _, hidden = pre.shape
     rule = CELLS[cell]
-    last = [pre.new_empty(batch, hidden) for _ in range(rule.states)]
+    dtypes = rule.dtypes(pre.dtype)
+    last = [pre.new_empty(batch, hidden, dtype=dtype) for dtype in dtypes]
     saved = [
         pre.new_empty(seq_len, batch, rule.saved, hidden),
-        *(pre.new_empty(seq_len, batch, hidden) for _ in last[1:]),
+        *(pre.new_empty(seq_len, batch, hidden, dtype=dtype) for dtype in dtypes[1:]),
     ]
     *_, save = choices
     return pre.new_empty(seq_len, batch, hidden), last, saved if save else []
@@ -188,7 +192,11 @@ def _differentiate(
     if dh is None and all(gradient is None for gradient in dlast):
         return nothing
     saved, weights = rest[:num_saved], rest[num_saved : num_saved + num_weights]
-    given = [h.new_zeros(h.shape[1:]) if gradient is None else gradient for gradient in dlast]
+    dtypes = CELLS[ctx.cell].dtypes(h.dtype)
+    given = [
+        h.new_zeros(h.shape[1:], dtype=dtype) if gradient is None else gradient
+        for gradient, dtype in zip(dlast, dtypes, strict=True)
+    ]
     _, need_weights, need_bias, need_states, *_ = ctx.needs_input_grad
     dpre, dweights, dbias, dstates = torch.ops.elman.recurrence_backward(
         dh,

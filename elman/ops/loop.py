@@ -64,7 +64,8 @@ def forward(
     seq_len, batch, _, hidden = pre.shape
     h = pre.new_empty(seq_len, batch, hidden)
     # A state that nobody will ask for has one place for all steps.
-    others = [pre.new_empty((seq_len if save else 1), batch, hidden).expand_as(h) for _ in range(cell.states - 1)]
+    dtypes = cell.dtypes(pre.dtype)
+    others = [pre.new_empty(seq_len if save else 1, batch, hidden, dtype=dtype).expand_as(h) for dtype in dtypes[1:]]
     saved = pre.new_empty(seq_len, batch, cell.saved, hidden) if save else None
     reset = None if reset is None else reset.contiguous()
     rec = pre.new_empty(batch, cell.products * hidden)
@@ -128,7 +129,7 @@ def backward(
         dstates.append(dmemory)
     if reset is not None:
         dstates = [dstate.masked_fill(reset[0, :, None], 0) for dstate in dstates]
-    return dpre, drec, None, [dstate.to(h.dtype) for dstate in dstates]
+    return dpre, drec, None, [x.to(dtype) for x, dtype in zip(dstates, cell.dtypes(h.dtype), strict=True)]
 
 
 def _dense_rows(x: Tensor) -> Tensor:
@@ -147,7 +148,7 @@ class Forward:
         reset: (T, B).
         memory: (B, H), the memory before step 0, if the cell reads it.
         saved: (T, B, saved, H).
-        states: (T, B, H) each, all written.
+        states: (T, B, H) each, of ``Cell.dtypes``, all written.
         carry: (B, H), h after a step as the next one's product shall see it, where there are resets.
     """
 

@@ -42,7 +42,7 @@ _RING_SLOTS = 8
 #: Bytes a thread. Weights take all registers that are left, and ptxas does not place the last few of them perfectly.
 _SPILL_LIMIT = 64
 #: Of a cell with memory, whose own warps are the slower ones: what registers they have saves more than the spills cost.
-_SPILL_LIMIT_WITH_MEMORY = 128
+_SPILL_LIMIT_WITH_MEMORY = 144
 #: Half the clock: nothing takes as few clocks as it might.
 _CLOCKS_PER_MICROSECOND = 950
 #: A step of the loop backend outside a CUDA graph, where the host sets the pace (18 to 20 measured; NOTES.md).
@@ -316,8 +316,9 @@ def forward(
     seq_len, batch, hidden = *pre.shape[:2], layout.heads * layout.width
     h = pre.new_empty(seq_len, batch, hidden)
     saved = pre.new_empty(seq_len, batch, cell.saved, hidden) if save else None
-    c = torch.empty_like(h) if save and cell.states == 2 else None
-    c_last = torch.empty_like(h[0]) if cell.states == 2 else None
+    memory_dtype = cell.dtypes(h.dtype)[-1]
+    c = torch.empty_like(h, dtype=memory_dtype) if save and cell.states == 2 else None
+    c_last = torch.empty_like(h[0], dtype=memory_dtype) if cell.states == 2 else None
     tensors = (layout.widen(pre), layout.matrices(operator), *given, _dense(reset), h, saved, c, c_last)
     _launch(Task("forward", cell), tensors, h, layout)
     return layout.crop(h), layout.crop_all(c_last), layout.crop_all(saved, c)
@@ -346,7 +347,7 @@ def backward(
     hidden = layout.heads * layout.width
     dpre = h.new_empty(seq_len, batch, cell.gates, hidden)
     drec = None if cell.additive else h.new_empty(seq_len, batch, cell.products, hidden)
-    dstates = [h.new_empty(batch, hidden) for _ in range(cell.states if need_states else 0)]
+    dstates = [h.new_empty(batch, hidden, dtype=dtype) for dtype in cell.dtypes(h.dtype)] if need_states else []
     made = (dpre, drec, *(*dstates, None, None)[:2])
     tensors = (given[0], layout.matrices(operator), *given[1:], _dense(reset), *kept, *made)
     _launch(Task("backward", cell), tensors, dpre, layout)

@@ -42,5 +42,7 @@ class Task:
 
     @property
     def inputs(self) -> int:
-        """The values that the cell of a hidden unit reads at a step."""
-        return self.cell.gates if self.direction == "forward" else 1 + self.cell.saved + self.cell.reads_memory
+        """The values that the cell of a hidden unit reads at a step, in places of 16 bits."""
+        if self.direction == "forward":
+            return self.cell.gates
+        return 1 + self.cell.saved + self.cell.reads_memory + self.cell.logarithmic

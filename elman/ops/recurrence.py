@@ -13,6 +13,7 @@ from torch import Tensor
 from elman.errors import UsageError
 from elman.ops.backends import BACKENDS, Problem, choose
 from elman.ops.cells import CELLS, Cell, Tensors
+from elman.ops.log_space import as_joined, as_number
 from elman.ops.operators import make_operator
 
 _used: list[str] | None = None
@@ -51,7 +52,8 @@ def recurrence(
 
     Every floating-point input is differentiable, and the gradients of all outputs are honoured, so truncated and
     full back-propagation through chunks work alike. Under autocast the inputs are cast to its dtype. All states are
-    rounded to the inputs' dtype after every step, so a sequence run in chunks gives the same values as in one piece.
+    rounded after every step to their dtype, the inputs' but for what ``h0`` says, so a sequence in chunks gives the
+    same values as in one piece.
 
     Args:
         pre: (T, B, G, H) for a cell of G gates, or (T, B, H) for one of a single gate: the input's part of every step,
@@ -61,7 +63,7 @@ def recurrence(
             operator: (N, H/N, H/N) is block-diagonal, N heads that do not see each other; (H,) is diagonal; and a pair
             of u (H, r) and v (r, H) is of low rank, W = U V. Of these too there are P where the cell has P products.
         h0: (B, H), the state before the first step; for a cell of several states a tuple of them, h first; zeros if
-            absent.
+            absent. The memory of a cell in log space is of float32 beside half types.
         cell: the pointwise rule f, one of ``elman.ops.cells.CELLS``, where its equation is.
         bias: (P, H), added to the recurrent products, as PyTorch's ``bias_hh``. Most cells only ever add those to
             ``pre``, where the bias costs less.
@@ -88,7 +90,9 @@ def recurrence(
         dtype = torch.get_autocast_dtype(pre.device.type)
         pre, weights = pre.to(dtype), tuple(x.to(dtype) for x in weights)
         bias = None if bias is None else bias.to(dtype)
-        states = None if states is None else tuple(state.to(dtype) for state in states)
+        if states is not None:
+            dtypes = [*rule.dtypes(dtype), *[dtype] * len(states)]  # too many states are _check's business
+            states = tuple(state.to(kind) for state, kind in zip(states, dtypes, strict=False))
     _check(pre, weights, bias, states, reset, rule)
     operator = make_operator(weights, pre.shape[-1], rule.products)
     if pre.ndim == 3:
@@ -100,7 +104,11 @@ def recurrence(
     with torch.autocast(pre.device.type, enabled=False):
         if bias is not None and rule.additive:
             pre, bias = pre + F.pad(bias, (0, 0, 0, gates - rule.products)), None
+        if rule.logarithmic and states is not None:
+            states = (*states[:-1], as_number(states[-1]))
         h, last = BACKENDS[chosen].run(pre, operator, bias, states, rule, reset)
+        if rule.logarithmic:
+            last = (*last[:-1], as_joined(last[-1]))
         return h, last[0] if rule.states == 1 else last
 
 
@@ -141,9 +149,12 @@ def _check(
             f"reset has shape {tuple(reset.shape)} and dtype {reset.dtype}: "
             f"give (T, B) = ({seq_len}, {batch}) of torch.bool"
         )
+    kinds = dict(zip(_named("h0", states or ()), cell.dtypes(pre.dtype), strict=True)) if states else {}
     for name, tensor in named.items():
-        if tensor.dtype != pre.dtype:
-            raise UsageError(f"{name} has dtype {tensor.dtype} but pre has {pre.dtype}: cast one to the other")
+        kind = kinds.get(name, pre.dtype)
+        if tensor.dtype != kind:
+            cure = "cast one to the other" if kind == pre.dtype else f"cell={cell.name!r} wants {kind} for it"
+            raise UsageError(f"{name} has dtype {tensor.dtype} but pre has {pre.dtype}: {cure}")
     for name, tensor in (named if reset is None else {**named, "reset": reset}).items():
         if tensor.device != pre.device:
             raise UsageError(f"{name} is on {tensor.device} but pre is on {pre.device}: move one to the other")

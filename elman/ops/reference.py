@@ -15,8 +15,9 @@ def run(
     """All steps, one after the other. Arguments are as ``elman.ops.recurrence`` has checked them, pre (T, B, G, H)."""
     # Unbinding once keeps the backward pass linear in T: indexing pre[t] would make a gradient of pre's size a step.
     reset_steps = reset.unsqueeze(-1).unbind(0) if reset is not None else None
+    dtypes = cell.dtypes(pre.dtype)
     if states is None:
-        states = (pre.new_zeros(pre.shape[1], pre.shape[-1]),) * cell.states
+        states = tuple(pre.new_zeros(pre.shape[1], pre.shape[-1], dtype=dtype) for dtype in dtypes)
     outputs = []
     for t, pre_t in enumerate(pre.unbind(0)):
         if reset_steps is not None:
@@ -24,7 +25,7 @@ def run(
         rec = operator(states[0]).view(len(pre_t), cell.products, -1)
         if bias is not None:
             rec = rec + bias
-        memory = states[1:] if cell.states > 2 else states[-1]
-        states, _ = cell.forward(pre_t.unbind(1), rec.unbind(1), memory)
+        states, _ = cell.forward(pre_t.unbind(1), rec.unbind(1), states[-1])
+        states = tuple(state.to(dtype) for state, dtype in zip(states, dtypes, strict=True))
         outputs.append(states[0])
     return torch.stack(outputs), states

@@ -1,15 +1,31 @@
-"""The linear recurrence, which unlike the nonlinear ones need not run step by step."""
+"""The linear recurrence, which unlike the nonlinear ones need not run step by step.
+
+On a GPU it does all the same, in a thread a unit (``cuda/scan.cuh``): one pass over memory, where the levels of a
+parallel scan are several. Elsewhere it is a parallel scan in plain PyTorch.
+"""
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from elman.ops.cuda.compiler import CompilerUnavailableError, Module, compiler_version
+from elman.ops.cuda.launch import aligned, launch
+from elman.ops.loop import NUMBERS
+from elman.ops.operators import real_of
+
+_THREADS = 64  # kThreads of diagonal.cuh
+#: What a thread moves at once, where it owns several units: half types in pairs.
+_PACK_BYTES = 4
+#: A step of a tensor is addressed in 32 bits.
+_STEP_BYTES = 2**32
+
 
 def linear_scan(a: Tensor, b: Tensor, h0: Tensor | None = None, *, reset: Tensor | None = None) -> Tensor:
-    """``h_t = a_t h_{t-1} + b_t`` for every unit apart, by a parallel scan (Blelloch, 1990): log2(T) levels, O(T) work.
+    """``h_t = a_t h_{t-1} + b_t`` for every unit apart; in plain PyTorch by a parallel scan (Blelloch, 1990).
 
     Products and sums only, no logarithms: it errs no more than running step by step, whatever the signs of a and b, and
     zeros among the a cut it exactly. One step is the recurrence itself, so that streaming runs the same code. Every
@@ -17,23 +33,37 @@ def linear_scan(a: Tensor, b: Tensor, h0: Tensor | None = None, *, reset: Tensor
 
     Args:
         a: (T, B, H).
-        b: (T, B, H), of a's dtype; float32 or wider, since errors of a add up over a memory's length.
+        b: (T, B, H), of a's dtype; better float32 or wider: half types are computed in float32, but an a near 1 is
+            rounded to 1.
         h0: (B, H), the state before the first step; zeros if absent.
         reset: (T, B) bool; where true, that row's state is zeroed before that step.
 
     Returns:
         h (T, B, H), the state after every step.
     """
-    if reset is not None:
-        a = a.masked_fill(reset.unsqueeze(-1), 0.0)
-    h: Tensor = torch.ops.elman.linear_scan(a, b, h0)
+    h: Tensor = torch.ops.elman.linear_scan(a, b, h0, reset)
     return h
 
 
-def _forward(a: Tensor, b: Tensor, h0: Tensor | None) -> Tensor:
+def scan_backend(device: torch.device, dtype: torch.dtype) -> str:
+    """What runs it there: ``scan``, in plain PyTorch, or ``scan_kernel``."""
+    return "scan_kernel" if device.type == "cuda" and dtype in NUMBERS and _compiles() else "scan"
+
+
+def _forward(a: Tensor, b: Tensor, h0: Tensor | None, reset: Tensor | None) -> Tensor:
+    if _has_kernel(b):
+        h = torch.empty_like(b, memory_format=torch.contiguous_format)
+        _launch("forward", h, (a, b, h0, reset, h))
+        return h
+    dtype, real = b.dtype, real_of(b.dtype)
+    a, b = _cut(a, reset).to(real), b.to(real)
     if h0 is not None:
-        b = torch.cat([torch.addcmul(b[:1], a[:1], h0), b[1:]])
-    return _scan(a, b).clone() if len(b) == 1 else _scan(a, b)
+        b = torch.cat([torch.addcmul(b[:1], a[:1], h0.to(real)), b[1:]])
+    return (_scan(a, b).clone() if len(b) == 1 else _scan(a, b)).to(dtype)
+
+
+def _cut(a: Tensor, reset: Tensor | None) -> Tensor:
+    return a if reset is None else a.masked_fill(reset.unsqueeze(-1), 0.0)
 
 
 def _scan(a: Tensor, b: Tensor) -> Tensor:
@@ -49,28 +79,103 @@ def _scan(a: Tensor, b: Tensor) -> Tensor:
     return h
 
 
-def _fake_forward(a: Tensor, b: Tensor, h0: Tensor | None) -> Tensor:
-    return torch.empty_like(b)
+def _fake_forward(a: Tensor, b: Tensor, h0: Tensor | None, reset: Tensor | None) -> Tensor:
+    return b.new_empty(b.shape)
 
 
-def _setup_context(ctx: Any, inputs: tuple[Tensor, Tensor, Tensor | None], output: Tensor) -> None:
-    a, _, h0 = inputs
-    ctx.has_h0 = h0 is not None
-    ctx.save_for_backward(a, output, *((h0,) if h0 is not None else ()))
+def _backward(
+    dh: Tensor, a: Tensor, h: Tensor, h0: Tensor | None, reset: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The gradients of a, b and h0, the last being there whether h0 is or not."""
+    if not _has_kernel(h):
+        return _composed_backward(dh, a, h, h0, reset)
+    da, db = (torch.empty_like(h) for _ in range(2))
+    dh0 = torch.empty_like(h[0])
+    _launch("backward", h, (dh, a, h, h0, reset, da, db, dh0))
+    return da, db, dh0
 
 
-def _differentiate(ctx: Any, dh: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
-    """The same recurrence from the last step to the first."""
-    a, h, *rest = ctx.saved_tensors
-    h0 = rest[0] if ctx.has_h0 else torch.zeros_like(h[0])
+def _composed_backward(
+    dh: Tensor, a: Tensor, h: Tensor, h0: Tensor | None, reset: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The same recurrence from the last step to the first, of operations that can be differentiated themselves."""
+    kept = _cut(a, reset)
     # What a step's state adds to the next is scaled by the next one's a; behind the last there is none.
-    backwards = torch.cat([torch.zeros_like(a[:1]), a[1:].flip(0)])
-    db = torch.ops.elman.linear_scan(backwards, dh.flip(0), None).flip(0)
-    return db * torch.cat([h0.unsqueeze(0), h[:-1]]), db, db[0] * a[0] if ctx.has_h0 else None
+    backwards = torch.cat([torch.zeros_like(kept[:1]), kept[1:].flip(0)])
+    db = torch.ops.elman.linear_scan(backwards, dh.flip(0), None, None).flip(0)
+    before = torch.cat([(torch.zeros_like(h[0]) if h0 is None else h0).unsqueeze(0), h[:-1]])
+    return _cut(db * before, reset), db, db[0] * kept[0]
+
+
+def _fake_backward(
+    dh: Tensor, a: Tensor, h: Tensor, h0: Tensor | None, reset: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    return h.new_empty(h.shape), h.new_empty(h.shape), h.new_empty(h.shape[1:])
+
+
+def _setup_context(ctx: Any, inputs: tuple[Tensor, Tensor, Tensor | None, Tensor | None], output: Tensor) -> None:
+    a, _, h0, reset = inputs
+    ctx.has_h0 = h0 is not None
+    ctx.save_for_backward(a, output, h0, reset)
+
+
+def _differentiate(ctx: Any, dh: Tensor) -> tuple[Tensor, Tensor, Tensor | None, None]:
+    # Under create_graph, by what can be differentiated again.
+    backward = _composed_backward if torch.is_grad_enabled() else torch.ops.elman.linear_scan_backward
+    da, db, dh0 = backward(dh, *ctx.saved_tensors)
+    return da, db, dh0 if ctx.has_h0 else None, None
 
 
 # Not torch.library.custom_op: its first call imports torch._dynamo, which takes seconds.
-torch.library.define("elman::linear_scan", torch.library.infer_schema(_forward, mutates_args=()))
-torch.library.impl("elman::linear_scan", "default", _forward)
-torch.library.register_fake("elman::linear_scan", _fake_forward)
+for _name, _implementation, _fake in (
+    ("linear_scan", _forward, _fake_forward),
+    ("linear_scan_backward", _backward, _fake_backward),
+):
+    torch.library.define(f"elman::{_name}", torch.library.infer_schema(_implementation, mutates_args=()))
+    torch.library.impl(f"elman::{_name}", "default", _implementation)
+    torch.library.register_fake(f"elman::{_name}", _fake)
 torch.library.register_autograd("elman::linear_scan", _differentiate, setup_context=_setup_context)
+
+
+def _has_kernel(h: Tensor) -> bool:
+    if not h.is_cuda or h.dtype not in NUMBERS or h[0].numel() * h.itemsize >= _STEP_BYTES:
+        return False
+    return h.numel() > 0 and _compiles()
+
+
+@functools.cache
+def _compiles() -> bool:
+    try:
+        compiler_version()
+    except CompilerUnavailableError:
+        return False
+    return True
+
+
+def _launch(direction: str, h: Tensor, arguments: tuple[Tensor | None, ...]) -> None:
+    width = _width(h)
+    given = [None if x is None else aligned(x, width) for x in arguments]
+    blocks = -(-h[0].numel() // (width * _THREADS))
+    launch(_module(h.dtype), _kernel_name(direction, h.dtype, width), blocks, _THREADS, (*given, *h.shape), h.device)
+
+
+def _width(h: Tensor) -> int:
+    """Neighbouring units a thread."""
+    width = max(1, _PACK_BYTES // h.itemsize)
+    return width if h.shape[-1] % width == 0 else 1
+
+
+def _kernel_name(direction: str, dtype: torch.dtype, width: int) -> str:
+    return f"scan_{direction}<{NUMBERS[dtype]}, {width}>"
+
+
+@functools.cache
+def _module(dtype: torch.dtype) -> Module:
+    """The kernels of this dtype: both directions, for packs of units and for single ones."""
+    widths = sorted({max(1, _PACK_BYTES // dtype.itemsize), 1})
+    return Module("scan.cuh", tuple(_kernel_name(d, dtype, n) for d in ("forward", "backward") for n in widths))
+
+
+def shipped_modules() -> list[Module]:
+    """Every module that may be compiled."""
+    return [_module(dtype) for dtype in NUMBERS]

@@ -151,15 +151,15 @@ def test_every_cell_errs_no_more_than_the_reference(backend: str, dtype: torch.d
 
 @on_each
 @pytest.mark.parametrize(
-    "cell", [cell for cell in FUSED_CELLS if cell != "polynomial"]
-)  # which is flat beyond its clamp
+    "cell", [cell for cell in FUSED_CELLS if "polynomial" not in cell]
+)  # which are flat far from 0
 def test_saturated_units_keep_their_gradient(backend: str, device: str, dtype: torch.dtype, cell: str) -> None:
     """From |v| = 3.5 bf16 rounds tanh(v) to ±1; the reference's f′ is 0 there, ours is not."""
     p = draw(6, 4, 16, dtype=BF16, device=device, reset_rate=None, scale=8.0, cell=cell)
     p = replace(p, pre=p.pre.abs() + 4)
     assert_as_exact_as_reference(p, backend)
     dpre = solve(p, backend)["dpre"]
-    if cell in ("delta", "triple_r"):  # a unit that is where its candidate is has no use for its rate
+    if cell.endswith(("delta", "triple_r")):  # a unit that is where its candidate is has no use for its rate
         dpre = dpre[:, :, 0]
     assert (dpre != 0).all()
 
@@ -224,7 +224,7 @@ def test_layouts_that_are_not_contiguous(backend: str, device: str, dtype: torch
     for change in (embed, shift, transpose):
         q = replace(p.map(change), reset=transpose(p.reset))
         inputs = {name: x.detach().requires_grad_() for name, x in q.inputs().items()}
-        outputs = q.run(backend, inputs)
+        outputs = q.results(backend, inputs)
         results = torch.autograd.grad(outputs, list(inputs.values()), [q.dh, *parts(q.dh_last)])
         for ours, name in zip((*outputs, *results), expected, strict=True):
             torch.testing.assert_close(ours, expected[name], msg=f"{change.__name__}: {name}")
@@ -242,7 +242,7 @@ def test_only_the_gradients_asked_for(backend: str, device: str, dtype: torch.dt
     expected = solve(p, backend)
     for name in p.inputs():
         inputs = {other: x.clone().requires_grad_(other == name) for other, x in p.inputs().items()}
-        outputs = p.run(backend, inputs)
+        outputs = p.results(backend, inputs)
         (gradient,) = torch.autograd.grad(outputs, [inputs[name]], [p.dh, *parts(p.dh_last)])
         assert torch.equal(gradient, expected[f"d{name}"])
 
@@ -256,7 +256,7 @@ def test_each_last_state_alone(backend: str, device: str, dtype: torch.dtype, ce
         alone = [x if i == index else torch.zeros_like(x) for i, x in enumerate(parts(p.dh_last))]
         expected = solve(replace(p, dh_last=like(p.dh_last, alone)), backend)
         inputs = {name: x.clone().requires_grad_() for name, x in p.inputs().items()}
-        outputs = p.run(backend, inputs)
+        outputs = p.results(backend, inputs)
         gradients = torch.autograd.grad(outputs[1 + index], list(inputs.values()), alone[index])
         for name, gradient in zip(inputs, gradients, strict=True):
             assert torch.equal(gradient, expected[f"d{name}"])
@@ -441,7 +441,7 @@ def test_saves_only_what_backward_needs(backend: str, device: str, dtype: torch.
     inputs = {name: x.clone().requires_grad_() for name, x in p.inputs().items()}
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
         p.run(backend, inputs)
-    small = p.weight.numel() + rule.states * p.dh[0].numel()
+    small = p.weight.numel() + (rule.states + rule.logarithmic) * p.dh[0].numel()
     assert sum(saved.values()) == (rule.states + rule.saved) * p.dh.numel() + small
     with torch.no_grad():
         given = (p.pre.view(8, 4, rule.gates, 16), [p.weight], None, [], None, cell, "dense", backend, False)
@@ -521,6 +521,7 @@ def test_peak_memory(backend: str, device: str, dtype: torch.dtype, cell: str) -
     outputs = p.run(backend, inputs)
     results = torch.autograd.grad(outputs, list(inputs.values()), [p.dh, *parts(p.dh_last)])
     of_user = sum(x.nbytes for x in (*outputs, *results))
-    sequences = rule.saved + rule.states - 1 + 1 + (0 if rule.additive else rule.products)
+    others = sum(kind.itemsize for kind in rule.dtypes(BF16)[1:]) // BF16.itemsize
+    sequences = rule.saved + others + 1 + (0 if rule.additive else rule.products)
     # Weight gradients are two sums in float32.
     assert torch.cuda.max_memory_allocated() - before - of_user <= (sequences + 0.5) * p.dh.nbytes + 4 * p.weight.nbytes

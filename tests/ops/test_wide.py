@@ -109,8 +109,9 @@ def test_arguments_are_in_the_order_of_the_other_kernels() -> None:
         assert ours is not None
         assert theirs is not None
         pairs = list(zip(ours[1].split(","), theirs[1].split(","), strict=True))
-        assert all(theirs.strip().startswith(ours.strip()) for ours, theirs in pairs)
-        assert sum(ours.strip() == theirs.strip() for ours, theirs in pairs) >= 12
+        named = [ours.strip() == theirs.strip() for ours, theirs in pairs]
+        assert all(same or ours.strip().endswith("*") for same, (ours, _) in zip(named, pairs, strict=True))
+        assert sum(named) >= 12
 
 
 @pytest.fixture(params=list(DESIGNS))

@@ -8,6 +8,9 @@
 //   slopes(saved, memory, slope)              all of the derivative that needs no gradient; memory: before the step
 //   backward(slope, dh, dmemory, dpre, drec)  dmemory: of the memory after the step by the next cell, then before it
 //
+// kLogarithmic says that the memory holds log |h| and the sign of h in one number; it is then of Math::Real wherever it
+// lies, and dmemory is the gradient of the number it stands for.
+//
 // The derivative is a function of what enters the activations, never of what comes out: bf16 rounds tanh to +-1 from
 // about |v| = 3.5, where 1 - h^2 would be 0 and the unit would never learn again. kAdditive says that drec is the first
 // kProducts of dpre.
@@ -21,6 +24,8 @@ struct Precise {
   using Real = Number;
   static __device__ __forceinline__ Real exp(Real x) { return ::exp(x); }
   static __device__ __forceinline__ Real log(Real x) { return ::log(x); }
+  static __device__ __forceinline__ Real log1p(Real x) { return ::log1p(x); }
+  static __device__ __forceinline__ Real expm1(Real x) { return ::expm1(x); }
   static __device__ __forceinline__ Real divide(Real x, Real y) { return x / y; }
   static __device__ __forceinline__ Real tanh(Real x) { return ::tanh(x); }
 };
@@ -29,6 +34,13 @@ struct Fast {
   using Real = float;
   static __device__ __forceinline__ float exp(float x) { return __expf(x); }
   static __device__ __forceinline__ float log(float x) { return __logf(x); }
+  // A small x is lost beside 1: there, series.
+  static __device__ __forceinline__ float log1p(float x) {
+    return fabsf(x) < 1e-3f ? x - x * x * 0.5f : __logf(1.0f + x);
+  }
+  static __device__ __forceinline__ float expm1(float x) {
+    return fabsf(x) < 0.05f ? x * (1.0f + x * (0.5f + x * (1.0f / 6))) : __expf(x) - 1.0f;
+  }
   static __device__ __forceinline__ float divide(float x, float y) { return __fdividef(x, y); }
   // (1 − e) / (1 + e) loses its relative precision where e is near 1: there, a series.
   static __device__ __forceinline__ float tanh(float x) {
@@ -80,7 +92,7 @@ __device__ __forceinline__ Real tanh_slope(Real v) {
 template <class Activation>
 struct Additive {
   static constexpr int kGates = 1, kProducts = 1, kStates = 1, kSaved = 1, kSlopes = 1;
-  static constexpr bool kReadsMemory = false, kAdditive = true;
+  static constexpr bool kReadsMemory = false, kAdditive = true, kLogarithmic = false;
 
   template <class Math, class Real = typename Math::Real>
   static __device__ __forceinline__ Real forward(const Real (&pre)[1], const Real (&rec)[1], Real&, Real (&saved)[1]) {
@@ -125,20 +137,42 @@ struct Softsign : Additive<Softsign> {
   }
 };
 
+// softplus(e), without the loss of a small exp(-|e|) beside 1.
+template <class Math, class Real = typename Math::Real>
+__device__ __forceinline__ Real softplus(Real e) {
+  return (e < Real(0) ? Real(0) : e) + Math::log1p(Math::exp(-fabs(e)));
+}
+
+// A number by its logarithm: the sign is that of `sign`, and log is -infinity for a zero.
+template <class Real>
+struct Signed {
+  Real log, sign;
+};
+
 // h = (1 - δ) h + δ tanh(a), δ = σ(d): the first product is a's, the second, where there is one, d's.
 template <int kProducts_>
 struct LeakyTanh {
   static constexpr int kGates = 2, kProducts = kProducts_, kStates = 1, kSaved = 2, kSlopes = 3;
-  static constexpr bool kReadsMemory = true, kAdditive = true;
+  static constexpr bool kReadsMemory = true, kAdditive = true, kLogarithmic = false;
 
   template <class Math, class Real = typename Math::Real>
   static __device__ __forceinline__ Real forward(const Real (&pre)[2], const Real (&rec)[kProducts], Real& memory,
                                                  Real (&saved)[2]) {
-#pragma unroll
-    for (int i = 0; i < 2; ++i) saved[i] = i < kProducts ? pre[i] + rec[i % kProducts] : pre[i];
+    sum(pre, rec, saved);
     const Real rate = sigmoid<Math>(saved[1]);
     memory += rate * (Math::tanh(saved[0]) - memory);
     return memory;
+  }
+
+  template <class Real>
+  static __device__ __forceinline__ void sum(const Real (&pre)[2], const Real (&rec)[kProducts], Real (&saved)[2]) {
+#pragma unroll
+    for (int i = 0; i < 2; ++i) saved[i] = i < kProducts ? pre[i] + rec[i % kProducts] : pre[i];
+  }
+
+  template <class Math, class Real = typename Math::Real>
+  static __device__ __forceinline__ Signed<Real> candidate(const Real (&saved)[2]) {
+    return {Math::log(Math::tanh(fabs(saved[0]))), saved[0]};
   }
 
   template <class Math, class Real = typename Math::Real>
@@ -167,7 +201,7 @@ using TripleR = LeakyTanh<2>;
 // Hochreiter and Schmidhuber (1997) with a forget gate, as PyTorch has it: i, f, g, o; the memory is c.
 struct Lstm {
   static constexpr int kGates = 4, kProducts = 4, kStates = 2, kSaved = 4, kSlopes = 6;
-  static constexpr bool kReadsMemory = true, kAdditive = true;
+  static constexpr bool kReadsMemory = true, kAdditive = true, kLogarithmic = false;
 
   template <class Math, class Real = typename Math::Real>
   static __device__ __forceinline__ Real forward(const Real (&pre)[4], const Real (&rec)[4], Real& memory,
@@ -204,7 +238,7 @@ struct Lstm {
 // Cho et al. (2014) as PyTorch has it: r, z, n, the reset gate on the product of n, bias included, which is saved too.
 struct Gru {
   static constexpr int kGates = 3, kProducts = 3, kStates = 1, kSaved = 4, kSlopes = 5;
-  static constexpr bool kReadsMemory = true, kAdditive = false;
+  static constexpr bool kReadsMemory = true, kAdditive = false, kLogarithmic = false;
 
   template <class Math, class Real = typename Math::Real>
   static __device__ __forceinline__ Real forward(const Real (&pre)[3], const Real (&rec)[3], Real& memory,
@@ -241,14 +275,7 @@ struct Gru {
 // h = (1 - δ) h + δ sign(c) |c|^α with c = clamp(v, ±1), δ = σ(d) and α = 1 + softplus(e): v, d, e.
 struct Polynomial {
   static constexpr int kGates = 3, kProducts = 1, kStates = 1, kSaved = 3, kSlopes = 4;
-  static constexpr bool kReadsMemory = true, kAdditive = true;
-
-  // softplus(e), without the loss of a small exp(-|e|) beside 1.
-  template <class Math, class Real = typename Math::Real>
-  static __device__ __forceinline__ Real softplus(Real e) {
-    const Real x = Math::exp(-fabs(e));
-    return fmax(e, Real(0)) + (x < Real(1e-3) ? x - x * x / Real(2) : Math::log(Real(1) + x));
-  }
+  static constexpr bool kReadsMemory = true, kAdditive = true, kLogarithmic = false;
 
   template <class Math, class Real = typename Math::Real>
   static __device__ __forceinline__ Real forward(const Real (&pre)[3], const Real (&rec)[1], Real& memory,
@@ -284,3 +311,88 @@ struct Polynomial {
     dmemory = dh * slope[3];
   }
 };
+
+// h = (1 - δ) h + δ sign(v) σ(α log |v|), a power for small v that never passes 1: v, d, e as Polynomial. It runs as
+// logarithms only, see Logarithmic.
+struct BoundedPower {
+  static constexpr int kGates = 3, kProducts = 1, kStates = 1, kSaved = 3, kSlopes = 4;
+  static constexpr bool kReadsMemory = true, kAdditive = true, kLogarithmic = false;
+
+  template <class Real>
+  static __device__ __forceinline__ void sum(const Real (&pre)[3], const Real (&rec)[1], Real (&saved)[3]) {
+    saved[0] = pre[0] + rec[0], saved[1] = pre[1], saved[2] = pre[2];
+  }
+
+  template <class Math, class Real = typename Math::Real>
+  static __device__ __forceinline__ Signed<Real> candidate(const Real (&saved)[3]) {
+    const Real alpha = Real(1) + softplus<Math>(saved[2]);
+    return {-softplus<Math>(-alpha * Math::log(fabs(saved[0]))), saved[0]};
+  }
+
+  template <class Math, class Real = typename Math::Real>
+  static __device__ __forceinline__ void slopes(const Real (&saved)[3], Real memory, Real (&slope)[4]) {
+    const Gate<Math> rate(saved[1]), bent(saved[2]);
+    const Real size = fabs(saved[0]), alpha = Real(1) + softplus<Math>(saved[2]);
+    // At 0 all slopes are 0, where the formulas' are 0 times infinity.
+    const Real log = size == Real(0) ? Real(0) : Math::log(size), power = alpha * log;
+    const Gate<Math> height(power);
+    // σ'(power) over |v|, of which neither factor may overflow.
+    const Real high = power < Real(0) ? height.shut : height.open;
+    const Real steep = high * high * Math::exp(-fabs(power) - log);
+    const Real candidate = copysign(height.open, saved[0]);
+    slope[0] = size == Real(0) ? Real(0) : rate.open * alpha * steep;
+    slope[1] = rate.slope * ((size == Real(0) ? Real(0) : candidate) - memory);
+    slope[2] = rate.open * copysign(height.slope, saved[0]) * log * bent.open;
+    slope[3] = rate.shut;
+  }
+
+  template <class Real>
+  static __device__ __forceinline__ void backward(const Real (&slope)[4], Real dh, Real& dmemory, Real (&dpre)[3],
+                                                  Real (&drec)[1]) {
+    Polynomial::backward(slope, dh, dmemory, dpre, drec);
+  }
+};
+
+// A leaky cell whose memory is -log |h| with the sign of h: 0 for a zero, and the smallest normal number where |h| is 1
+// or, by rounding, more. It is mixed as logarithms; the number is the same, and so is its derivative, that of `Leaky`.
+template <class Leaky>
+struct Logarithmic : Leaky {
+  static constexpr int kGates = Leaky::kGates, kProducts = Leaky::kProducts, kStates = 2, kSaved = Leaky::kSaved;
+  static constexpr bool kLogarithmic = true;
+
+  template <class Math, class Real = typename Math::Real>
+  static __device__ __forceinline__ Real number(Real memory) {
+    return memory == Real(0) ? Real(0) : copysign(Math::exp(-fabs(memory)), memory);
+  }
+
+  template <class Math, class Real = typename Math::Real>
+  static __device__ __forceinline__ Real forward(const Real (&pre)[kGates], const Real (&rec)[kProducts], Real& memory,
+                                                 Real (&saved)[kSaved]) {
+    Leaky::sum(pre, rec, saved);
+    const Signed<Real> given = Leaky::template candidate<Math>(saved);
+    const Real nothing = -1e30f, rate = saved[1], both = Math::log1p(Math::exp(-fabs(rate)));
+    // log (1 - δ) |h| and log δ |c|: for no h as good as -infinity, and other than that when subtracted from itself.
+    const Real kept = memory == Real(0) ? nothing : (rate < Real(0) ? Real(0) : -rate) - both - fabs(memory);
+    const Real taken = (rate < Real(0) ? rate : Real(0)) - both + given.log;
+    // The larger of the two, and the other over it: written so that a NaN in either comes out.
+    const bool second = taken > kept;
+    const Real large = second ? taken : kept, gap = (second ? kept : taken) - large;
+    const bool agree = (memory < Real(0)) == (given.sign < Real(0));
+    const Real log = large + (agree ? Math::log1p(Math::exp(gap)) : Math::log(-Math::expm1(gap)));
+    const Real sign = second ? given.sign : memory;
+    const Real smallest = sizeof(Real) == 8 ? 2.2250738585072014e-308 : 1.17549435e-38f;
+    const Real size = -log <= smallest ? smallest : -log;
+    memory = log < Real(0.1) * nothing ? Real(0) : copysign(size, sign);
+    return copysign(Math::exp(-size), sign);
+  }
+
+  template <class Math, class Real = typename Math::Real>
+  static __device__ __forceinline__ void slopes(const Real (&saved)[kSaved], Real memory,
+                                                Real (&slope)[Leaky::kSlopes]) {
+    Leaky::template slopes<Math>(saved, number<Math>(memory), slope);
+  }
+};
+
+using LogDelta = Logarithmic<Delta>;
+using LogTripleR = Logarithmic<TripleR>;
+using LogPolynomial = Logarithmic<BoundedPower>;

@@ -161,13 +161,13 @@ __device__ __forceinline__ void walk(u32 steps, const bool* reset, const Place& 
 
 // `h` takes the state h of every step, `saved` what the cell saves, `memories` the other state if there is one, and
 // `last_memory` its last.
-template <class Cell, class T, int kWidth>
+template <class Cell, class T, int kWidth, class Memory = MemoryOf<Cell, T>>
 __global__ void __launch_bounds__(diagonal::kThreads, diagonal::kBlocks)
     diagonal_forward(const T* __restrict__ pre, long long pre_step, long long pre_row, long long pre_gate,
                      const T* __restrict__ weight, const T* __restrict__ bias, const T* __restrict__ h0,
-                     const T* __restrict__ memory0, const bool* __restrict__ reset, T* __restrict__ h,
-                     T* __restrict__ saved, T* __restrict__ memories, T* __restrict__ last_memory, long long steps,
-                     long long batch, long long hidden) {
+                     const Memory* __restrict__ memory0, const bool* __restrict__ reset, T* __restrict__ h,
+                     T* __restrict__ saved, Memory* __restrict__ memories, Memory* __restrict__ last_memory,
+                     long long steps, long long batch, long long hidden) {
   using Real = RealOf<T>;
   using Word = diagonal::Word<T, kWidth>;
   constexpr int kGates = Cell::kGates, kProducts = Cell::kProducts, kSaved = Cell::kSaved;
@@ -176,7 +176,8 @@ __global__ void __launch_bounds__(diagonal::kThreads, diagonal::kBlocks)
   const diagonal::Place place(kWidth, batch, hidden);
   if (!place.inside) return;
   const auto pres = place.steps(pre, pre_step, pre_row);
-  const auto hs = place.steps(h), others = place.steps(memories), saves = place.steps(saved, 0, kSaved);
+  const auto hs = place.steps(h), saves = place.steps(saved, 0, kSaved);
+  const auto others = place.steps(memories);
 
   Real w[kProducts][kWidth], b[kProducts][kWidth], state[kWidth], memory[kWidth];
 #pragma unroll
@@ -211,8 +212,9 @@ __global__ void __launch_bounds__(diagonal::kThreads, diagonal::kBlocks)
       for (int value = 0; value < kSaved; ++value) kept[value][j] = unit_saved[value];
     }
     // The states go on as they are stored, so that a sequence in chunks gives the same values as in one piece.
-    const Word h_word = diagonal::pack<T>(state), memory_word = diagonal::pack<T>(memory);
-    diagonal::unpack<T, kWidth>(h_word, state), diagonal::unpack<T, kWidth>(memory_word, memory);
+    const Word h_word = diagonal::pack<T>(state);
+    const auto memory_word = diagonal::pack<Memory>(memory);
+    diagonal::unpack<T, kWidth>(h_word, state), diagonal::unpack<Memory, kWidth>(memory_word, memory);
     diagonal::write<kWidth>(hs[t], h_word);
     if (saved != nullptr) {
 #pragma unroll
@@ -222,34 +224,38 @@ __global__ void __launch_bounds__(diagonal::kThreads, diagonal::kBlocks)
     if (kTwoStates && memories != nullptr) diagonal::write<kWidth>(others[t], memory_word);
   };
   diagonal::walk<Window, false>(steps, reset, place, fill, step);
-  if (kTwoStates) diagonal::write<kWidth>(last_memory + place.at(), diagonal::pack<T>(memory));
+  if (kTwoStates) diagonal::write<kWidth>(last_memory + place.at(), diagonal::pack<Memory>(memory));
 }
 
 // `drec` is written only where it is no part of `dpre`.
-template <class Cell, class T, int kWidth>
+template <class Cell, class T, int kWidth, class Memory = MemoryOf<Cell, T>>
 __global__ void __launch_bounds__(diagonal::kThreads, diagonal::kBlocks)
     diagonal_backward(const T* __restrict__ dh, long long dh_step, long long dh_row, const T* __restrict__ weight,
-                      const T* __restrict__ h0, const T* __restrict__ memory0, const T* __restrict__ dh_last,
-                      const T* __restrict__ dmemory_last, const bool* __restrict__ reset, const T* __restrict__ h,
-                      const T* __restrict__ saved, const T* __restrict__ memories, T* __restrict__ dpre,
-                      T* __restrict__ drec, T* __restrict__ dh0, T* __restrict__ dmemory0,
+                      const T* __restrict__ h0, const Memory* __restrict__ memory0, const T* __restrict__ dh_last,
+                      const Memory* __restrict__ dmemory_last, const bool* __restrict__ reset,
+                      const T* __restrict__ h, const T* __restrict__ saved, const Memory* __restrict__ memories,
+                      T* __restrict__ dpre, T* __restrict__ drec, T* __restrict__ dh0, Memory* __restrict__ dmemory0,
                       RealOf<T>* __restrict__ dweight, long long steps, long long batch, long long hidden) {
   using Real = RealOf<T>;
   using Word = diagonal::Word<T, kWidth>;
+  using MemoryWord = diagonal::Word<Memory, kWidth>;
   constexpr int kGates = Cell::kGates, kProducts = Cell::kProducts, kSaved = Cell::kSaved, kSlopes = Cell::kSlopes;
   constexpr bool kTwoStates = Cell::kStates == 2, kOther = kTwoStates && Cell::kReadsMemory;
-  // What a step reads, in this order: dh, h of the step before, what the cell saved, the memory of the step before.
-  constexpr int kFirstSaved = 2, kMemory = kOther ? kFirstSaved + kSaved : 1, kInputs = kFirstSaved + kSaved + kOther;
+  // What a step reads, in this order: dh, h of the step before, what the cell saved, the memory of the step before, which
+  // may be as wide as two of the others.
+  constexpr int kFirstSaved = 2, kMemory = kFirstSaved + kSaved, kMemoryWords = sizeof(Memory) / sizeof(T);
+  constexpr int kInputs = kMemory + (kOther ? kMemoryWords : 0);
   using Window = diagonal::Window<T, kWidth, kInputs>;
   const diagonal::Place place(kWidth, batch, hidden);
   if (!place.inside) return;
   const auto dhs = place.steps(dh, dh_step, dh_row);
-  const auto hs = place.steps(h), others = place.steps(memories), saves = place.steps(saved, 0, kSaved);
+  const auto hs = place.steps(h), saves = place.steps(saved, 0, kSaved);
+  const auto others = place.steps(memories);
   const auto dpres = place.steps(dpre, 0, kGates), drecs = place.steps(drec, 0, kProducts);
   // Without h0 the state before step 0 is zero, as after a reset; what is loaded in its place does not matter.
   const u32 start = h0 == nullptr ? 0 : ~0u;
   const T* first_h = h0 != nullptr ? h0 + place.at() : hs[0];
-  const T* first_memory = memory0 != nullptr ? memory0 + place.at() : others[0];
+  const Memory* first_memory = memory0 != nullptr ? memory0 + place.at() : others[0];
 
   Real w[kProducts][kWidth], dw[kProducts][kWidth] = {}, carried[kWidth], dmemory[kWidth];
 #pragma unroll
@@ -263,19 +269,31 @@ __global__ void __launch_bounds__(diagonal::kThreads, diagonal::kBlocks)
 #pragma unroll
     for (int value = 0; value < kSaved; ++value)
       words[kFirstSaved + value] = diagonal::fetch<kWidth>(saves[t] + value * hidden);
-    if (kOther) words[kMemory] = diagonal::fetch<kWidth>(t > 0 ? others[t - 1] : first_memory);
+    if constexpr (kOther) {
+      const MemoryWord word = diagonal::fetch<kWidth>(t > 0 ? others[t - 1] : first_memory);
+      words[kMemory] = static_cast<Word>(word);
+      if constexpr (kMemoryWords == 2) words[kMemory + 1] = static_cast<Word>(word >> 8 * sizeof(Word));
+    }
   };
   auto step = [&](u32 t, const Word (&words)[kInputs], bool reset) {
-    Real values[kInputs][kWidth], of_gates[kGates][kWidth], of_products[kProducts][kWidth];
+    Real values[kMemory][kWidth], before[kWidth], of_gates[kGates][kWidth], of_products[kProducts][kWidth];
 #pragma unroll
-    for (int i = 0; i < kInputs; ++i) diagonal::unpack<T, kWidth>(words[i], values[i]);
+    for (int i = 0; i < kMemory; ++i) diagonal::unpack<T, kWidth>(words[i], values[i]);
+    if constexpr (kOther) {
+      MemoryWord word = words[kMemory];
+      if constexpr (kMemoryWords == 2) word |= static_cast<MemoryWord>(words[kMemory + 1]) << 8 * sizeof(Word);
+      diagonal::unpack<Memory, kWidth>(word, before);
+    } else {
+#pragma unroll
+      for (int j = 0; j < kWidth; ++j) before[j] = values[1][j];
+    }
     const bool fresh = reset || t == start;
 #pragma unroll
     for (int j = 0; j < kWidth; ++j) {
       Real unit_saved[kSaved], slope[kSlopes], unit_dpre[kGates], unit_drec[kProducts];
 #pragma unroll
       for (int value = 0; value < kSaved; ++value) unit_saved[value] = values[kFirstSaved + value][j];
-      Cell::template slopes<MathOf<T>>(unit_saved, fresh ? Real(0) : values[kMemory][j], slope);
+      Cell::template slopes<MathOf<T>>(unit_saved, fresh ? Real(0) : before[j], slope);
       Cell::backward(slope, values[0][j] + carried[j], dmemory[j], unit_dpre, unit_drec);
       Real sum = 0;
 #pragma unroll
@@ -307,7 +325,7 @@ __global__ void __launch_bounds__(diagonal::kThreads, diagonal::kBlocks)
       for (int j = 0; j < kWidth; ++j) carried[j] += dmemory[j];
     }
     diagonal::write<kWidth>(dh0 + place.at(), diagonal::pack<T>(carried));
-    if (kTwoStates) diagonal::write<kWidth>(dmemory0 + place.at(), diagonal::pack<T>(dmemory));
+    if (kTwoStates) diagonal::write<kWidth>(dmemory0 + place.at(), diagonal::pack<Memory>(dmemory));
   }
 #pragma unroll
   for (int p = 0; p < kProducts; ++p)

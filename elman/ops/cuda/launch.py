@@ -63,6 +63,12 @@ def launch(
         queue(stream, config, kernel, *map(_eight_bytes, arguments))
 
 
+def aligned(x: Tensor, width: int) -> Tensor:
+    """Contiguous and aligned to packs of so many neighbours, as results of ours are from the start."""
+    x = x.contiguous()
+    return x if x.data_ptr() % (width * x.itemsize) == 0 else x.clone()
+
+
 def _eight_bytes(argument: Tensor | float | None) -> np.int64 | np.float64:
     """An argument as the driver takes it, which knows how many bytes, from the lowest on, the kernel wants."""
     if isinstance(argument, float):

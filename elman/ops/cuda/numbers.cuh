@@ -20,6 +20,18 @@ using MathOf = typename Arithmetic<T>::Math;
 template <class T>
 using RealOf = typename MathOf<T>::Real;
 
+// In what a cell's memory is kept beside tensors of T.
+template <class T, bool kLogarithmic>
+struct MemoryBeside {
+  using Type = T;
+};
+template <class T>
+struct MemoryBeside<T, true> {
+  using Type = RealOf<T>;
+};
+template <class Cell, class T>
+using MemoryOf = typename MemoryBeside<T, Cell::kLogarithmic>::Type;
+
 __device__ __forceinline__ double to_real(double x) { return x; }
 __device__ __forceinline__ float to_real(float x) { return x; }
 __device__ __forceinline__ float to_real(bf16 x) { return bf16::low(x.bits); }

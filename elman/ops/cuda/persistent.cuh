@@ -21,8 +21,8 @@
 
 namespace persistent {
 
-template <typename S, typename Cell, typename T, template <typename, int, int> class Exchange>
-__device__ __forceinline__ void run(const Problem<T>& p) {
+template <typename S, typename Cell, template <typename, int, int> class Exchange, typename T, typename M>
+__device__ __forceinline__ void run(const Problem<T, M>& p) {
   extern __shared__ __align__(128) char shared[];
   const Part part = part_of<S>(p);
   // Backwards, the gradient of h0 is one more product, with no cell behind it.
@@ -49,29 +49,34 @@ __device__ __forceinline__ void run(const Problem<T>& p) {
 }  // namespace persistent
 
 template <typename T, typename Cell, int kRowTiles, int kRegisterUnits, int kSharedUnits, int kBlocks,
-          template <typename, int, int> class Exchange>
+          template <typename, int, int> class Exchange, typename Memory = MemoryOf<Cell, T>>
 __global__ void __launch_bounds__(persistent::kThreads, 1)
-    persistent_forward(const T* pre, const T* weight, const T* bias, const T* h0, const T* c0, const u8* reset, T* h,
-                       T* saved, T* c, T* c_last, char* ring, int steps, int batch, int hidden, int pitch, int tiles) {
+    persistent_forward(const T* pre, const T* weight, const T* bias, const T* h0, const Memory* c0, const u8* reset, T* h,
+                       T* saved, Memory* c, Memory* c_last, char* ring, int steps, int batch, int hidden, int pitch,
+                       int tiles) {
   using S = persistent::Shape<Cell, false, kRowTiles, kRegisterUnits, kSharedUnits, kBlocks>;
-  persistent::Problem<T> p{};
+  persistent::Problem<T, Memory> p{};
   p.input = pre, p.weight = weight, p.bias = bias, p.initial = h0, p.reset = reset, p.output = h, p.saved = saved;
-  p.memory_before = S::kOtherState ? c0 : h0, p.memory = c, p.memory_last = c_last;
+  p.memory = c, p.memory_last = c_last;
+  if constexpr (S::kOtherState)
+    p.memory_before = c0;
+  else
+    p.memory_before = h0;
   p.ring = ring, p.steps = steps, p.batch = batch, p.hidden = hidden, p.pitch = pitch, p.tiles = tiles;
-  persistent::run<S, Cell, T, Exchange>(p);
+  persistent::run<S, Cell, Exchange>(p);
 }
 
 template <typename T, typename Cell, int kRowTiles, int kRegisterUnits, int kSharedUnits, int kBlocks,
-          template <typename, int, int> class Exchange>
+          template <typename, int, int> class Exchange, typename Memory = MemoryOf<Cell, T>>
 __global__ void __launch_bounds__(persistent::kThreads, 1)
-    persistent_backward(const T* dh, const T* weight, const T* dh_last, T* dc_last, const u8* reset, T* saved,
-                        const T* memory0, T* memory, T* dpre, T* drec, T* dh0, T* dc0, char* ring, int steps, int batch,
-                        int hidden, int pitch, int tiles) {
+    persistent_backward(const T* dh, const T* weight, const T* dh_last, Memory* dc_last, const u8* reset, T* saved,
+                        const Memory* memory0, Memory* memory, T* dpre, T* drec, T* dh0, Memory* dc0, char* ring,
+                        int steps, int batch, int hidden, int pitch, int tiles) {
   using S = persistent::Shape<Cell, true, kRowTiles, kRegisterUnits, kSharedUnits, kBlocks>;
-  persistent::Problem<T> p{};
+  persistent::Problem<T, Memory> p{};
   p.input = dh, p.weight = weight, p.last_gradient = dh_last, p.reset = reset, p.output = dpre, p.saved = saved;
   p.initial_gradient = dh0, p.memory_before = memory0, p.memory = memory, p.memory_last = dc_last;
   p.memory_gradient = dc0, p.products_gradient = drec;
   p.ring = ring, p.steps = steps, p.batch = batch, p.hidden = hidden, p.pitch = pitch, p.tiles = tiles;
-  persistent::run<S, Cell, T, Exchange>(p);
+  persistent::run<S, Cell, Exchange>(p);
 }

@@ -6,11 +6,32 @@
 
 namespace persistent {
 
+// Four neighbours of a memory, whose numbers are those of the tensors or fp32.
+template <typename M>
+__device__ __forceinline__ void read4(const void* from, float (&values)[4]) {
+  if constexpr (sizeof(M) == 4) {
+    const float4 v = *static_cast<const float4*>(from);
+    values[0] = v.x, values[1] = v.y, values[2] = v.z, values[3] = v.w;
+  } else {
+    unpack<M>(*static_cast<const Words2*>(from), values);
+  }
+}
+
+template <typename M>
+__device__ __forceinline__ void write4(char* to, const float (&values)[4]) {
+  if constexpr (sizeof(M) == 4) {
+    store_stream(to, {__float_as_uint(values[0]), __float_as_uint(values[1])});
+    store_stream(to + 8, {__float_as_uint(values[2]), __float_as_uint(values[3])});
+  } else {
+    store_stream(to, pack<M>(values));
+  }
+}
+
 // A cell thread looks after four hidden units of one row of every pass. Where the cell has a memory, the thread carries
-// it from step to step in shared memory, and backwards its gradient in fp32. The memory itself is rounded, so that a
-// sequence in chunks gives what it gives in one piece.
-template <typename S, typename Cell, typename T, typename Exchange>
-__device__ __forceinline__ void run_cells(const Problem<T>& p, const Exchange& exchange, char* shared, const Part& part,
+// it from step to step in shared memory, and backwards its gradient in fp32. The memory itself is rounded to M, so
+// that a sequence in chunks gives what it gives in one piece.
+template <typename S, typename Cell, typename T, typename M, typename Exchange>
+__device__ __forceinline__ void run_cells(const Problem<T, M>& p, const Exchange& exchange, char* shared, const Part& part,
                                           int products) {
   constexpr int kGates = S::kGates, kPasses = S::kPasses, kSlopes = Cell::kSlopes;
   const int group = (threadIdx.x - kProductThreads) / S::kCellThreads;
@@ -40,8 +61,8 @@ __device__ __forceinline__ void run_cells(const Problem<T>& p, const Exchange& e
       }
       if constexpr (S::kMemory) {
         float values[4] = {};
-        const T* first = S::kBackward ? (S::kOtherState ? p.memory_last : nullptr) : p.memory_before;
-        if (first && given) load_row(first, row, values);
+        const M* first = S::kBackward ? (S::kOtherState ? p.memory_last : nullptr) : p.memory_before;
+        if (first && given) read4<M>(first + static_cast<size_t>(row) * p.pitch + column, values);
         carried(tile, n) = {values[0], values[1], values[2], values[3]};
       }
 #pragma unroll
@@ -57,6 +78,10 @@ __device__ __forceinline__ void run_cells(const Problem<T>& p, const Exchange& e
   auto at = [&](const T* base, u32 row, int values, int value) {
     return reinterpret_cast<char*>(const_cast<T*>(base)) +
            (static_cast<u64>(row) * (values * row_bytes) + (value * row_bytes + column_bytes));
+  };
+  auto at_memory = [&](const M* base, u32 row) {
+    return reinterpret_cast<char*>(const_cast<M*>(base)) +
+           (static_cast<u64>(row) * (S::kMemoryWidth * row_bytes) + S::kMemoryWidth * column_bytes);
   };
 
   struct Place {
@@ -111,9 +136,10 @@ __device__ __forceinline__ void run_cells(const Problem<T>& p, const Exchange& e
                      at(S::kBackward ? p.saved : p.input, row, kSequences, value));
         if constexpr (S::kBackward && S::kMemory) {
           const bool first = ahead.step + 1 == p.steps;
-          copy_async_if(input_slot(ahead_stage, n, 1 + S::kSaved),
-                        first ? at(p.memory_before, row, 1, 0) : at(p.memory, row - p.batch, 1, 0),
-                        !first || p.memory_before);
+          const char* from = first ? at_memory(p.memory_before, row) : at_memory(p.memory, row - p.batch);
+#pragma unroll
+          for (int i = 0; i < S::kMemoryWidth; ++i)
+            copy_async_if(input_slot(ahead_stage, n, 1 + S::kSaved + i), from + 8 * i, !first || p.memory_before);
         }
       }
     commit_copies();
@@ -190,7 +216,16 @@ __device__ __forceinline__ void run_cells(const Problem<T>& p, const Exchange& e
 #pragma unroll
           for (int value = 0; value < S::kSaved; ++value)
             unpack<T>(load_shared8(input_slot(stage, n, 1 + value)), saved[value]);
-          if (S::kMemory && !masked[n]) unpack<T>(load_shared8(input_slot(stage, n, 1 + S::kSaved)), before);
+          if (S::kMemory && !masked[n]) {
+            const Words2 words = load_shared8(input_slot(stage, n, 1 + S::kSaved));
+            if constexpr (S::kMemoryWidth == 2) {
+              const Words2 more = load_shared8(input_slot(stage, n, 2 + S::kSaved));
+              before[0] = __uint_as_float(words.x), before[1] = __uint_as_float(words.y);
+              before[2] = __uint_as_float(more.x), before[3] = __uint_as_float(more.y);
+            } else {
+              unpack<T>(words, before);
+            }
+          }
 #pragma unroll
           for (int j = 0; j < 4; ++j) {
             float unit_saved[S::kSaved], unit_slope[kSlopes];
@@ -249,7 +284,7 @@ __device__ __forceinline__ void run_cells(const Problem<T>& p, const Exchange& e
               for (int j = 0; j < 4; ++j) sum[n][0][j] += memory[n][j];
             }
             store_stream(at(p.initial_gradient, row, 1, 0), pack<T>(sum[n][0]));
-            if constexpr (S::kOtherState) store_stream(at(p.memory_gradient, row, 1, 0), pack<T>(memory[n]));
+            if constexpr (S::kOtherState) write4<M>(at_memory(p.memory_gradient, row), memory[n]);
           }
         fetch_ahead();
         finish_steps(step, next.step);
@@ -305,12 +340,12 @@ __device__ __forceinline__ void run_cells(const Problem<T>& p, const Exchange& e
         const u32 row = here.row + n * S::kPassRows;
         if constexpr (S::kMemory) {
           if constexpr (!S::kBackward) {
-            const Words2 words = S::kOtherState ? pack<T>(memory[n]) : published[n][0];
-            unpack<T>(words, memory[n]);
+            if constexpr (S::kMemoryWidth == 1)
+              unpack<T>(S::kOtherState ? pack<T>(memory[n]) : published[n][0], memory[n]);
             if (S::kOtherState && inside(tile, n)) {
-              if (p.memory) store_stream(at(p.memory, row, 1, 0), words);
+              if (p.memory) write4<M>(at_memory(p.memory, row), memory[n]);
               if (step + 1 == p.steps)
-                store_stream(at(p.memory_last, group_start + tile * S::kTileRows + n * S::kPassRows, 1, 0), words);
+                write4<M>(at_memory(p.memory_last, group_start + tile * S::kTileRows + n * S::kPassRows), memory[n]);
             }
           }
           carried(tile, n) = masked[n] ? float4{0, 0, 0, 0}

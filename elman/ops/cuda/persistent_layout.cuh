@@ -2,6 +2,7 @@
 #pragma once
 
 #include "exchange.cuh"
+#include "numbers.cuh"
 
 namespace persistent {
 
@@ -14,8 +15,9 @@ constexpr int kSumsFull = 1, kSumsEmpty = 3;
 // So do these two, from step to step.
 constexpr int kStepDone = 5, kStepFenced = 7;
 
-// G gates, P products, S saved values, as the cell has them; its memory is h, or c where it has a second state.
-template <typename T>
+// G gates, P products, S saved values, as the cell has them; its memory, of numbers M, is h, or c where it has a second
+// state.
+template <typename T, typename M>
 struct Problem {
   const T* input;          // forward: pre (T, B, G, H); backward: gradient of h (T, B, H)
   const T* weight;         // (P, N, H/N, H/N) for N heads; PyTorch's weight_hh for one
@@ -26,10 +28,10 @@ struct Problem {
   T* output;               // forward: h (T, B, H); backward: gradient of pre (T, B, G, H)
   T* saved;                // (T, B, S, H): forward writes it if not null, backward reads it
   T* initial_gradient;     // backward: gradient of h0 (B, H) or null
-  const T* memory_before;  // the memory before the first step (B, H) or null
-  T* memory;               // after every step (T, B, H): forward writes c if not null, backward reads it
-  T* memory_last;          // forward: c_last (B, H), written; backward: gradient of it or null
-  T* memory_gradient;      // backward: gradient of c0 (B, H), written if initial_gradient is
+  const M* memory_before;  // the memory before the first step (B, H) or null
+  M* memory;               // after every step (T, B, H): forward writes c if not null, backward reads it
+  M* memory_last;          // forward: c_last (B, H), written; backward: gradient of it or null
+  M* memory_gradient;      // backward: gradient of c0 (B, H), written if initial_gradient is
   T* products_gradient;    // backward: gradient of rec (T, B, P, H), written where it is no part of pre's
   char* ring;              // see Ring; null for a cluster
   int steps, batch;
@@ -46,6 +48,7 @@ struct Layout {
   static constexpr int kPasses = kTileRows / kPassRows;
   static constexpr int kGates = Cell::kGates, kProducts = Cell::kProducts, kSaved = Cell::kSaved;
   static constexpr bool kMemory = Cell::kReadsMemory, kOtherState = Cell::kStates == 2;
+  static constexpr int kMemoryWidth = Cell::kLogarithmic ? 2 : 1;  // of its numbers, in those of the tensors
   static constexpr int kIn = kBackward ? kProducts : 1;   // values that a hidden unit publishes
   static constexpr int kOut = kBackward ? 1 : kProducts;  // rows of the product that a hidden unit needs
   static constexpr int kColumns = kRows / kOut / 8 * 8;   // hidden units a CTA: pairs of threads publish eight
@@ -61,7 +64,8 @@ struct Layout {
   static constexpr int kSumPitch = kRows + 4;
   static constexpr int kPartSums = kTileRows * kSumPitch;
   static constexpr int kBufferSums = kParts * kPartSums;
-  static constexpr int kInputs = kBackward ? 1 + kSaved + kMemory : kGates;  // values a cell thread reads for a unit
+  // Values a cell thread reads for a unit.
+  static constexpr int kInputs = kBackward ? 1 + kSaved + (kMemory ? kMemoryWidth : 0) : kGates;
   // Tiles of a cell group whose inputs are in shared memory or on the way.
   static constexpr int kStages = kMemory ? 4 : (kTileRows > 16 ? 4 : 64 / kTileRows) / kCellGroups;
   static constexpr int kWeightOffset = 2 * kBufferSums * 4;
@@ -99,8 +103,8 @@ struct Shape : Layout<Cell, kBackward, 16 * kRowTiles_, kBlocks_ * kBlockRows,
 };
 
 // What this CTA works on, in the order heads x groups x columns.
-template <typename S, typename T>
-__device__ __forceinline__ Part part_of(const Problem<T>& p) {
+template <typename S, typename T, typename M>
+__device__ __forceinline__ Part part_of(const Problem<T, M>& p) {
   Part part;
   part.peers = (p.hidden + S::kColumns - 1) / S::kColumns;
   const int group = blockIdx.x / part.peers, groups = gridDim.x / part.peers / (p.pitch / p.hidden);

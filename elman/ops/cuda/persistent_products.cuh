@@ -6,8 +6,8 @@
 namespace persistent {
 
 // Eight consecutive k of one row of the stationary operand, zero outside the matrix.
-template <typename S, typename T>
-__device__ __forceinline__ Words4 load_weight(const Problem<T>& p, const Part& part, int row, int k) {
+template <typename S, typename T, typename M>
+__device__ __forceinline__ Words4 load_weight(const Problem<T, M>& p, const Part& part, int row, int k) {
   const int product = row / S::kColumns, unit = part.first_unit + row % S::kColumns;
   if (product >= S::kOut || unit >= p.hidden || k >= S::kIn * p.hidden) return {0, 0, 0, 0};
   // Row `unit` of a product's matrix for this head.
@@ -36,8 +36,8 @@ __device__ __forceinline__ void multiply(float (&sum)[4], const Words4& top, con
   T::mma(sum, {top.z, bottom.z, top.w, bottom.w}, state.z, state.w);
 }
 
-template <typename S, typename T, typename Exchange>
-__device__ __forceinline__ void run_products(const Problem<T>& p, Exchange& exchange, char* shared, const Part& part,
+template <typename S, typename T, typename M, typename Exchange>
+__device__ __forceinline__ void run_products(const Problem<T, M>& p, Exchange& exchange, char* shared, const Part& part,
                                              int products) {
   constexpr int kRegisterUnits = S::kRegisterUnits;
   const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5;

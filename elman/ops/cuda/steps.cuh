@@ -13,11 +13,12 @@ constexpr int kStepThreads = 256;
 // The cell's forward. `memory` is the state that it reads, as the step before left it, and zero in the rows that `reset`
 // names; `state` takes the one that is not h. `carry` is h as the next step's product shall see it: zero in the rows that
 // `reset_next` names.
-template <class Cell, class T, int kWidth>
+template <class Cell, class T, int kWidth, class Memory = MemoryOf<Cell, T>>
 __global__ void __launch_bounds__(kStepThreads)
     step_forward(const T* __restrict__ pre, long long pre_stride, long long gate_stride, const T* __restrict__ rec,
                  const T* __restrict__ bias, const bool* __restrict__ reset, const bool* __restrict__ reset_next,
-                 const T* memory, T* __restrict__ saved, T* h, T* state, T* __restrict__ carry, long long hidden) {
+                 const Memory* memory, T* __restrict__ saved, T* h, Memory* state, T* __restrict__ carry,
+                 long long hidden) {
   using Real = RealOf<T>;
   const long long row = blockIdx.x;
   const long long column = (static_cast<long long>(blockIdx.y) * blockDim.x + threadIdx.x) * kWidth;
@@ -26,7 +27,8 @@ __global__ void __launch_bounds__(kStepThreads)
   const bool carried = reset_next == nullptr || !reset_next[row];
   const bool remembered = Cell::kReadsMemory && memory != nullptr && (reset == nullptr || !reset[row]);
 
-  Pack<T, kWidth> pre_pack[Cell::kGates], rec_pack[Cell::kProducts], bias_pack[Cell::kProducts], memory_pack;
+  Pack<T, kWidth> pre_pack[Cell::kGates], rec_pack[Cell::kProducts], bias_pack[Cell::kProducts];
+  Pack<Memory, kWidth> memory_pack, state_pack;
 #pragma unroll
   for (int gate = 0; gate < Cell::kGates; ++gate)
     pre_pack[gate] = load<kWidth>(pre, row * pre_stride + gate * gate_stride + column);
@@ -38,7 +40,7 @@ __global__ void __launch_bounds__(kStepThreads)
   }
   if (remembered) memory_pack = load<kWidth>(memory, index);
 
-  Pack<T, kWidth> saved_pack[Cell::kSaved], h_pack, state_pack, carry_pack;
+  Pack<T, kWidth> saved_pack[Cell::kSaved], h_pack, carry_pack;
 #pragma unroll
   for (int i = 0; i < kWidth; ++i) {
     Real unit_pre[Cell::kGates], unit_rec[Cell::kProducts], unit_saved[Cell::kSaved];
@@ -69,11 +71,11 @@ __global__ void __launch_bounds__(kStepThreads)
 // The cell's backward. `dh_next` is what the next step's products gave to h, and `dmemory` what its cell gave to the
 // memory, where this step's cell puts its own: neither crosses into the rows that `reset_next` names. `memory` and
 // `reset` are as in step_forward; `drec` is written only where it is no part of `dpre`.
-template <class Cell, class T, int kWidth>
+template <class Cell, class T, int kWidth, class Memory = MemoryOf<Cell, T>>
 __global__ void __launch_bounds__(kStepThreads)
     step_backward(const T* __restrict__ dh, long long dh_stride, const T* __restrict__ dh_next,
                   RealOf<T>* __restrict__ dmemory, const bool* __restrict__ reset, const bool* __restrict__ reset_next,
-                  const T* __restrict__ saved, const T* __restrict__ memory, T* __restrict__ dpre, T* __restrict__ drec,
+                  const T* __restrict__ saved, const Memory* __restrict__ memory, T* __restrict__ dpre, T* __restrict__ drec,
                   long long hidden) {
   using Real = RealOf<T>;
   const long long row = blockIdx.x;
@@ -84,7 +86,8 @@ __global__ void __launch_bounds__(kStepThreads)
   const bool has_next = dh_next != nullptr && carried;
   const bool remembered = Cell::kReadsMemory && memory != nullptr && (reset == nullptr || !reset[row]);
 
-  Pack<T, kWidth> saved_pack[Cell::kSaved], dh_pack, next_pack, memory_pack;
+  Pack<T, kWidth> saved_pack[Cell::kSaved], dh_pack, next_pack;
+  Pack<Memory, kWidth> memory_pack;
   Pack<Real, kWidth> dmemory_pack;
 #pragma unroll
   for (int value = 0; value < Cell::kSaved; ++value)

@@ -11,7 +11,8 @@ namespace wide {
 using persistent::kBlockRows;
 using persistent::kSpinLimit;
 using persistent::Part;
-using persistent::Problem;
+template <typename T>
+using Problem = persistent::Problem<T, T>;
 
 constexpr int kGroups = 2, kGroupThreads = 128, kGroupWarps = 4, kLoaders = 2;  // warp groups that multiply; loader warps of each
 constexpr int kThreads = (kGroups + 1) * kGroupThreads;

@@ -156,6 +156,7 @@ def test_twins_agree_on_their_numbers(monkeypatch: pytest.MonkeyPatch) -> None:
             ("kSaved", cell.saved),
             ("kReadsMemory", cell.reads_memory),
             ("kAdditive", cell.additive),
+            ("kLogarithmic", cell.logarithmic),
         )
     ]
     text = compiler.flatten("cells.cuh") + "\n".join(claims)
