@@ -48,6 +48,8 @@ SHAPES = {
 }
 MODULES = {"tanh": torch.nn.RNN, "lstm": torch.nn.LSTM, "gru": torch.nn.GRU}
 RESULTS = Path(__file__).parent / "results"
+#: Of 256 MB at 0.1 ms each.
+_FLUSHES = 10
 
 Run = Callable[[], object]
 
@@ -62,14 +64,20 @@ class Row:
     rival: str
     forward_us_per_step: float | None = None
     forward_backward_ms: float | None = None
+    extra_memory: float | None = None  # both passes at their peak, beside inputs and results, in T × B × H elements
     note: str = ""
 
 
 def median_ms(run: Run, repeats: int, flush: Tensor) -> float:
-    """The median time of a run, after three that are not counted."""
+    """The median time of a run on the GPU, after three that are not counted.
+
+    The cache is flushed, and often enough for the GPU to be busy while the host prepares the run: what a user's program
+    has in flight hides that time too.
+    """
     times = []
     for repeat in range(3 + repeats):
-        flush.zero_()
+        for _ in range(_FLUSHES):
+            flush.zero_()
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         start.record()
         run()
@@ -153,6 +161,11 @@ def our_row(backend: str, case: Case, dtype: torch.dtype, args: argparse.Namespa
         return row
     row.note = f"error {ratio:.2f} × the reference's"
     forward, both = case.passes(backend, *case.inputs(args.seq_len, dtype))
+    before = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    made = sum(x.numel() * x.itemsize for x in both())
+    extra = torch.cuda.max_memory_allocated() - before - made
+    row.extra_memory = round(extra / (args.seq_len * case.batch * case.hidden * dtype.itemsize), 2)
     time_both(row, *((in_graph(forward), in_graph(both)) if graphed else (forward, both)), args)
     return row
 
@@ -254,6 +267,10 @@ def main() -> None:
     for row in found:
         if row.forward_us_per_step is None:
             print(f"{row.cell}, {row.batch} × {row.hidden}, {row.rival}: {row.note}")
+    print("\nMemory of both passes at most, beside inputs and results, in T × B × H elements:")
+    for cell in dict.fromkeys(row.cell for row in found):
+        extras = [row.extra_memory for row in found if row.cell == cell and row.extra_memory is not None]
+        print(f"{cell}: {max(extras, default=0)}")
     start_up = start_up_seconds()
     print(
         f"\nfirst call of a process: {start_up['cold']:.2f} s cold, {start_up['warm']:.2f} s with kernels in the cache"

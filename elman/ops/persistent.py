@@ -45,8 +45,6 @@ _SPILL_LIMIT = 64
 _SPILL_LIMIT_WITH_MEMORY = 144
 #: Half the clock: nothing takes as few clocks as it might.
 _CLOCKS_PER_MICROSECOND = 950
-#: A step of the loop backend outside a CUDA graph, where the host sets the pace (18 to 20 measured; NOTES.md).
-_LOOP_MICROSECONDS = 18
 _MAX_ROW_TILES = 12
 #: Warps 8 to 14 apply the cell; the last one fences.
 _MAX_CELL_THREADS = 7 * 32
@@ -185,13 +183,24 @@ def _why_not_on_device(index: int | None, batch: int, hidden: int, cell: str, he
 
 def pays(problem: Problem) -> bool:
     """Whether it is likely to be faster than the ``loop`` backend."""
-    return problem.operator is Diagonal or _pays_on_device(problem.device.index, *_shape(problem))
+    if problem.operator is Diagonal:
+        return True
+    captured = not torch.compiler.is_compiling() and torch.cuda.is_current_stream_capturing()
+    return _pays_on_device(problem.device.index, *_shape(problem), captured)
 
 
-def _pays_on_device(index: int | None, batch: int, hidden: int, cell: str, heads: int) -> bool:
+def _pays_on_device(index: int | None, batch: int, hidden: int, cell: str, heads: int, captured: bool) -> bool:
     chip = chip_of(torch.cuda.current_device() if index is None else index)
     both = [make_plan(chip, batch, hidden, task, heads).microseconds(task) for task in _tasks(CELLS[cell])]
-    return sum(both) / len(both) < _LOOP_MICROSECONDS
+    return sum(both) / len(both) < _loop_microseconds(batch, heads * hidden, CELLS[cell].products, captured)
+
+
+def _loop_microseconds(batch: int, hidden: int, products: int, captured: bool) -> float:
+    """A step of the loop backend: outside a CUDA graph the host sets the pace (18 to 20 measured; NOTES.md).
+
+    Inside one within 5% of what tanh, LSTM and GRU took at the shapes of benchmarks.recurrence.
+    """
+    return 4.12 + products**0.5 * (1.43e-3 * hidden + 3.5e-6 * batch * hidden) if captured else 18
 
 
 # What torch.compiler.assume_constant_result sets, without its import of torch._dynamo, which takes seconds.
