@@ -143,13 +143,16 @@ def _has_kernel(h: Tensor) -> bool:
     return h.numel() > 0 and _compiles()
 
 
-@functools.cache
 def _compiles() -> bool:
     try:
         compiler_version()
     except CompilerUnavailableError:
         return False
     return True
+
+
+# What torch.compiler.assume_constant_result sets, without its import of torch._dynamo, which takes seconds.
+_compiles._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def _launch(direction: str, h: Tensor, arguments: tuple[Tensor | None, ...]) -> None:

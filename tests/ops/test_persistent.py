@@ -99,12 +99,25 @@ def test_what_is_not_refused_has_a_plan(chip: str, monkeypatch: pytest.MonkeyPat
     assert "H" in refused
 
 
+@pytest.mark.parametrize("captured", [False, True])
 @pytest.mark.parametrize(("batch", "hidden"), MEASURED)
-def test_it_pays_where_it_was_measured_to(batch: int, hidden: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_it_pays_where_it_was_measured_to(
+    batch: int, hidden: int, captured: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """128 × 3584 took 21 µs a step on an H200; the loop took 11 in a CUDA graph and 20 outside one."""
     monkeypatch.setattr(persistent, "chip_of", lambda index: H200)
+    monkeypatch.setattr(persistent, "_is_captured", lambda: captured)
     problem = backends.Problem(512, batch, hidden, torch.bfloat16, torch.device("cuda", 0), Dense, CELLS["tanh"])
     assert persistent.pays(problem) == ((batch, hidden) != (128, 3584))
+
+
+@pytest.mark.parametrize("captured", [False, True])
+def test_a_cuda_graph_spares_the_loop_its_launches(captured: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An LSTM of 256 × 1024 took 9.8 µs a step forward and 20 backward on an H100, the loop 9.2 and 16 in a graph."""
+    monkeypatch.setattr(persistent, "chip_of", lambda index: H200)
+    monkeypatch.setattr(persistent, "_is_captured", lambda: captured)
+    lstm = backends.Problem(512, 256, 1024, torch.bfloat16, torch.device("cuda", 0), Dense, CELLS["lstm"])
+    assert persistent.pays(lstm) == (not captured)
 
 
 @pytest.fixture
@@ -112,6 +125,7 @@ def on_an_h200(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(persistent, "chip_of", lambda index: H200)
     monkeypatch.setattr(persistent, "compiler_version", lambda: "13.0.88")
+    monkeypatch.setattr(persistent, "_is_captured", lambda: False)
 
 
 def problem(**changes: object) -> backends.Problem:
