@@ -458,16 +458,28 @@ _TYPICAL_CHIPS = {
 
 
 def shipped_modules() -> list[Module]:
-    """Instantiations that stand for all: plans of small, middling and wide problems on a GPU of each generation."""
+    """Instantiations that stand for all: every cell each way on a GPU of each generation, on the newest plans of small,
+    middling and wide problems and both types.
+    """
+    newest = "sm_90a"
     return [
-        _module(task, dtype, plan, (arch,))
+        _module(task, dtype, make_plan(chip, batch, hidden, task), (arch,))
         for arch, chip in _TYPICAL_CHIPS.items()
         for cell in FUSED_CELLS.values()
         for task in _tasks(cell)
-        for plan in dict.fromkeys(
-            make_plan(chip, batch, hidden, task)
-            for batch, hidden in ((64, 512), (256, 1280), (128, 3584))
-            if _has_plans(chip, batch, hidden, cell.name)
+        for (batch, hidden), dtype in (
+            ((256, 1280), torch.bfloat16),
+            *((((64, 512), torch.float16), ((128, 3584), torch.bfloat16)) if arch == newest else ()),
         )
-        for dtype in _NUMBERS
-    ] + diagonal.shipped_modules()
+        if _has_plans(chip, batch, hidden, cell.name)
+    ] + [
+        *diagonal.shipped_modules(),
+        # The designs of wide.cuh that no cell of these shapes takes.
+        *(
+            _module(task, torch.bfloat16, plan, (newest,))
+            for task in _tasks(CELLS["tanh"])
+            for plan in dict.fromkeys(
+                make_plan(_TYPICAL_CHIPS[newest], batch, hidden, task) for batch, hidden in ((512, 1280), (256, 2048))
+            )
+        ),
+    ]
