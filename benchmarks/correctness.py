@@ -27,7 +27,8 @@ from elman.errors import UsageError
 from elman.ops import BACKENDS, diagonal, loop, persistent
 from elman.ops.cells import CELLS, FUSED_CELLS, Cell
 from elman.ops.cuda.compiler import Module, architecture
-from elman.ops.persistent import Chip, Plan, Task
+from elman.ops.persistent import Plan
+from elman.ops.planning import Chip, Task
 from elman.ops.wide import WidePlan
 from tests.ops.problems import Answers, Problem, answers, draw, errors, solve
 

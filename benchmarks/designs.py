@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from elman.ops import persistent, wide
-from elman.ops.persistent import Chip, Plan, Task
+from elman.ops.persistent import Plan
+from elman.ops.planning import Chip, Task
 from elman.ops.wide import WidePlan
 
 EXCHANGES = tuple(persistent._EXCHANGES)

@@ -32,7 +32,8 @@ from elman.ops.cells import CELLS, FUSED_CELLS
 from elman.ops.cuda.compiler import Binary, Module, architecture, compile_module
 from elman.ops.cuda.launch import launch as launch_on_gpu
 from elman.ops.operators import OPERATORS
-from elman.ops.persistent import Chip, Plan, Task
+from elman.ops.persistent import Plan
+from elman.ops.planning import Chip, Task
 from elman.ops.wide import WidePlan
 from tests.ops.problems import Problem, draw, parts
 
