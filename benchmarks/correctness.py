@@ -22,12 +22,14 @@ from unittest import mock
 import torch
 
 from benchmarks.compiling import compile_ahead
-from benchmarks.designs import EXCHANGES, best_plan
+from benchmarks.designs import EXCHANGES, WIDE, best_plan
 from elman.errors import UsageError
 from elman.ops import BACKENDS, diagonal, loop, persistent
 from elman.ops.cells import CELLS, FUSED_CELLS, Cell
 from elman.ops.cuda.compiler import Module, architecture
-from elman.ops.persistent import Chip, Plan, Task
+from elman.ops.persistent import Plan
+from elman.ops.planning import Chip, Task
+from elman.ops.wide import WidePlan
 from tests.ops.problems import Answers, Problem, answers, draw, errors, solve
 
 NAMES = ["h", "h_last", "c_last", "dpre", "dweight", "du", "dv", "dbias", "dh0", "dc0"]
@@ -44,7 +46,7 @@ class Case:
         words: beside its sizes, for the table.
         options: of ``draw``.
         saturated: units at their limits.
-        design: exchange and blocks of batch rows a tile; None leaves the choice to the backend.
+        design: exchange, or one of ``WIDE``, and blocks of batch rows a tile; None leaves the choice to the backend.
     """
 
     seq_len: int
@@ -73,10 +75,10 @@ class Case:
         return str(self.options.get("operator", "dense"))
 
     @property
-    def make_plan(self) -> Callable[..., Plan]:
+    def make_plan(self) -> Callable[..., Plan | WidePlan]:
         return functools.partial(best_plan, *self.design) if self.design else persistent.make_plan
 
-    def plans(self, chip: Chip) -> dict[Task, Plan]:
+    def plans(self, chip: Chip) -> dict[Task, Plan | WidePlan]:
         """What the persistent kernels run, the diagonal ones aside; empty where that does not fit the GPU."""
         heads = math.gcd(self.options["heads"], self.hidden) if self.operator == "block_diagonal" else 1
         width = persistent._Layout(heads, self.hidden // heads).width
@@ -114,13 +116,19 @@ def cases(chip: Chip, small: bool) -> list[Case]:
 
 
 def designs(chip: Chip) -> list[Case]:
-    """Every exchange with one and two blocks a tile, where it fits; several tiles a group, for the staged ones many."""
+    """Those that fit: every exchange with one and two blocks a tile, the wide kernels with the fewest and the most.
+
+    All have several tiles a group, the staged exchanges many. With the most blocks, the wide kernels whose warp groups
+    have tiles of their own give slots back and keep weights in shared memory.
+    """
+    wanted = [(cell, 256, design, blocks) for cell in ("tanh", "lstm") for design in EXCHANGES for blocks in (1, 2)]
+    wanted += [("tanh", 640, design, blocks) for design in WIDE for blocks in (2, 8)]
     found = []
-    for cell, exchange, blocks in ((c, e, b) for c in ("tanh", "lstm") for e in EXCHANGES for b in (1, 2)):
-        words = f"{cell}, {exchange}, {blocks} block{'s' * (blocks > 1)}"
+    for cell, hidden, design, blocks in wanted:
+        words = f"{cell}, {design}, {blocks} block{'s' * (blocks > 1)}"
         options = {"cell": cell, "with_bias": not CELLS[cell].additive}
         batch = 501 if CELLS[cell].reads_memory else 1001  # a memory takes shared memory of every tile
-        case = Case(11, batch, 256, words, options, design=(exchange, blocks))
+        case = Case(11, batch, hidden, words, options, design=(design, blocks))
         if case.plans(chip):
             found.append(case)
     return found

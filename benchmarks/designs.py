@@ -4,10 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from elman.ops import persistent
-from elman.ops.persistent import Chip, Plan, Task
+from elman.ops import persistent, wide
+from elman.ops.persistent import Plan
+from elman.ops.planning import Chip, Task
+from elman.ops.wide import WidePlan
 
 EXCHANGES = tuple(persistent._EXCHANGES)
+#: The designs of the wide kernels, and their split.
+WIDE = {"wide, own tiles": 1, "wide, shared tiles": 2}
 
 
 def plans(
@@ -20,7 +24,19 @@ def plans(
             yield plan
 
 
-def best_plan(exchange: str, blocks: int, chip: Chip, batch: int, hidden: int, task: Task, heads: int = 1) -> Plan:
-    """The one that the model of a step's time likes best; a ValueError where none fits."""
-    found = plans(exchange, blocks, chip, batch, hidden, task, heads)
+def wide_plans(
+    design: str, blocks: int, chip: Chip, batch: int, hidden: int, task: Task, heads: int = 1
+) -> Iterator[WidePlan]:
+    """Those of ``WIDE``; none where the chip or the cell has none."""
+    for plan in wide.plans(chip, batch, hidden, task, heads):
+        if (plan.split, plan.blocks) == (WIDE[design], blocks):
+            yield plan
+
+
+def best_plan(
+    design: str, blocks: int, chip: Chip, batch: int, hidden: int, task: Task, heads: int = 1
+) -> Plan | WidePlan:
+    """The one that the model of a step's time likes best, of an exchange or of ``WIDE``; a ValueError if none fits."""
+    of_design = wide_plans if design in WIDE else plans
+    found = of_design(design, blocks, chip, batch, hidden, task, heads)
     return min(found, key=lambda plan: plan.microseconds(task))

@@ -33,7 +33,11 @@ TOOLS = ("none", "memcheck", "racecheck", "synccheck", "initcheck")
 #: Of the name of a kernel, and its family.
 _FAMILIES = {
     **{name: f"persistent {name}" for name in ("PolledRing", "StagedRing2", "StagedRing3", "ClusterPush")},
-    **{f"{name}_{way}": name for name in ("diagonal", "step", "banks", "norm") for way in ("forward", "backward")},
+    **{
+        f"{name}_{way}": name
+        for name in ("wide", "diagonal", "step", "banks", "norm")
+        for way in ("forward", "backward")
+    },
 }
 _OTHER = "no family"
 #: How long a launch may take, or what a tool has to say before the first and after the last one.

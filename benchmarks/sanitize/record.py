@@ -25,14 +25,16 @@ import torch
 from torch import Tensor
 
 from benchmarks.compiling import compile_ahead
-from benchmarks.designs import EXCHANGES, plans
+from benchmarks.designs import EXCHANGES, WIDE, plans, wide_plans
 from benchmarks.sanitize.launches import Buffer, Launch, Place, save
 from elman.ops import diagonal, loop, norm, persistent
 from elman.ops.cells import CELLS, FUSED_CELLS
 from elman.ops.cuda.compiler import Binary, Module, architecture, compile_module
 from elman.ops.cuda.launch import launch as launch_on_gpu
 from elman.ops.operators import OPERATORS
-from elman.ops.persistent import Chip, Plan, Task
+from elman.ops.persistent import Plan
+from elman.ops.planning import Chip, Task
+from elman.ops.wide import WidePlan
 from tests.ops.problems import Problem, draw, parts
 
 banks = importlib.import_module("elman.ops.banks")  # the package has the function of this name
@@ -42,6 +44,8 @@ DTYPES = (*HALVES, torch.float32, torch.float64)
 #: Tiles of a group with which each exchange is run: enough for its buffers to come round again.
 _TILES = {"PolledRing": 2, "StagedRing2": 3, "StagedRing3": 5, "ClusterPush": 2}
 _BLOCK_ROWS = 8
+#: Shared memory in which a wide kernel of two blocks and four chunks has three slots a warp group.
+_FEW_SLOTS_BYTES = 42 * 1024
 
 
 class Recorder:
@@ -228,7 +232,7 @@ class Case:
 def cases(chip: Chip) -> list[Case]:
     """All of them, families by turns, each family's most telling first."""
     families = [_persistent_cases(exchange, chip) for exchange in EXCHANGES]
-    families += [_diagonal_cases(), _loop_cases(), _banks_cases(), _norm_cases()]
+    families += [_wide_cases(chip), _diagonal_cases(), _loop_cases(), _banks_cases(), _norm_cases()]
     return [case for turn in itertools.zip_longest(*families) for case in turn if case is not None]
 
 
@@ -242,7 +246,7 @@ def _walk(walk: Any, problem: Problem, operator: str) -> None:
 
 @dataclass(frozen=True)
 class _Shape:
-    """Of a problem for the persistent kernels; ``tiles`` None is what the exchange needs to come round."""
+    """Of a problem for the persistent and the wide kernels; ``tiles`` None is what the exchange needs to come round."""
 
     words: str
     seq_len: int = 3
@@ -252,7 +256,36 @@ class _Shape:
     tiles: int | None = None
     blocks: int = 1
     in_shared: bool = False
+    few_slots: bool = False
     bare: bool = False
+
+    def batch(self, tiles: int) -> int:
+        """For so many tiles a group; for one there are two groups."""
+        return _BLOCK_ROWS * self.blocks * max(1, tiles - 1) + self.rows_beyond
+
+    def case(
+        self, family: str, cell: str, dtype: torch.dtype, batch: int, plan: Callable[..., Plan | WidePlan]
+    ) -> Case:
+        options: dict[str, Any] = {"with_h0": False, "reset_rate": None} if self.bare else {}
+
+        def run(device: str) -> None:
+            operator = "dense" if self.heads == 1 else "block_diagonal"
+            problem = draw(
+                self.seq_len,
+                batch,
+                self.hidden,
+                dtype=dtype,
+                device=device,
+                cell=cell,
+                operator=operator,
+                heads=self.heads,
+                with_bias=not CELLS[cell].additive,
+                **options,
+            )
+            with mock.patch.object(persistent, "make_plan", plan):
+                _walk(persistent, problem, operator)
+
+        return Case(family, f"{cell} {str(dtype)[6:]}, {self.words}", run)
 
 
 _SHAPES = (
@@ -278,28 +311,8 @@ def _persistent_cases(exchange: str, chip: Chip) -> list[Case]:
 
     def case(cell: str, dtype: torch.dtype, shape: _Shape) -> Case:
         tiles = _TILES[exchange] if shape.tiles is None else shape.tiles
-        batch = _BLOCK_ROWS * shape.blocks * max(1, tiles - 1) + shape.rows_beyond
         plan = functools.partial(small_plan, exchange, tiles, shape.blocks, shape.in_shared)
-        options: dict[str, Any] = {"with_h0": False, "reset_rate": None} if shape.bare else {}
-
-        def run(device: str) -> None:
-            operator = "dense" if shape.heads == 1 else "block_diagonal"
-            problem = draw(
-                shape.seq_len,
-                batch,
-                shape.hidden,
-                dtype=dtype,
-                device=device,
-                cell=cell,
-                operator=operator,
-                heads=shape.heads,
-                with_bias=not CELLS[cell].additive,
-                **options,
-            )
-            with mock.patch.object(persistent, "make_plan", plan):
-                _walk(persistent, problem, operator)
-
-        return Case(f"persistent {exchange}", f"{cell} {str(dtype)[6:]}, {shape.words}", run)
+        return shape.case(f"persistent {exchange}", cell, dtype, shape.batch(tiles), plan)
 
     return [case(*one) for one in wanted]
 
@@ -324,6 +337,65 @@ def small_plan(
         return *wrong, plan.groups * plan.columns, plan.row_tiles
 
     return min(found, key=dislike)
+
+
+def _wide_shapes(design: str) -> tuple[_Shape, ...]:
+    """Of as few CTAs as the design can do with; the first two of them for every cell and dtype.
+
+    To give slots back takes four chunks a warp group, and weights in shared memory more than fit into registers: of
+    shared tiles these are 14 and 18 CTAs.
+    """
+    own = WIDE[design] == 1
+    shape = functools.partial(_Shape, hidden=72 if own else 200, tiles=3, blocks=2)
+    return (
+        shape("h0 and resets"),
+        shape("slots given back", hidden=456 if own else 840, few_slots=True),
+        shape("neither h0 nor resets", seq_len=4, bare=True),
+        shape("one tile", seq_len=5, tiles=1),
+        shape("one step", seq_len=1),
+        shape("one step, neither h0 nor resets", seq_len=1, tiles=1, bare=True),
+        shape("slots given back, neither h0 nor resets", hidden=456 if own else 840, few_slots=True, bare=True),
+        shape("three chunks", hidden=328),  # of shared tiles, two for one warp group and one for the other
+        shape("more blocks", blocks=3 if own else 4, tiles=2),
+        shape("two heads of 68 or 196 units", hidden=136 if own else 392, heads=2, tiles=2),
+        shape("weights in shared memory", hidden=456 if own else 1096, blocks=8, tiles=2),
+    )
+
+
+def _wide_cases(chip: Chip) -> list[Case]:
+    if chip.capability != (9, 0):
+        return []
+
+    def case(cell: str, dtype: torch.dtype, design: str, shape: _Shape) -> Case:
+        tiles = shape.tiles or 1
+        plan = functools.partial(small_wide_plan, design, tiles, shape.blocks, shape.few_slots)
+        shape = replace(shape, words=f"{design[6:]}, {shape.words}")
+        return shape.case("wide", cell, dtype, shape.batch(tiles), plan)
+
+    by_turns = list(zip(*([(design, shape) for shape in _wide_shapes(design)] for design in WIDE), strict=True))
+    others = [("softsign", torch.float16), ("tanh", torch.float16), ("softsign", torch.bfloat16)]
+    wanted = [("tanh", torch.bfloat16, *one) for turn in by_turns[:2] for one in turn]
+    wanted += [(*other, *one) for other in others for turn in by_turns[:2] for one in turn]
+    wanted += [("tanh", torch.bfloat16, *one) for turn in by_turns[2:] for one in turn]
+    return [case(*one) for one in wanted]
+
+
+def small_wide_plan(
+    design: str,
+    tiles: int,
+    blocks: int,
+    few_slots: bool,
+    chip: Chip,
+    batch: int,
+    hidden: int,
+    task: Task,
+    heads: int = 1,
+) -> WidePlan:
+    """A plan of this design with few CTAs, as if the GPU were a small one, and had little memory if slots are few."""
+    memory = _FEW_SLOTS_BYTES if few_slots else chip.shared_bytes
+    smaller = [replace(chip, multiprocessors=number, shared_bytes=memory) for number in range(1, 19)]
+    found = [plan for of in smaller for plan in wide_plans(design, blocks, of, batch, hidden, task, heads)]
+    return min(found, key=lambda plan: (plan.tiles != tiles, plan.groups))
 
 
 def _diagonal_cases() -> list[Case]:

@@ -8,21 +8,32 @@ from torch import Tensor
 
 from benchmarks import correctness
 from benchmarks.correctness import Case, cases, designs, rows
+from benchmarks.designs import WIDE
 from elman.ops.cells import FUSED_CELLS
+from elman.ops.wide import WidePlan
 from tests.ops.problems import Problem, draw, solve
 from tests.ops.test_persistent import CHIPS, H200
 
 
 def test_every_design_is_there_with_several_tiles() -> None:
     found = designs(H200)
-    assert len(found) == len(set(map(str, found))) == 16
+    assert len(found) == len(set(map(str, found))) == 20
     for case in found:
         plans = case.plans(H200)
         assert {task.direction for task in plans} == {"forward", "backward"}
         for plan in plans.values():
-            assert (plan.exchange, plan.blocks) == case.design
+            assert case.design is not None
+            design, blocks = case.design
+            if isinstance(plan, WidePlan):
+                assert plan.split == WIDE[design]
+                few = blocks == 8 and plan.split == 1
+                assert few == (plan.slots < plan.register_chunks + plan.shared_chunks) == (plan.shared_chunks > 0)
+            else:
+                assert plan.exchange == design
+            assert plan.blocks == blocks
             assert plan.tiles >= 2
             assert plan.columns >= 2
+    assert not any(case.design and case.design[0] in WIDE for case in designs(CHIPS["A100"]))
 
 
 @pytest.mark.parametrize("chip", sorted(CHIPS))
@@ -36,6 +47,7 @@ def test_what_is_compiled_ahead_is_what_runs(chip: str) -> None:
         assert f"persistent_backward<fp16, {cell.functor}," in names
         assert f"step_forward<{cell.functor}, fp16" in names
     assert "diagonal_forward<Tanh, fp16" in names
+    assert ("wide_backward<fp16, Tanh" in names) == (chip == "H200")
 
 
 def test_right_and_wrong_are_told(monkeypatch: pytest.MonkeyPatch) -> None:

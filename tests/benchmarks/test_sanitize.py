@@ -1,5 +1,8 @@
 """Recording launches, repeating them and counting what a tool says, by stand-ins for the GPU and the tool."""
 
+import itertools
+import math
+import re
 import sys
 import types
 from collections import Counter
@@ -86,6 +89,36 @@ def test_grids_are_small_but_ctas_have_others_to_wait_for(recorded: record.Recor
         assert seen[f"persistent {exchange}", "tiles", 1] > 0
         assert seen[f"persistent {exchange}", "blocks", "2"] == 4
         assert seen[f"persistent {exchange}", "shared", True] == 4
+
+
+def test_every_design_of_the_wide_kernels_is_there(recorded: record.Recorder) -> None:
+    seen = Counter()
+    for launch in recorded.launches:
+        if launch.family == "wide":
+            name, number, cell, *sizes = re.split(r"[<>, ]+", launch.symbol)[:-1]
+            in_registers, in_shared, _, slots, split = map(int, sizes)
+            seq_len, batch, hidden, pitch, tiles = launch.arguments[-5:]
+            backward = name == "wide_backward"
+            h0, reset = launch.arguments[10 if backward else 3], launch.arguments[4 if backward else 5]
+            given_back = slots < in_registers + in_shared
+            assert batch % 2 == 1
+            assert math.ceil(hidden / 64) % 2 == 0
+            assert 2 <= launch.grid[0] <= (18 if in_shared else 14 if given_back else 8)
+            assert launch.cooperative
+            assert launch.cluster is None
+            assert isinstance(h0, Place) == isinstance(reset, Place)
+            assert given_back == ("given back" in launch.words) or in_shared
+            assert (in_shared > 0) == ("in shared memory" in launch.words)
+            seen[name, split, number, cell, tiles > 1, given_back] += 1
+            for what in (f"T = {seq_len}", f"bare {h0 == 0}", f"heads {pitch // hidden}", f"in shared {in_shared > 0}"):
+                seen[name, split, what] += 1
+    for name, split in itertools.product(("wide_forward", "wide_backward"), (1, 2)):
+        for number, cell in itertools.product(("bf16", "fp16"), ("Tanh", "Softsign")):
+            assert seen[name, split, number, cell, True, False]
+            assert seen[name, split, number, cell, True, True]
+        assert seen[name, split, "bf16", "Tanh", False, False]
+        for what in (*(f"T = {n}" for n in (1, 3, 4, 5)), "bare True", "bare False", "heads 2", "in shared True"):
+            assert seen[name, split, what]
 
 
 def test_memory_is_recorded_in_its_exact_size(recorded: record.Recorder) -> None:
