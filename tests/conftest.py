@@ -1,5 +1,11 @@
 """Shared fixtures; tests marked ``gpu`` are skipped where no CUDA device is there."""
 
+import os
+
+# Before torch is imported: processes that share the cores, and those that they start, would wait for each other's threads.
+if workers := int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", 0)):
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, len(os.sched_getaffinity(0)) // workers)))
+
 import pytest
 import torch
 
