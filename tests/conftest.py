@@ -2,7 +2,7 @@
 
 import os
 
-# Before torch is imported: processes that share the cores, and those that they start, would wait for each other's threads.
+# Before torch is imported: processes that share the cores would wait for each other's threads, and so would their own.
 if workers := int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", 0)):
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, len(os.sched_getaffinity(0)) // workers)))
 
