@@ -14,6 +14,7 @@ _BLOCK_ROWS = 8
 _CHUNK_DEPTH = 128
 _CHUNK_STEPS = 8
 _STEP_BYTES = _ROWS * 16 * 2
+_GROUPS = 2
 _GROUP_THREADS = 128
 _RING_STEPS = 8
 _FLAG_BYTES = 128
@@ -21,9 +22,8 @@ _MAX_CHUNKS = 31
 
 #: Blocks of eight batch rows a tile: below two mma.sync does as well, above eight no tile is left to work on meanwhile.
 _BLOCKS = range(2, 9)
-#: Of registers a thread, beside some 16 for addresses, by the warp groups: weights take 32 a chunk, sums 4 a block, the
-#: cell 8 a block.
-_REGISTERS = {2: 216, 3: 144}
+#: Of registers a thread, beside some 16 for addresses: weights take 32 a chunk, sums 4 a block, the cell 8 a block.
+_REGISTERS = 216
 _MAX_REGISTER_CHUNKS = 5
 _CLOCKS_PER_MICROSECOND = 1900
 
@@ -36,8 +36,7 @@ class WidePlan:
         register_chunks, shared_chunks: chunks of 128 columns of the weight that a warp group holds, by where they lie.
         blocks: blocks of 8 batch rows a tile.
         slots: chunks of the state in the ring of a warp group.
-        split: 1 where each of the warp groups has tiles of its own, 2 where two share every tile.
-        warp_groups: that multiply, 2 or 3.
+        split: 1 where each of two warp groups has tiles of its own, 2 where they share every tile.
         columns: CTAs of a group, which share its batch rows and split the hidden units of a head.
         groups: of batch rows of every head, independent of each other.
         tiles: of a group, one after another in every step.
@@ -49,22 +48,18 @@ class WidePlan:
     blocks: int
     slots: int
     split: int
-    warp_groups: int
     columns: int
     groups: int
     tiles: int
     shared_bytes: int
 
     source = "wide.cuh"
+    threads = (_GROUPS + 1) * _GROUP_THREADS
     clustered = False
-
-    @property
-    def threads(self) -> int:
-        return (self.warp_groups + 1) * _GROUP_THREADS
 
     def kernel(self, task: Task, number: str) -> str:
         """Its C++ name, for the number type of this name."""
-        shape = (self.register_chunks, self.shared_chunks, self.blocks, self.slots, self.split, self.warp_groups)
+        shape = (self.register_chunks, self.shared_chunks, self.blocks, self.slots, self.split)
         return f"wide_{task.direction}<{number}, {task.cell.functor}, {', '.join(map(str, shape))}>"
 
     def ring_bytes(self, task: Task, hidden: int, heads: int) -> int:
@@ -83,10 +78,7 @@ class WidePlan:
         cell_blocks = self.blocks // self.split
         state = self.split * (self.register_chunks + self.shared_chunks) * _chunk_bytes(self.blocks)
         chain = 1450 + product + 350 + 100 * cell_blocks + state / 64
-        # Of three warp groups two overlap: not yet measured.
-        tile = product * (1.5 if self.warp_groups == 2 else 1.1) + 200
-        if self.split == 2:
-            tile = product + 1200 + 450 * cell_blocks
+        tile = 1.5 * product + 200 if self.split == 1 else product + 1200 + 450 * cell_blocks
         tile += self.split * 100 * max(0, self.blocks - 3)
         if self.slots < self.register_chunks + self.shared_chunks:
             tile *= 1.1
@@ -109,29 +101,25 @@ def plans(chip: Chip, batch: int, hidden: int, task: Task, heads: int) -> Iterat
     for blocks in _BLOCKS:
         batch_tiles = math.ceil(batch / (_BLOCK_ROWS * blocks))
         tiles = math.ceil(batch_tiles / min(room, batch_tiles))
-        for split, warp_groups in ((1, 2), (1, 3), (2, 2)):
-            plan = _fit(chip, task, columns, blocks, split, warp_groups, math.ceil(batch_tiles / tiles), tiles)
+        for split in (1, 2):
+            plan = _fit(chip, task, columns, blocks, split, math.ceil(batch_tiles / tiles), tiles)
             if plan is not None:
                 yield plan
 
 
-def _fit(
-    chip: Chip, task: Task, columns: int, blocks: int, split: int, warp_groups: int, groups: int, tiles: int
-) -> WidePlan | None:
+def _fit(chip: Chip, task: Task, columns: int, blocks: int, split: int, groups: int, tiles: int) -> WidePlan | None:
     """Slots of the ring as many as find room; None where they are too few."""
-    if blocks % split or columns < 2 * split or (warp_groups == 3 and tiles < 3):
+    if blocks % split or columns < 2 * split:
         return None
     chunks, cell_blocks = math.ceil(columns / 2 / split), blocks // split
-    in_registers = min(chunks, _MAX_REGISTER_CHUNKS, (_REGISTERS[warp_groups] - 4 * blocks - 8 * cell_blocks) // 32)
+    in_registers = min(chunks, _MAX_REGISTER_CHUNKS, (_REGISTERS - 4 * blocks - 8 * cell_blocks) // 32)
     in_shared = chunks - in_registers
     shared = split * in_shared * _CHUNK_STEPS * _STEP_BYTES
-    shared += 2 * warp_groups * cell_blocks * _GROUP_THREADS * 16 if split == 2 else 0  # sums that are swapped
-    shared += 4 * warp_groups * (task.inputs + 1) * cell_blocks * _BLOCK_ROWS * 32  # inputs and outputs, of every warp
+    shared += 2 * _GROUPS * cell_blocks * _GROUP_THREADS * 16 if split == 2 else 0  # sums that are swapped
+    shared += 8 * (task.inputs + 1) * cell_blocks * _BLOCK_ROWS * 32  # inputs and outputs, of eight warps
     shared += blocks * _BLOCK_ROWS * _ROWS * 2  # empty words
-    slots = min(chunks, (chip.shared_bytes - shared) // (warp_groups * (_chunk_bytes(blocks) + 16)))
+    slots = min(chunks, (chip.shared_bytes - shared) // (_GROUPS * (_chunk_bytes(blocks) + 16)))
     if in_registers < 1 or slots < min(chunks, 3):
         return None
-    # Where a tile goes round the ring a whole number of times, its slots are known to the compiler.
-    slots = max((n for n in range(3, slots + 1) if chunks % n == 0), default=slots)
-    shared += warp_groups * slots * (_chunk_bytes(blocks) + 16)
-    return WidePlan(in_registers, in_shared, blocks, slots, split, warp_groups, columns, groups, tiles, shared)
+    shared += _GROUPS * slots * (_chunk_bytes(blocks) + 16)
+    return WidePlan(in_registers, in_shared, blocks, slots, split, columns, groups, tiles, shared)

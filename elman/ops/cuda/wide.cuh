@@ -54,7 +54,7 @@ template <typename S, typename T, bool kAgain>
 __device__ __forceinline__ void multiply(float (&sum)[S::kBlocks * 4],
                                          const u32 (&weights)[S::kRegisterChunks * kChunkSteps][4], u32 shared_weights,
                                          const Slots<S>& slots, const char* state, u32 phase, int all, int group,
-                                         int next) {
+                                         bool passes) {
   constexpr u32 kHigh = matrix_high(kCoreBytes), kStepStride = 2 * S::kBlocks * kCoreBytes >> 4;
   constexpr bool kFetch = kAgain && S::kRelease;  // other slots are in use again
   u32 data = slots.data;
@@ -89,7 +89,7 @@ __device__ __forceinline__ void multiply(float (&sum)[S::kBlocks * 4],
         wgmma_wait<1>();
         release(slots, phase, n - 1, all);
       }
-      if (n == S::kChunks / 2 && next >= 0) ::barrier_arrive(kTurn + next, 2 * kGroupThreads);
+      if (n == S::kChunks / 2 && passes) ::barrier_arrive(kTurn + (group ^ 1), kGroups * kGroupThreads);
     }
   wgmma_wait<0>();
 #pragma unroll
@@ -255,19 +255,12 @@ __device__ __forceinline__ void run_products(const Problem<T>& p, const Ring<S>&
           }
 
       // The warp groups take turns: two products at a time would take twice as long each, and then both would wait.
-      if (S::kSplit == 1 && (tile > 0 || (step > 0 && (part.tiles - 1) % S::kGroups > 0)))
-        ::barrier_sync(kTurn + group, 2 * kGroupThreads);
+      if (S::kSplit == 1 && (tile > 0 || (step > 0 && part.tiles % 2 == 0))) ::barrier_sync(kTurn + group, kGroups * kGroupThreads);
       float sum[S::kBlocks * 4];
       float mine[S::kCellBlocks * 4];
       const u32 swap = shared_address(shared) + S::kSwapOffset + (phase & 1) * (S::kSwapBytes / 2) + threadIdx.x % kGroupThreads * 16;
       constexpr int kGroupSwap = S::kCellBlocks * kGroupThreads * 16;
-      int next = -1;  // the warp group whose turn is next, if it is another
-      if (S::kSplit == 1) {
-        if (tile + 1 < part.tiles)
-          next = (tile + 1) % S::kGroups;
-        else if (group > 0 && step + 1 < products)
-          next = 0;
-      }
+      const bool passes = S::kSplit == 1 && (tile + 1 < part.tiles || (group == 1 && step + 1 < products));
       // What this warp group goes on with; whether any of its sums, or of the other's, is a NaN.
       auto share = [&]() {
         float total[4] = {};
@@ -291,12 +284,12 @@ __device__ __forceinline__ void run_products(const Problem<T>& p, const Ring<S>&
             }
             store_shared(swap + (group ^ 1) * kGroupSwap + block * (kGroupThreads * 16), {theirs[0], theirs[1], theirs[2], theirs[3]});
           }
-          return any_of(kSumsReady, 2 * kGroupThreads, suspect);
+          return any_of(kSumsReady, kGroups * kGroupThreads, suspect);
         }
       };
-      multiply<S, T, false>(sum, weights, shared_weights, slots, ring.at(step, tile), phase, all, group, next);
+      multiply<S, T, false>(sum, weights, shared_weights, slots, ring.at(step, tile), phase, all, group, passes);
       if (__builtin_expect(share(), 0)) {
-        multiply<S, T, true>(sum, weights, shared_weights, slots, ring.at(step, tile), phase, all, group, -1);
+        multiply<S, T, true>(sum, weights, shared_weights, slots, ring.at(step, tile), phase, all, group, false);
         share();
       }
       if constexpr (S::kRelease)
@@ -373,14 +366,14 @@ __device__ __forceinline__ void run_products(const Problem<T>& p, const Ring<S>&
 template <typename S>
 __device__ __forceinline__ void run_loader(const Ring<S>& ring, char* shared, const Part& part, int group, int loader, int all,
                                            int products) {
-  constexpr int kMost = (S::kChunks + S::kLoaders - 1) / S::kLoaders;
+  constexpr int kMost = (S::kChunks + kLoaders - 1) / kLoaders;
   constexpr int kLanes = 2 * S::kSplit;  // of a chunk: each looks after four warps
-  constexpr u32 kStride = S::kLoaders * S::kSplit * S::kChunkBytes;  // from one chunk of this loader to the next
+  constexpr u32 kStride = kLoaders * S::kSplit * S::kChunkBytes;  // from one chunk of this loader to the next
   constexpr int kPolls = 3;               // on the way at a time
   static_assert(kMost * kLanes <= 32, "a lane for every four warps");
-  const int lane = threadIdx.x & 31, mine = (all - loader + S::kLoaders - 1) / S::kLoaders;
+  const int lane = threadIdx.x & 31, mine = (all - loader + kLoaders - 1) / kLoaders;
   const Slots<S> slots(shared, group);
-  const int publisher = chunk_of<S>(loader + lane / kLanes * S::kLoaders, group) * 2 + lane % kLanes / S::kSplit;
+  const int publisher = chunk_of<S>(loader + lane / kLanes * kLoaders, group) * 2 + lane % kLanes / S::kSplit;
   const u32 flag = publisher * Ring<S>::kFlagBytes + lane % S::kSplit * 16;
   const u32 wiped = Ring<S>::core(part.first_unit / 8, 0);
   const bool wipes = loader == 0 && (S::kSplit == 1 || group == 0);
@@ -392,11 +385,11 @@ __device__ __forceinline__ void run_loader(const Ring<S>& ring, char* shared, co
       const char* flags = ring.flags + tile * ring.flag_bytes + flag;
       auto poll = [&]() { return lane < mine * kLanes ? load_strong(flags) : Words4{}; };
       auto arm = [&](int n) {
-        const Place<S> place(phase, loader + n * S::kLoaders, all);
+        const Place<S> place(phase, loader + n * kLoaders, all);
         barrier_wait(slots.empty + place.slot * 8, place.parity ^ 1);
         if (lane == 0) mbarrier_expect(slots.full + place.slot * 8, S::kChunkBytes);
       };
-      if constexpr (Place<S>::kOwn)
+      if constexpr (Place<S>::kFixed)
 #pragma unroll
         for (int n = 0; n < kMost; ++n)
           if (n < mine) arm(n);
@@ -418,9 +411,9 @@ __device__ __forceinline__ void run_loader(const Ring<S>& ring, char* shared, co
         // Slots that chunks of the same tile share are given to them in order.
 #pragma unroll
         for (int n = 0; n < kMost; ++n)
-          if (fresh >> n & 1 && (Place<S>::kOwn || !(missing & (1u << n) - 1))) {
-            if constexpr (!Place<S>::kOwn) arm(n);
-            const u32 slot = Place<S>(phase, loader + n * S::kLoaders, all).slot;
+          if (fresh >> n & 1 && (Place<S>::kFixed || !(missing & (1u << n) - 1))) {
+            if constexpr (!Place<S>::kFixed) arm(n);
+            const u32 slot = Place<S>(phase, loader + n * kLoaders, all).slot;
             if (lane == 0)
               copy_bulk(slots.data + slot * S::kChunkBytes, from + n * kStride, S::kChunkBytes, slots.full + slot * 8);
             missing &= ~(1u << n);
@@ -448,50 +441,46 @@ __device__ __forceinline__ void run(const Problem<T>& p) {
   // Backwards, the gradient of h0 is one more product, with no cell behind it.
   const int products = p.steps + (S::kBackward && p.initial_gradient ? 1 : 0);
   const Ring<S> ring(p.ring, part, gridDim.x / part.peers * p.tiles, chunks);
-  if (threadIdx.x < S::kGroups * S::kSlots) {
+  if (threadIdx.x < kGroups * S::kSlots) {
     const Slots<S> slots(shared, threadIdx.x / S::kSlots);
     const u32 slot = threadIdx.x % S::kSlots * 8;
     barrier_init(slots.full + slot, 1), barrier_init(slots.empty + slot, kGroupWarps);
     asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
   }
   if constexpr (S::kSharedChunks > 0) fill_shared_weights<S>(p, part, shared);
-  for (int i = threadIdx.x * 16; i < S::kOwnBytes; i += S::kThreads * 16)
+  for (int i = threadIdx.x * 16; i < S::kOwnBytes; i += kThreads * 16)
     store_shared(shared_address(shared) + S::kEmptyOffset + i, {~0u, ~0u, ~0u, ~0u});
   fence_async_shared();
   __syncthreads();
-  if (threadIdx.x < S::kGroups * kGroupThreads) {
+  if (threadIdx.x < kGroups * kGroupThreads) {
     take_registers<S::kProductRegisters>();
     run_products<S, Cell>(p, ring, shared, part, chunks, products);
   } else {
     give_registers<S::kOtherRegisters>();
-    const int warp = uniform(threadIdx.x / 32) - S::kGroups * kGroupWarps, group = warp / S::kLoaders;
-    if (group < S::kGroups)
-      run_loader<S>(ring, shared, part, group, warp % S::kLoaders, S::kSplit == 2 ? (chunks - group + 1) / 2 : chunks,
-                    products);
+    const int warp = uniform(threadIdx.x / 32) - kGroups * kGroupWarps, group = warp / kLoaders;
+    run_loader<S>(ring, shared, part, group, warp % kLoaders, S::kSplit == 2 ? (chunks - group + 1) / 2 : chunks, products);
   }
 }
 
 }  // namespace wide
 
-template <typename T, typename Cell, int kRegisterChunks, int kSharedChunks, int kBlocks, int kSlots, int kSplit,
-          int kGroups>
-__global__ void __launch_bounds__((kGroups + 1) * wide::kGroupThreads, 1)
+template <typename T, typename Cell, int kRegisterChunks, int kSharedChunks, int kBlocks, int kSlots, int kSplit>
+__global__ void __launch_bounds__(wide::kThreads, 1)
     wide_forward(const T* pre, const T* weight, const T*, const T* h0, const T*, const u8* reset, T* h, T* saved, T*, T*,
                  char* ring, int steps, int batch, int hidden, int pitch, int tiles) {
   wide::Problem<T> p{};
   p.input = pre, p.weight = weight, p.initial = h0, p.reset = reset, p.output = h, p.saved = saved;
   p.ring = ring, p.steps = steps, p.batch = batch, p.hidden = hidden, p.pitch = pitch, p.tiles = tiles;
-  wide::run<wide::Shape<Cell, false, kRegisterChunks, kSharedChunks, kBlocks, kSlots, kSplit, kGroups>, Cell>(p);
+  wide::run<wide::Shape<Cell, false, kRegisterChunks, kSharedChunks, kBlocks, kSlots, kSplit>, Cell>(p);
 }
 
-template <typename T, typename Cell, int kRegisterChunks, int kSharedChunks, int kBlocks, int kSlots, int kSplit,
-          int kGroups>
-__global__ void __launch_bounds__((kGroups + 1) * wide::kGroupThreads, 1)
+template <typename T, typename Cell, int kRegisterChunks, int kSharedChunks, int kBlocks, int kSlots, int kSplit>
+__global__ void __launch_bounds__(wide::kThreads, 1)
     wide_backward(const T* dh, const T* weight, const T* dh_last, T*, const u8* reset, T* saved, const T*, T*, T* dpre, T*,
                   T* dh0, T*, char* ring, int steps, int batch, int hidden, int pitch, int tiles) {
   wide::Problem<T> p{};
   p.input = dh, p.weight = weight, p.last_gradient = dh_last, p.reset = reset, p.output = dpre, p.saved = saved;
   p.initial_gradient = dh0;
   p.ring = ring, p.steps = steps, p.batch = batch, p.hidden = hidden, p.pitch = pitch, p.tiles = tiles;
-  wide::run<wide::Shape<Cell, true, kRegisterChunks, kSharedChunks, kBlocks, kSlots, kSplit, kGroups>, Cell>(p);
+  wide::run<wide::Shape<Cell, true, kRegisterChunks, kSharedChunks, kBlocks, kSlots, kSplit>, Cell>(p);
 }

@@ -14,24 +14,21 @@ using persistent::Part;
 template <typename T>
 using Problem = persistent::Problem<T, T>;
 
-constexpr int kGroupThreads = 128, kGroupWarps = 4;  // of a warp group
+constexpr int kGroups = 2, kGroupThreads = 128, kGroupWarps = 4, kLoaders = 2;  // warp groups that multiply; loader warps of each
+constexpr int kThreads = (kGroups + 1) * kGroupThreads;
 constexpr int kRows = 64, kWarpRows = 16;  // of W: a CTA's, a warp's
 constexpr int kCoreBytes = 128;            // a core matrix of wgmma: eight units of eight batch rows
 constexpr int kChunkSteps = 8, kChunkDepth = kChunkSteps * 16;
 constexpr int kStepBytes = kRows * 16 * 2;  // of W, one wgmma deep
-constexpr int kSumsReady = 1, kTurn = 2, kVote = 5;  // named barriers; of the last two one a warp group
+constexpr int kSumsReady = 1, kTurn = 2, kVote = 4;  // named barriers; of the last two one a warp group
 
 // kRegisterChunks + kSharedChunks: chunks of the depth whose weights a warp group holds, in registers and in shared
 // memory; kBlocks: blocks of eight batch rows a tile; kSlots: chunks of the state in the ring of a warp group.
-template <typename Cell, bool kBackward_, int kRegisterChunks_, int kSharedChunks_, int kBlocks_, int kSlots_, int kSplit_,
-          int kGroups_>
+template <typename Cell, bool kBackward_, int kRegisterChunks_, int kSharedChunks_, int kBlocks_, int kSlots_, int kSplit_>
 struct Shape {
   static constexpr bool kBackward = kBackward_;
   static constexpr int kRegisterChunks = kRegisterChunks_, kSharedChunks = kSharedChunks_;
   static constexpr int kChunks = kRegisterChunks + kSharedChunks, kBlocks = kBlocks_, kSlots = kSlots_, kSplit = kSplit_;
-  static constexpr int kGroups = kGroups_;                // warp groups that multiply
-  static constexpr int kLoaders = kGroups == 3 ? 1 : 2;   // warps for each of them, in a warp group of their own
-  static constexpr int kThreads = (kGroups + 1) * kGroupThreads;
   static constexpr bool kRelease = kSlots < kChunks;  // slots are given back chunk by chunk
   // Chunks of weights in shared memory and in registers take turns, the former first, until one kind is used up.
   static constexpr int kTurns = kRegisterChunks < kSharedChunks ? kRegisterChunks : kSharedChunks;
@@ -56,9 +53,8 @@ struct Shape {
   static constexpr int kEmptyOffset = kStageOffset + kGroups * kGroupWarps * (kInputs + 1) * kStageBytes;
   static constexpr int kBarrierOffset = kEmptyOffset + kOwnBytes;
   static constexpr int kSharedBytes = kBarrierOffset + kGroups * kSlots * 16;
-  // Registers of a thread that multiplies and of the others: a launch takes 168 each for 384 threads, 128 for 512.
-  static constexpr int kProductRegisters = kGroups == 3 ? 160 : 232, kOtherRegisters = kGroups == 3 ? 32 : 40;
-  static_assert(kGroups == 2 || (kGroups == 3 && kSplit == 1), "two warp groups, or three with tiles of their own");
+  // Registers of a thread that multiplies and of the others; a launch of 384 threads takes 168 each.
+  static constexpr int kProductRegisters = 232, kOtherRegisters = 40;
   static_assert(kChunks < 32 && kBlocks % kSplit == 0, "both warp groups apply the cell to as many rows");
   static_assert(Cell::kProducts == 1 && !Cell::kReadsMemory && Cell::kAdditive, "one product and no memory");
 };
@@ -165,15 +161,15 @@ struct Ring {
 // The same in all lanes, and the compiler is to know it: what wgmma is told of shared matrices must be.
 __device__ __forceinline__ int uniform(int value) { return __shfl_sync(~0u, value, 0); }
 
-// Where the chunks of one warp group lie, numbered through all its tiles and steps. Where a tile goes round the ring a
-// whole number of times, every chunk has the same slot in all tiles, known to the compiler.
+// Where the chunks of one warp group lie, numbered through all its tiles and steps. Where the ring has room for a whole
+// tile every chunk has its own slot, known to the compiler.
 template <typename S>
 struct Place {
   u32 slot, parity;  // of the barrier that tells it full; that of an empty one is the other
-  static constexpr bool kKnown = S::kChunks % S::kSlots == 0, kOwn = S::kSlots == S::kChunks;
+  static constexpr bool kFixed = S::kSlots == S::kChunks;
   __device__ Place(u32 phase, u32 n, u32 all) {
-    if constexpr (kKnown) {
-      slot = n % S::kSlots, parity = (phase * (S::kChunks / S::kSlots) + n / S::kSlots) & 1;
+    if constexpr (kFixed) {
+      slot = n, parity = phase & 1;
     } else {
       const u32 number = phase * all + n;
       slot = number % S::kSlots, parity = number / S::kSlots & 1;
@@ -215,7 +211,7 @@ template <typename S, typename T>
 __device__ __forceinline__ void fill_shared_weights(const Problem<T>& p, const Part& part, char* shared) {
   constexpr int kPairs = S::kSplit * S::kSharedChunks * kChunkDepth / 2;
 #pragma unroll 8
-  for (int i = threadIdx.x; i < kRows * kPairs; i += S::kThreads) {
+  for (int i = threadIdx.x; i < kRows * kPairs; i += kThreads) {
     const int row = i % kRows, step = i / kRows / 8, inner = i / kRows % 8 * 2;
     const int group = step / (S::kSharedChunks * kChunkSteps), own = step % (S::kSharedChunks * kChunkSteps);
     const int chunk = chunk_of<S>(S::of_shared(own / kChunkSteps), group);
