@@ -6,7 +6,11 @@ once without any, on buffers of exactly their sizes, and compares what comes out
 of each family after another, until the tool's time is up: the table says how far it came.
 
 An error of a tool, or a warning, counts for the family whose kernel its message names. The exit code is 1 if there was
-one, a difference or a launch that failed; that a launch took too long under a tool is only told. Run it from the
+one, a difference or a launch that failed; that a launch took too long under a tool is only told.
+
+Two families are controls (``control.cuh``), which show what racecheck can tell and otherwise count for nothing. It has
+to report the one with a race. If it reports the other one too, it does not follow barrier.cta.arrive; then its reports
+of the same handover between the persistent kernels' warps, and no others, are counted apart. Run it from the
 repository's root: ``python -m benchmarks.sanitize``.
 """
 
@@ -23,36 +27,67 @@ import subprocess
 import sys
 import time
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
+from importlib import resources
 from pathlib import Path
+from typing import NamedTuple
 
 from benchmarks.sanitize.launches import load, save
 
 TOOLS = ("none", "memcheck", "racecheck", "synccheck", "initcheck")
+_HANDED_OVER, _RACING = CONTROLS = "control, handed over", "control, racing"
 #: Of the name of a kernel, and its family.
 _FAMILIES = {
+    **{f"control_{name[9:].replace(' ', '_')}": name for name in CONTROLS},
     **{name: f"persistent {name}" for name in ("PolledRing", "StagedRing2", "StagedRing3", "ClusterPush")},
     **{
         f"{name}_{way}": name
-        for name in ("wide", "diagonal", "step", "banks", "norm")
+        for name in ("wide", "diagonal", "step", "banks", "norm", "scan")
         for way in ("forward", "backward")
     },
 }
 _OTHER = "no family"
 #: How long a launch may take, or what a tool has to say before the first and after the last one.
 _LAUNCH_SECONDS = 20.0
-_SHOWN_LINES = 14
+#: Errors that a tool prints in all; others it counts.
+_PRINT_LIMIT = 10000
+#: Options that not every version of a tool may take.
+_OPTIONS = {
+    # Padded, so that no allocation begins where another ends. Calls that the driver refuses are told by the replay.
+    "memcheck": {"--padding": "512", "--report-api-errors": "no", "--destroy-on-device-error": "kernel"},
+    # An mbarrier of a peer, by mapa, may look like one that nobody has initialised.
+    "synccheck": {"--num-cuda-barriers": "256", "--missing-barrier-init-is-fatal": "no"},
+}
+#: Where the persistent kernels hand sums over: the kind of access, the function, its file, and the barriers around it.
+_HANDOVER = (
+    (
+        "Read",
+        "run_cells",
+        "persistent_cells.cuh",
+        "barrier_sync(kSumsFull + buffer",
+        "barrier_arrive(kSumsEmpty + buffer",
+    ),
+    (
+        *("Write", "run_products", "persistent_products.cuh"),
+        *("barrier_sync(kSumsEmpty + buffer", "barrier_arrive(kSumsFull + buffer"),
+    ),
+)
+_SHOWN_LINES, _SHOWN_KINDS, _SHOWN_COLUMNS = 4, 12, 300
 
 
 @dataclass
 class Result:
-    """What a tool said of a family. A launch may take too long for it: some tools make waiting very slow."""
+    """What a tool said of a family. A launch may take too long for it: some tools make waiting very slow.
+
+    ``handovers`` are reports of what it reports of the control without a race too, and no errors.
+    """
 
     cases: int = 0
     wrong: list[str] = field(default_factory=list)
     cut_off: list[str] = field(default_factory=list)
     errors: int = 0
+    handovers: int = 0
     seconds: float = 0.0
 
 
@@ -63,7 +98,7 @@ class Report:
     Attributes:
         families: each in its row.
         told: the tool's own count of errors.
-        messages: the first of each kind.
+        messages: one for each kind, and what else there is to tell.
         reached: launches, in their order.
         last_words: of a process that has launched nothing.
     """
@@ -75,12 +110,19 @@ class Report:
     last_words: str = ""
 
     @property
+    def counted(self) -> int:
+        """Errors, of the tool's own count, that are in the table."""
+        return sum(result.errors + result.handovers for result in self.families.values())
+
+    @property
     def clean(self) -> bool:
-        return not self.told and not any(result.wrong or result.errors for result in self.families.values())
+        """But for the controls."""
+        wrong = any(of.wrong or of.errors for family, of in self.families.items() if family not in CONTROLS)
+        return not wrong and self.told <= self.counted
 
 
 def run_tool(
-    command: Callable[[Path], Sequence[str]],
+    command: Callable[[Path, Collection[str]], Sequence[str]],
     folder: Path,
     name: str,
     families: Sequence[str],
@@ -89,12 +131,13 @@ def run_tool(
 ) -> Report:
     """Replays the launches, whose families are given, in new processes where a context is lost.
 
-    ``command``, of the file for the tool's words, is what replays; what is printed goes to files in the folder that
-    begin with ``name``.
+    ``command``, of the file for the tool's words and of the options that it does not take, is what replays; what is
+    printed goes to files in the folder that begin with ``name``.
     """
     end = time.monotonic() + seconds
     report = Report({family: Result() for family in dict.fromkeys(families)})
     words = []
+    without: list[str] = []
     for number in itertools.count():
         left = end - time.monotonic()
         if report.reached >= len(families) or left <= 0:
@@ -103,12 +146,18 @@ def run_tool(
         log.unlink(missing_ok=True)
         options = [str(folder), "--first", str(report.reached), "--seconds", f"{left:.1f}", *["--bare"] * bare]
         with output.open("w") as file:
-            code = _run([*command(log), *options], file.fileno(), _LAUNCH_SECONDS, since_last_word=True)
+            code = _run([*command(log, without), *options], file.fileno(), _LAUNCH_SECONDS, since_last_word=True)
         words.append(log.read_text(errors="replace") if log.exists() else "")
         started = _count_cases(output.read_text(errors="replace"), families, report, cut_off=code is None)
-        if not started:  # a tool that does not work here
-            report.last_words = f"{output.read_text(errors='replace')[-1500:]}{words[-1][-1500:]}"
-            break
+        if not started:  # a tool that does not work here, or not with these options
+            said = output.read_text(errors="replace"), words[-1]
+            rejected = re.search(r"option '(--[\w-]+)'", "".join(said))
+            if rejected is None or rejected[1] in without:
+                report.last_words = f"{said[0][-1500:]}{said[1][-1500:]}"
+                break
+            without.append(rejected[1])
+            report.messages.append(f"this version does not take {rejected[1]}, and ran without")
+            continue
         report.reached = started[-1] + 1
     _count_errors("".join(words), report)
     return report
@@ -148,29 +197,107 @@ def _run(command: Sequence[str], output: int, seconds: float, since_last_word: b
     return code
 
 
+class _Access(NamedTuple):
+    """One of a race. ``function`` is as the tool demangles it, ``file`` empty where the tool does not know it."""
+
+    kind: str
+    function: str
+    file: str
+    line: int
+
+    def __str__(self) -> str:
+        return f"{self.kind} at {f'{self.file}:{self.line}' if self.file else self.function[:_SHOWN_COLUMNS]}"
+
+
+def _accesses(message: str) -> list[_Access]:
+    found = re.findall(
+        r"(\w+) access at (.*?)(?:\+0x[0-9a-f]+)?(?: in (\S+):(\d+))?(?: \[\d+ hazards?\])?$", message, re.M
+    )
+    return [_Access(kind, function, file, int(line or 0)) for kind, function, file, line in found]
+
+
+@functools.cache
+def _lines_between(file: str, first: str, last: str) -> range:
+    """Of a kernel's source, between two lines that hold these."""
+    lines = resources.files("elman.ops.cuda").joinpath(file).read_text().splitlines()
+    start, stop = ([number for number, line in enumerate(lines, 1) if mark in line] for mark in (first, last))
+    if not (len(start) == len(stop) == 1):
+        raise ValueError(f"{file} does not have {first} and {last} once")
+    return range(start[0] + 1, stop[0])
+
+
+def _is_handover(accesses: Sequence[_Access]) -> bool:
+    """Whether both sides of the persistent kernels' handover of sums are there, and nothing else."""
+    sides = [
+        {
+            access
+            for access in accesses
+            if (access.kind, access.file) == (kind, file)
+            and re.match(rf"(void )?persistent::{function}<", access.function)
+            and access.line in _lines_between(file, *marks)
+        }
+        for kind, function, file, *marks in _HANDOVER
+    ]
+    return all(sides) and set().union(*sides) == set(accesses)
+
+
+def _family_of(message: str) -> str:
+    """A message of the driver's own, such as a launch that was refused, names no kernel."""
+    message = re.sub(r"StagedRing<[^<>]*\b(\d)>", r"StagedRing\1", message)  # an alias is printed as what it stands for
+    return next((family for name, family in _FAMILIES.items() if name in message), _OTHER)
+
+
 def _count_errors(text: str, report: Report) -> None:
     """A message is a line that begins flush behind the tool's mark, and the indented ones after it."""
-    tellings = re.findall(r"ERROR SUMMARY: (\d+) error", text)
-    # Of races: every hazard, warnings too.
-    tellings += re.findall(r"RACECHECK SUMMARY: (\d+) hazard", text)
-    report.told = sum(map(int, tellings))
-    kinds: Counter[tuple[str, str]] = Counter()
+    told = sum(map(int, re.findall(r"ERROR SUMMARY: (\d+) error", text)))
+    # Not the exit code of the replay, which tells itself what went wrong.
+    report.told = max(0, told - text.count("Target application returned an error"))
+    # Of races: every one, warnings too.
+    races = re.findall(r"RACECHECK SUMMARY: \d+ hazards? displayed \((\d+) errors?, (\d+) warnings?\)", text)
+    report.told += sum(int(number) for both in races for number in both)
+    found = []
+    remarks: Counter[str] = Counter()
     for message in re.findall(r"^========= \S.*(?:\n=========(?:  .*)?$)*", text, re.MULTILINE):
         head, *rest = message.splitlines()
-        if "SUMMARY" in head or not any(" at " in line or "Access" in line for line in (head, *rest)):
-            continue
-        # A message of the driver's own, such as a launch that was refused, names no kernel.
-        family = next((family for name, family in _FAMILIES.items() if name in message), _OTHER)
-        report.families.setdefault(family, Result()).errors += 1
-        kind = family, re.sub(r"0x[0-9a-f]+|\d+", "#", head)
-        kinds[kind] += 1
-        if kinds[kind] == 1:
-            report.messages.append("\n".join([f"{family}:", head, *rest][:_SHOWN_LINES]))
+        if "SUMMARY" not in head and any(" at " in line or "Access" in line for line in (head, *rest)):
+            found.append((_family_of(message), message))
+        elif re.match("=+ (Warning|Error|Internal)", head):
+            remarks[head.strip("= ")] += 1
+    report.messages += [f"{number} × {remark}" for remark, number in remarks.items()]
+
+    blind = any(family == _HANDED_OVER and _accesses(message) for family, message in found)
+    if blind:
+        report.messages.append(
+            "this version of racecheck does not follow barrier.cta.arrive: it reports the control that is handed over"
+        )
+    kinds: dict[str, Counter[str]] = {}
+    shown: dict[str, str] = {}
+    for family, message in found:
+        result = report.families.setdefault(family, Result())
+        accesses = _accesses(message)
+        handover = blind and _is_handover(accesses)
+        result.handovers, result.errors = result.handovers + handover, result.errors + (not handover)
+        head, *rest = message.splitlines()
+        if accesses:
+            of_kind = sorted({f"{accesses[0]}, {other}" for other in accesses[1:]}) or [str(accesses[0])]
+        else:
+            of_kind = [f"{family}: {re.sub(r'0x[0-9a-f]+|[0-9]+', '#', head.strip('= '))}"]
+        for kind in of_kind:
+            kind += ", like the control's" * handover
+            kinds.setdefault(kind, Counter())[family] += 1
+            if not handover and family not in CONTROLS:
+                shown.setdefault(kind, "".join(f"\n{line[:_SHOWN_COLUMNS]}" for line in (head, *rest)[:_SHOWN_LINES]))
+    # Those that are errors first.
+    for kind, families in sorted(kinds.items(), key=lambda item: item[0] not in shown)[:_SHOWN_KINDS]:
+        where = ", ".join(f"{number} in {family}" for family, number in families.items())
+        report.messages.append(f"{kind}: {where}{shown.get(kind, '')}")
+    if len(kinds) > _SHOWN_KINDS:
+        report.messages.append(f"{len(kinds) - _SHOWN_KINDS} more kinds: see its logs")
 
 
 def row(tool: str, family: str, result: Result, there: int) -> str:
     """A line of the table."""
-    counts = f"{result.cases} of {there}", len(result.cut_off), len(result.wrong), result.errors
+    counts = f"{result.cases} of {there}", len(result.cut_off), len(result.wrong), result.errors, result.handovers
     return f"| {' | '.join(map(str, (tool, family, *counts, f'{result.seconds:.1f}')))} |"
 
 
@@ -185,7 +312,7 @@ def main() -> int:
     program = shutil.which("compute-sanitizer")
     if program is None and set(args.tools) != {"none"}:
         parser.error("compute-sanitizer is not on the PATH")
-    messages = []
+    clean = True
     if not args.keep:
         args.folder.mkdir(parents=True, exist_ok=True)
         save([], args.folder)  # so that none are left of another recording
@@ -193,13 +320,14 @@ def main() -> int:
         code = _run(command, sys.stdout.fileno(), args.record_seconds)
         if code != 0:
             why = f"failed with exit code {code}" if code is not None else "took too long: see --record-seconds"
-            messages.append(f"the recording {why}")
+            print(f"the recording {why}")
+            clean = False
     launches = load(args.folder)
     families = [launch.family for launch in launches]
     there = Counter(families)
 
-    clean = bool(launches) and not messages
-    print("\n| tool | family | cases | cut off | wrong | errors | seconds |\n|---|---|---|---|---|---|---|")
+    clean &= bool(launches)
+    rows = []
     for tool in args.tools:
         report = run_tool(
             functools.partial(_command, program if tool != "none" else None, tool),
@@ -209,32 +337,42 @@ def main() -> int:
             args.seconds,
             bare=tool == "initcheck",
         )
-        for family, result in report.families.items():
-            print(row(tool, family, result, there[family]), flush=True)
-            messages += [f"{tool}: {family}, {words}" for words in result.cut_off]
-            messages += [f"{tool}: {words}" for words in result.wrong]
-        counted = sum(result.errors for result in report.families.values())
-        if report.told != counted:
-            messages.append(f"{tool} itself tells of {report.told} errors; {counted} messages are counted above")
-        if not report.reached:
-            messages.append(f"{tool} ran nothing: {report.last_words}")
-        messages += [f"{tool}, {message}" for message in report.messages]
-        clean &= report.clean and report.reached > 0
-        clean &= tool != "none" or not any(result.cut_off for result in report.families.values())
-    print("\n" + "\n\n".join([*messages, "clean" if clean else "NOT CLEAN"]))
+        rows += [row(tool, family, result, there[family]) for family, result in report.families.items()]
+        clean &= judge(tool, report)
+        # Now, in case a later one takes all the time that there is.
+        print("".join(f"\n{tool}: {message}\n" for message in report.messages), end="", flush=True)
+    print("\n| tool | family | cases | cut off | wrong | errors | handovers like the control's | seconds |")
+    print("\n".join(["|---|---|---|---|---|---|---|---|", *rows, "", "clean" if clean else "NOT CLEAN"]))
     return int(not clean)
 
 
-def _command(program: str | None, tool: str, log: Path) -> list[str]:
+def judge(tool: str, report: Report) -> bool:
+    """Whether all is well. Completes the report's messages."""
+    for family, result in report.families.items():
+        for words in (result.cut_off, result.wrong):
+            more = [f"and {len(words) - 3} more"] * (len(words) > 3)
+            report.messages += [f"{family}, " + "\n".join([*words[:3], *more])] * bool(words)
+    if report.told != report.counted:
+        report.messages.append(f"it itself tells of {report.told} errors; {report.counted} messages are counted here")
+    if not report.reached:
+        report.messages.append(f"it ran nothing: {report.last_words}")
+    clean = report.clean and report.reached > 0
+    if tool == "none":
+        clean &= not any(of.cut_off for family, of in report.families.items() if family not in CONTROLS)
+    if tool == "racecheck" and not report.families.get(_RACING, Result()).errors:
+        report.messages.append("it does not report the control that is racing, so it tells nothing")
+        clean = False
+    return clean
+
+
+def _command(program: str | None, tool: str, log: Path, without: Collection[str]) -> list[str]:
     """What replays launches, under a tool if there is a program; without the arguments of ``replay.py``."""
     replay = [sys.executable, "-m", "benchmarks.sanitize.replay"]
     if program is None:
         return replay
-    options = ["--tool", tool, "--log-file", str(log), "--launch-timeout", "60", "--print-limit", "200"]
-    if tool == "memcheck":
-        # Padded, so that no allocation begins where another ends. Calls that the driver refuses are told by the replay.
-        options += ["--padding", "512", "--report-api-errors", "no", "--destroy-on-device-error", "kernel"]
-    return [program, *options, *replay]
+    options = {"--tool": tool, "--log-file": str(log), "--launch-timeout": "60", "--print-limit": str(_PRINT_LIMIT)}
+    options |= {name: value for name, value in _OPTIONS.get(tool, {}).items() if name not in without}
+    return [program, *(word for option in options.items() for word in option), *replay]
 
 
 if __name__ == "__main__":

@@ -26,8 +26,9 @@ from torch import Tensor
 
 from benchmarks.compiling import compile_ahead
 from benchmarks.designs import EXCHANGES, WIDE, plans, wide_plans
+from benchmarks.sanitize import control
 from benchmarks.sanitize.launches import Buffer, Launch, Place, save
-from elman.ops import diagonal, loop, norm, persistent
+from elman.ops import diagonal, loop, norm, persistent, scan
 from elman.ops.cells import CELLS, FUSED_CELLS
 from elman.ops.cuda.compiler import Binary, Module, architecture, compile_module
 from elman.ops.cuda.launch import launch as launch_on_gpu
@@ -230,10 +231,21 @@ class Case:
 
 
 def cases(chip: Chip) -> list[Case]:
-    """All of them, families by turns, each family's most telling first."""
-    families = [_persistent_cases(exchange, chip) for exchange in EXCHANGES]
-    families += [_wide_cases(chip), _diagonal_cases(), _loop_cases(), _banks_cases(), _norm_cases()]
+    """All of them, families by turns, each family's most telling first; before all others the controls."""
+    families = [_control_cases("handed over"), _control_cases("racing")]
+    families += [_persistent_cases(exchange, chip) for exchange in EXCHANGES]
+    families += [_wide_cases(chip), _diagonal_cases(), _loop_cases(), _banks_cases(), _norm_cases(), _scan_cases()]
     return [case for turn in itertools.zip_longest(*families) for case in turn if case is not None]
+
+
+def _control_cases(kind: str) -> list[Case]:
+    name = f"control_{kind.replace(' ', '_')}"
+
+    def case(warps: int, buffers: int) -> Case:
+        words = f"{warps} + {warps} warps, {buffers} buffers"
+        return Case(f"control, {kind}", words, lambda device: control.run(name, warps, buffers, device))
+
+    return [case(*sizes) for sizes in control.SIZES]
 
 
 def _walk(walk: Any, problem: Problem, operator: str) -> None:
@@ -473,6 +485,25 @@ def _norm_cases() -> list[Case]:
     return [case(*one) for one in wanted]
 
 
+def _scan_cases() -> list[Case]:
+    def case(seq_len: int, dtype: torch.dtype, hidden: int, bare: bool) -> Case:
+        def run(device: str) -> None:
+            generator = torch.Generator().manual_seed(0)
+            shape = seq_len, 3, hidden
+            a, b, dh = (torch.randn(*shape, generator=generator).to(device, dtype) for _ in range(3))
+            h0 = torch.randn(*shape[1:], generator=generator).to(device, dtype)
+            reset = (torch.rand(*shape[:2], generator=generator) < 0.2).to(device)
+            a, *given = a.sigmoid(), *((None, None) if bare else (h0, reset))
+            h = scan._forward(a, b, *given)
+            scan._backward(dh, a, h, *given)
+
+        return Case("scan", f"T = {seq_len} {str(dtype)[6:]}, H = {hidden}" + ", bare" * bare, run)
+
+    wanted = [(41, torch.bfloat16, 67, False), (41, torch.bfloat16, 66, True), (1, torch.bfloat16, 66, False)]
+    wanted += [(41, dtype, 66, False) for dtype in DTYPES] + [(1, torch.float32, 67, True)]
+    return [case(*one) for one in wanted]
+
+
 @contextlib.contextmanager
 def _poisoned() -> Iterator[None]:
     """New memory is full of NaN."""
@@ -487,7 +518,9 @@ def _poisoned() -> Iterator[None]:
 def record(wanted: Iterable[Case], recorder: Recorder, device: str) -> None:
     """Runs cases; what goes wrong with one is an error only after the others."""
     errors = []
-    hooks = [mock.patch.object(module, "launch", recorder) for module in (persistent, diagonal, banks, norm)]
+    hooks = [
+        mock.patch.object(module, "launch", recorder) for module in (control, persistent, diagonal, banks, norm, scan)
+    ]
     with contextlib.ExitStack() as stack, torch.no_grad():
         for hook in (*hooks, _poisoned(), _loop_recorded(recorder)):
             stack.enter_context(hook)

@@ -6,7 +6,7 @@ import re
 import sys
 import types
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -14,12 +14,12 @@ import pytest
 import torch
 
 from benchmarks.sanitize import __main__ as driver_mode
+from benchmarks.sanitize import control, record, replay
 from benchmarks.sanitize import launches as files
-from benchmarks.sanitize import record, replay
 from benchmarks.sanitize.launches import Buffer, Launch, Place
-from elman.ops import loop, norm, persistent
+from elman.ops import loop, norm, persistent, scan
 from elman.ops.cells import FUSED_CELLS
-from elman.ops.cuda.compiler import Binary
+from elman.ops.cuda.compiler import Binary, CompilerUnavailableError, compile_module, compiler_version
 from tests.ops.test_persistent import H200
 
 driver = pytest.importorskip("cuda.bindings.driver")
@@ -39,6 +39,7 @@ def recorded() -> record.Recorder:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(persistent, "chip_of", lambda index: H200)
         patch.setattr(record.banks, "_has_kernel", lambda h, decay: True)
+        patch.setattr(scan, "_has_kernel", lambda h: True)
         patch.setattr(norm, "_blocks", lambda direction, x: 2)
         patch.setattr(loop, "kernels", lambda module, capability: kernels)
         patch.setattr(loop, "_steps", loop._KernelSteps)
@@ -52,8 +53,9 @@ def recorded() -> record.Recorder:
 
 def test_every_family_is_recorded_and_comes_early(recorded: record.Recorder) -> None:
     families = [launch.family for launch in recorded.launches]
-    assert set(families[:20]) == set(families) == set(driver_mode._FAMILIES.values())
-    assert min(Counter(families).values()) >= 10
+    assert set(families[:24]) == set(families) == set(driver_mode._FAMILIES.values())
+    assert tuple(families[:2]) == driver_mode.CONTROLS
+    assert min(number for family, number in Counter(families).items() if family not in driver_mode.CONTROLS) >= 10
     for launch in recorded.launches:
         assert next(family for name, family in driver_mode._FAMILIES.items() if name in launch.symbol) == launch.family
     names = " ".join(launch.symbol for launch in recorded.launches)
@@ -68,6 +70,30 @@ def test_every_family_is_recorded_and_comes_early(recorded: record.Recorder) -> 
                     ), (cell, number, exchange, direction)
             assert f"step_backward<{cell.functor}, {number}" in names
             assert f"diagonal_backward<{cell.functor}, {number}" in names
+    for number in ("bf16, 1", "bf16, 2", "fp16, 2", "float, 1", "double, 1"):
+        assert f"scan_forward<{number}>" in names
+        assert f"scan_backward<{number}>" in names
+
+
+def test_nothing_is_compared_with_a_race(recorded: record.Recorder) -> None:
+    for launch in recorded.launches:
+        if launch.family in driver_mode.CONTROLS:
+            (sums,) = launch.buffers
+            assert (sums.after is None) == ("racing" in launch.family)
+            assert launch.threads == len(sums.before) // 2
+            assert launch.shared_bytes % len(sums.before) == 0
+
+
+def test_the_control_kernels_compile() -> None:
+    try:
+        compiler_version()
+    except CompilerUnavailableError as error:
+        pytest.skip(str(error))
+    for family in driver_mode.CONTROLS:
+        name = next(name for name, of in driver_mode._FAMILIES.items() if of == family)
+        binary = compile_module(control._module(name), "sm_90a")
+        assert len(binary.symbols) == len(control.SIZES)
+        assert all(name in symbol for symbol in binary.symbols.values())
 
 
 def test_grids_are_small_but_ctas_have_others_to_wait_for(recorded: record.Recorder) -> None:
@@ -241,9 +267,125 @@ def test_errors_count_for_the_family_of_their_kernel() -> None:
         "persistent StagedRing2": 1,
     }
     assert report.told == 3
-    assert [message.splitlines()[0] for message in report.messages] == ["diagonal:", "persistent StagedRing2:"]
+    assert [message.splitlines()[0] for message in report.messages] == [
+        "diagonal: Invalid __global__ write of size # bytes: 2 in diagonal",
+        "Write at primitives.cuh:35, Read at exchange.cuh:99: 1 in persistent StagedRing2",
+    ]
     assert "Access to 0x7f4c2c200200 is out of bounds" in report.messages[0]
     assert not report.clean
+
+
+def access(kind: str, function: str, exchange: str, line: int, start: str = "    and") -> str:
+    file = {"run_cells": "cells", "run_products": "products"}.get(function, "step")
+    shape = "persistent::Shape<Lstm, (bool)0, (int)10, (int)1, (int)0, (int)1>"
+    return (
+        f"========= {start} {kind} access at void persistent::{function}<{shape}, bf16, persistent::{exchange}>"
+        f"(const persistent::Problem<T3, T4> &, char *, int)+0x2fc0 in persistent_{file}.cuh:{line} [64 hazards]\n"
+    )
+
+
+def control_race(kind: str) -> str:
+    function = f"void control<control_{kind}, (int)2, (int)2>(float *, long long)"
+    return (
+        f"========= Error: Race reported between Read access at {function}+0x1c0 in control.cuh:38\n"
+        f"=========     and Write access at {function}+0x150 in control.cuh:29 [160 hazards]\n========= \n"
+    )
+
+
+def racecheck(*controls: str) -> driver_mode.Report:
+    """On three handovers, and one race that is none."""
+    reading, *_, writing = driver_mode._HANDOVER
+    read, write = (driver_mode._lines_between(*side[2:])[2] for side in (reading, writing))
+    start = "Error: Race reported between"
+    messages = [
+        access("Read", "run_cells", exchange, read, start)
+        + access("Write", "run_products", exchange, write)
+        + access("Write", "run_products", exchange, write + 1)
+        for exchange in (
+            "ClusterPush<bf16, (int)1, (int)1>",
+            *(f"StagedRing<bf16, (int)1, (int)1, (int){n}>" for n in (2, 3)),
+        )
+    ]
+    other = access("Write", "run_products", "PolledRing<bf16, (int)1, (int)1>", write)
+    messages.append(access("Read", "run_cells", "PolledRing<bf16, (int)1, (int)1>", read + 100, start) + other)
+    messages += map(control_race, controls)
+    number = len(messages)
+    summary = f"========= RACECHECK SUMMARY: {number} hazards displayed ({number} errors, 0 warnings)\n"
+    report = driver_mode.Report({}, reached=1)
+    driver_mode._count_errors("========= \n".join([*messages, summary]), report)
+    assert report.told == report.counted == number
+    return report
+
+
+HANDING = ("persistent ClusterPush", "persistent StagedRing2", "persistent StagedRing3")
+
+
+def test_handovers_count_apart_where_the_control_is_reported() -> None:
+    report = racecheck("racing", "handed_over")
+    of = report.families
+    assert [(of[family].errors, of[family].handovers) for family in HANDING] == [(0, 1)] * 3
+    assert [of[family].errors for family in ("persistent PolledRing", *driver_mode.CONTROLS)] == [1, 1, 1]
+    assert any("does not follow barrier.cta.arrive" in message for message in report.messages)
+    assert sum("like the control's: 1 in persistent ClusterPush, 1 in" in message for message in report.messages) == 2
+    assert not driver_mode.judge("racecheck", report)
+    del of["persistent PolledRing"]
+    report.told -= 1
+    assert driver_mode.judge("racecheck", report)
+
+
+def test_handovers_are_errors_where_the_tool_follows_the_control() -> None:
+    report = racecheck("racing")
+    assert [(report.families[family].errors, report.families[family].handovers) for family in HANDING] == [(1, 0)] * 3
+    assert not any("barrier.cta.arrive" in message for message in report.messages)
+    assert not driver_mode.judge("racecheck", report)
+
+
+def test_a_handover_is_of_its_two_sides_alone() -> None:
+    (_, _, cells, *reads), (_, _, products, *writes) = driver_mode._HANDOVER
+    read = driver_mode._Access("Read", "void persistent::run_cells<X>(int)", cells, 0)
+    write = driver_mode._Access("Write", "void persistent::run_products<X>(int)", products, 0)
+    read = read._replace(line=driver_mode._lines_between(cells, *reads)[0])
+    write = write._replace(line=driver_mode._lines_between(products, *writes)[0])
+    assert driver_mode._is_handover([read, write, write])
+    assert driver_mode._is_handover([write, read])
+    wrong = [
+        read._replace(kind="Write"),
+        read._replace(line=1),
+        write._replace(function="void persistent::run_cells<X>()"),
+    ]
+    for others in ([], [write], [read], *([read, write, one] for one in wrong)):
+        assert not driver_mode._is_handover(others)
+
+
+def test_racecheck_has_to_report_the_race() -> None:
+    def judged(tool: str, errors: int) -> bool:
+        families = {name: driver_mode.Result(errors=errors) for name in driver_mode.CONTROLS}
+        return driver_mode.judge(tool, driver_mode.Report(families, told=2 * errors, reached=1))
+
+    assert judged("racecheck", 1)
+    assert not judged("racecheck", 0)
+    assert judged("memcheck", 1)
+    assert judged("memcheck", 0)
+
+
+def test_what_a_tool_did_not_print_is_not_clean() -> None:
+    report = driver_mode.Report({})
+    driver_mode._count_errors("========= RACECHECK SUMMARY: 200 hazards displayed (817 errors, 1 warning)\n", report)
+    assert (report.told, report.counted, report.clean) == (818, 0, False)
+
+
+def test_a_remark_is_told_and_the_replays_own_exit_code_is_no_error() -> None:
+    text = """\
+========= COMPUTE-SANITIZER
+========= Warning: Detected overflow of tracked cuda::barrier structures. Results might be incorrect.
+=========
+========= Target application returned an error
+========= ERROR SUMMARY: 1 error
+"""
+    report = driver_mode.Report({})
+    driver_mode._count_errors(2 * text, report)
+    assert report.told == 0
+    assert [message[:33] for message in report.messages] == ["2 × Warning: Detected overflow of"]
 
 
 def test_no_errors_are_none() -> None:
@@ -273,7 +415,7 @@ def test_what_a_case_breaks_the_others_survive(
 ) -> None:
     monkeypatch.setattr(driver_mode, "_LAUNCH_SECONDS", 2.0)
 
-    def command(log: Path) -> list[str]:
+    def command(log: Path, without: Collection[str]) -> list[str]:
         return [sys.executable, "-c", STAND_IN.format(log=str(log), dies_at=dies_at, hangs_at=hangs_at)]
 
     report = driver_mode.run_tool(command, tmp_path, "memcheck", ["norm", "banks", "norm", "banks"], 60)
@@ -288,12 +430,33 @@ def test_what_a_case_breaks_the_others_survive(
 
 
 def test_time_that_is_up_ends_it(tmp_path: Path) -> None:
-    report = driver_mode.run_tool(lambda log: ["false"], tmp_path, "memcheck", ["norm"], 0)
+    report = driver_mode.run_tool(lambda log, without: ["false"], tmp_path, "memcheck", ["norm"], 0)
     assert (report.reached, report.families["norm"].cases, report.last_words) == (0, 0, "")
 
 
 def test_a_tool_that_does_not_run_says_why(tmp_path: Path) -> None:
     report = driver_mode.run_tool(
-        lambda log: [sys.executable, "-c", "print('no')"], tmp_path, "racecheck", ["norm"], 60
+        lambda log, without: [sys.executable, "-c", "print('no')"], tmp_path, "racecheck", ["norm"], 60
     )
     assert (report.reached, report.last_words) == (0, "no\n")
+
+
+def test_a_tool_runs_without_the_options_that_it_does_not_take(tmp_path: Path) -> None:
+    def command(log: Path, without: Collection[str]) -> list[str]:
+        left = [word for word in driver_mode._command("tool", "synccheck", log, without) if word.startswith("--num")]
+        return [sys.executable, "-c", OLD_TOOL, *left]
+
+    report = driver_mode.run_tool(command, tmp_path, "synccheck", ["norm"], 60)
+    assert (report.reached, report.families["norm"].cases, report.last_words) == (1, 1, "")
+    assert report.messages == ["this version does not take --num-cuda-barriers, and ran without"]
+    fixed = driver_mode.run_tool(lambda log, without: command(log, []), tmp_path, "synccheck", ["norm"], 60)
+    assert fixed.reached == 0
+    assert fixed.last_words == "unrecognised option '--num-cuda-barriers'\n"
+
+
+OLD_TOOL = """
+import sys
+if "--num-cuda-barriers" in sys.argv:
+    sys.exit("unrecognised option '--num-cuda-barriers'")
+print("start 0\\ndone 0 | ok | 0.5 | words")
+"""
