@@ -116,8 +116,7 @@ def _fit(chip: Chip, task: Task, columns: int, blocks: int, split: int, groups: 
     in_shared = chunks - in_registers
     shared = split * in_shared * _CHUNK_STEPS * _STEP_BYTES
     shared += 2 * _GROUPS * cell_blocks * _GROUP_THREADS * 16 if split == 2 else 0  # sums that are swapped
-    staged = task.inputs + (2 if task.direction == "forward" else 1)  # what the cell reads and writes, rows padded
-    shared += _GROUPS * staged * cell_blocks * _BLOCK_ROWS * (_ROWS * 2 + 16) + _GROUPS * 32
+    shared += 8 * (task.inputs + 1) * cell_blocks * _BLOCK_ROWS * 32  # inputs and outputs, of eight warps
     shared += blocks * _BLOCK_ROWS * _ROWS * 2  # empty words
     slots = min(chunks, (chip.shared_bytes - shared) // (_GROUPS * (_chunk_bytes(blocks) + 16)))
     if in_registers < 1 or slots < min(chunks, 3):

@@ -153,23 +153,54 @@ __device__ __forceinline__ void run_products(const Problem<T>& p, const Ring<S>&
     publish(0, tile, words);
   }
 
-  const Stage<S> stage(shared, group);
-  // Of a warp in a tile of a tensor: the rows that a lane gives the matrices of ldmatrix and stmatrix.
-  const u32 fragment = lane % 8 * S::kRowPitch + warp * (kWarpRows * 2) + lane / 8 % 2 * 16;
-  auto load_fragments = [&](u32 from, u32 (&words)[kWords]) {
-#pragma unroll
-    for (int block = 0; block < S::kCellBlocks; ++block)
-      load_transposed(from + fragment + block * (kBlockRows * S::kRowPitch), words[block * 2], words[block * 2 + 1]);
+  // Tensors of the whole sequence pass through shared memory, where a warp has its 16 units of a tile's rows, 32 bytes a
+  // row; the halves of every other four rows are swapped, so that no two of the eight rows of a matrix share a bank.
+  const u32 stage = shared_address(shared) + S::kStageOffset +
+                    (group * kGroupWarps + warp) * ((S::kInputs + 1) * S::kStageBytes);
+  const u32 out = stage + S::kInputs * S::kStageBytes;
+  const u32 fragment = lane % 8 * 32 + ((lane / 8 ^ lane / 4) & 1) * 16, copied = lane / 2 * 32 + ((lane ^ lane / 8) & 1) * 16;
+  constexpr int kCopies = (2 * S::kCellRows + 31) / 32;
+  const int column = part.first_unit + warp * kWarpRows + lane % 2 * 8;
+  const int copied_row = first_block * kBlockRows + lane / 2;
+  // Is the i-th of the pieces there that a lane copies of a tile?
+  auto copies = [&](int tile, int i) {
+    return column < p.hidden && lane / 2 + 16 * i < S::kCellRows && tile * S::kTileRows + copied_row + 16 * i < part.rows;
   };
-  auto store_fragments = [&](u32 to, const u32 (&words)[kWords]) {
-#pragma unroll
-    for (int block = 0; block < S::kCellBlocks; ++block)
-      store_transposed(to + fragment + block * (kBlockRows * S::kRowPitch), words[block * 2], words[block * 2 + 1]);
+  auto at = [&](const T* base, u32 row, int values, int value) {
+    return reinterpret_cast<char*>(const_cast<T*>(base)) +
+           (static_cast<u64>(row * values + value) * p.pitch + part.head * p.hidden + column) * sizeof(T);
   };
-  auto hand_over = [&]() {
-    fence_async_shared();
+  auto time_of = [&](int step) { return S::kBackward ? p.steps - 1 - step : step; };
+  auto row_of = [&](int step, int tile) {
+    return static_cast<u32>(time_of(step)) * p.batch + part.first_row + tile * S::kTileRows + copied_row;
+  };
+  auto fetch_rows = [&](u32 to, const T* base, u32 row, int tile, int values, int value) {
+#pragma unroll
+    for (int i = 0; i < kCopies; ++i) {
+      const bool wanted = copies(tile, i);
+      if (lane / 2 + 16 * i < S::kCellRows)
+        copy_async16_if(to + copied + i * 512, at(base, wanted ? row + 16 * i : 0, values, value), wanted);
+    }
+    commit_copies();
+  };
+  auto fetch = [&](int step, int tile) {
+    if (step >= p.steps) return;
+    const u32 row = row_of(step, tile);
+    if constexpr (S::kBackward) fetch_rows(stage, p.input, row, tile, 1, 0);
+    constexpr int kSequences = S::kBackward ? Cell::kSaved : Cell::kGates, kFirst = S::kInputs - kSequences;
+#pragma unroll
+    for (int n = 0; n < kSequences; ++n)
+      fetch_rows(stage + (kFirst + n) * S::kStageBytes, S::kBackward ? p.saved : p.input, row, tile, kSequences, n);
+  };
+  auto store = [&](const u32 (&words)[kWords], T* base, u32 row, int tile, int values, int value) {
     __syncwarp();
-    if (lane == 0) barrier_arrive(stage.out_full);
+#pragma unroll
+    for (int block = 0; block < S::kCellBlocks; ++block)
+      store_transposed(out + fragment + block * 256, words[block * 2], words[block * 2 + 1]);
+    __syncwarp();
+#pragma unroll
+    for (int i = 0; i < kCopies; ++i)
+      if (copies(tile, i)) store_stream16(at(base, row + 16 * i, values, value), load_shared(out + copied + i * 512));
   };
 
   const u32 shared_weights =
@@ -179,25 +210,23 @@ __device__ __forceinline__ void run_products(const Problem<T>& p, const Ring<S>&
 
   const int all = S::kSplit == 2 ? (chunks - group + 1) / 2 : chunks;  // of this warp group
   u32 phase = 0;
+  if (first_tile < part.tiles) fetch(0, first_tile);
   for (int step = 0; step < products; ++step)
     for (int tile = first_tile; tile < part.tiles; tile += S::kTileGroups, ++phase) {
       // All that does not depend on the sums happens before them.
-      u32 given[S::kInputs][kWords] = {};
-      if (step < p.steps) {
-        barrier_wait(stage.in_full, phase & 1);
+      wait_copies<0>();
+      __syncwarp();
+      u32 given[S::kInputs][kWords];
 #pragma unroll
-        for (int n = 0; n < S::kInputs; ++n) load_fragments(stage.inputs + n * S::kStageBytes, given[n]);
-        __syncwarp();
-        if (lane == 0) barrier_arrive(stage.in_empty);
-        if (part.rows < (tile + 1) * S::kTileRows)  // what lies there is of another tile
+      for (int n = 0; n < S::kInputs; ++n)
 #pragma unroll
-          for (int i = 0; i < kWords; ++i)
-#pragma unroll
-            for (int j = 0; j < 2; ++j)
-              if (tile * S::kTileRows + pair + i / 2 * kBlockRows + j >= part.rows)
-#pragma unroll
-                for (int n = 0; n < S::kInputs; ++n) given[n][i] &= j ? 0x0000ffffu : 0xffff0000u;
-      }
+        for (int block = 0; block < S::kCellBlocks; ++block)
+          load_transposed(stage + n * S::kStageBytes + fragment + block * 256, given[n][block * 2], given[n][block * 2 + 1]);
+      __syncwarp();
+      if (tile + S::kTileGroups < part.tiles)
+        fetch(step, tile + S::kTileGroups);
+      else
+        fetch(step + 1, first_tile);
       float slope[S::kBackward ? kWords : 1][2];
       if constexpr (S::kBackward) {
 #pragma unroll
@@ -275,31 +304,26 @@ __device__ __forceinline__ void run_products(const Problem<T>& p, const Ring<S>&
           mine[block * 4 + 2] += __uint_as_float(theirs.z), mine[block * 4 + 3] += __uint_as_float(theirs.w);
         }
       }
+      const u32 row = row_of(step, tile);
       u32 published[kWords], saved[kWords];
       if constexpr (S::kBackward) {
         if (step == p.steps) {
 #pragma unroll
           for (int i = 0; i < kWords; ++i) published[i] = T::pack(mine[i * 2], mine[i * 2 + 1]);
-          barrier_wait(stage.out_empty, phase & 1 ^ 1);
-          store_fragments(stage.outputs, published);
-          hand_over();
+          store(published, p.initial_gradient, part.first_row + tile * S::kTileRows + copied_row, tile, 1, 0);
           continue;
         }
         if (step == 0 && p.last_gradient) {
-          barrier_wait(stage.out_empty, phase & 1 ^ 1);
-#pragma unroll 1
-          for (int i = lane; i < S::kCellRows * 2; i += 32) {
-            const int group_row = tile * S::kTileRows + first_block * kBlockRows + i / 2, column = part.first_unit + warp * kWarpRows + i % 2 * 8;
-            Words4 words{0, 0, 0, 0};
-            if (group_row < part.rows && column < p.hidden)
-              words = *reinterpret_cast<const Words4*>(p.last_gradient + static_cast<size_t>(part.first_row + group_row) * p.pitch + part.head * p.hidden + column);
-            store_shared(stage.outputs + i / 2 * S::kRowPitch + warp * (kWarpRows * 2) + i % 2 * 16, words);
-          }
-          __syncwarp();
-          load_fragments(stage.outputs, published);
+          fetch_rows(out, p.last_gradient, part.first_row + tile * S::kTileRows + copied_row, tile, 1, 0);
+          wait_copies<0>();
           __syncwarp();
 #pragma unroll
-          for (int i = 0; i < kWords; ++i) mine[i * 2] += T::low(published[i]), mine[i * 2 + 1] += T::high(published[i]);
+          for (int block = 0; block < S::kCellBlocks; ++block) {
+            u32 last[2];
+            load_transposed(out + fragment + block * 256, last[0], last[1]);
+#pragma unroll
+            for (int i = 0; i < 4; ++i) mine[block * 4 + i] += i % 2 ? T::high(last[i / 2]) : T::low(last[i / 2]);
+          }
         }
       }
 #pragma unroll
@@ -327,11 +351,9 @@ __device__ __forceinline__ void run_products(const Problem<T>& p, const Ring<S>&
         for (int i = 0; i < kWords; ++i) words[i] = published[i] & kept[i / 2];
         publish(step + 1, tile, words);
       }
-      barrier_wait(stage.out_empty, phase & 1 ^ 1);
-      store_fragments(stage.outputs, published);
+      store(published, p.output, row, tile, 1, 0);
       if constexpr (!S::kBackward)
-        if (p.saved) store_fragments(stage.outputs + S::kStageBytes, saved);
-      hand_over();
+        if (p.saved) store(saved, p.saved, row, tile, 1, 0);
     }
 }
 
@@ -411,67 +433,6 @@ __device__ __forceinline__ void run_loader(const Ring<S>& ring, char* shared, co
   if (wipes && lane == 0) asm volatile("cp.async.bulk.wait_group 0;" ::: "memory");
 }
 
-// Brings what the cells of a warp group read, a tile ahead, and takes away what they have written: a row a lane.
-template <typename S, typename Cell, typename T>
-__device__ __forceinline__ void run_rows(const Problem<T>& p, char* shared, const Part& part, int group, int products) {
-  const int lane = threadIdx.x & 31, first_block = S::kSplit == 2 ? group * S::kCellBlocks : 0;
-  const Stage<S> stage(shared, group);
-  const u32 bytes = min(kRows, p.hidden - part.first_unit) * sizeof(T);
-  auto rows_of = [&](int tile) {
-    return min(max(part.rows - tile * S::kTileRows - first_block * kBlockRows, 0), S::kCellRows);
-  };
-  auto row_of = [&](int step, int tile) {
-    const u32 time = step == p.steps ? 0 : S::kBackward ? p.steps - 1 - step : step;
-    return time * p.batch + part.first_row + tile * S::kTileRows + first_block * kBlockRows;
-  };
-  auto at = [&](const T* base, u32 row, int values, int value) {
-    return reinterpret_cast<char*>(const_cast<T*>(base)) +
-           (static_cast<u64>(row * values + value) * p.pitch + part.head * p.hidden + part.first_unit) * sizeof(T);
-  };
-  auto bring = [&](int step, int tile) {
-    const int rows = rows_of(tile);
-    if (lane == 0) mbarrier_expect(stage.in_full, rows * bytes * S::kInputs);
-    __syncwarp();
-#pragma unroll 1
-    for (int row = lane; row < rows; row += 32) {
-      const u32 from = row_of(step, tile) + row, to = stage.inputs + row * S::kRowPitch;
-      if constexpr (S::kBackward) copy_bulk(to, at(p.input, from, 1, 0), bytes, stage.in_full);
-      constexpr int kSequences = S::kBackward ? Cell::kSaved : Cell::kGates, kFirst = S::kInputs - kSequences;
-#pragma unroll
-      for (int n = 0; n < kSequences; ++n)
-        copy_bulk(to + (kFirst + n) * S::kStageBytes, at(S::kBackward ? p.saved : p.input, from, kSequences, n), bytes,
-                  stage.in_full);
-    }
-  };
-
-  const int first_tile = S::kSplit == 2 ? 0 : group;
-  u32 phase = 0;
-  if (first_tile < part.tiles) bring(0, first_tile);
-  for (int step = 0; step < products; ++step)
-    for (int tile = first_tile; tile < part.tiles; tile += S::kTileGroups, ++phase) {
-      const bool wraps = tile + S::kTileGroups >= part.tiles;
-      const int next_step = step + wraps, next_tile = wraps ? first_tile : tile + S::kTileGroups;
-      if (next_step < p.steps) {
-        barrier_wait(stage.in_empty, phase & 1);
-        bring(next_step, next_tile);
-      }
-      barrier_wait(stage.out_full, phase & 1);
-      const bool last = S::kBackward && step == p.steps;
-      const int rows = rows_of(tile);
-#pragma unroll 1
-      for (int row = lane; row < rows; row += 32) {
-        const u32 to = row_of(step, tile) + row, from = stage.outputs + row * S::kRowPitch;
-        store_bulk(at(last ? p.initial_gradient : p.output, to, 1, 0), from, bytes);
-        if constexpr (!S::kBackward)
-          if (p.saved) store_bulk(at(p.saved, to, 1, 0), from + S::kStageBytes, bytes);
-      }
-      asm volatile("cp.async.bulk.wait_group.read 0;" ::: "memory");
-      __syncwarp();
-      if (lane == 0) barrier_arrive(stage.out_empty);
-    }
-  asm volatile("cp.async.bulk.wait_group 0;" ::: "memory");
-}
-
 template <typename S, typename Cell, typename T>
 __device__ __forceinline__ void run(const Problem<T>& p) {
   extern __shared__ __align__(128) char shared[];
@@ -486,15 +447,6 @@ __device__ __forceinline__ void run(const Problem<T>& p) {
     barrier_init(slots.full + slot, 1), barrier_init(slots.empty + slot, kGroupWarps);
     asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
   }
-  if (threadIdx.x < kGroups) {
-    const Stage<S> stage(shared, threadIdx.x);
-    barrier_init(stage.in_full, 1), barrier_init(stage.in_empty, kGroupWarps);
-    barrier_init(stage.out_full, kGroupWarps), barrier_init(stage.out_empty, 1);
-    asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
-  }
-  // Units beyond the last are never copied: zero once and for all.
-  for (int i = threadIdx.x * 16; i < kGroups * (S::kInputs + S::kStored) * S::kStageBytes; i += kThreads * 16)
-    store_shared(shared_address(shared) + S::kStageOffset + i, {0, 0, 0, 0});
   if constexpr (S::kSharedChunks > 0) fill_shared_weights<S>(p, part, shared);
   for (int i = threadIdx.x * 16; i < S::kOwnBytes; i += kThreads * 16)
     store_shared(shared_address(shared) + S::kEmptyOffset + i, {~0u, ~0u, ~0u, ~0u});
@@ -505,11 +457,8 @@ __device__ __forceinline__ void run(const Problem<T>& p) {
     run_products<S, Cell>(p, ring, shared, part, chunks, products);
   } else {
     give_registers<S::kOtherRegisters>();
-    const int warp = uniform(threadIdx.x / 32) - kGroups * kGroupWarps, group = warp % kGroups;
-    if (warp < kGroups)
-      run_loader<S>(ring, shared, part, group, 0, S::kSplit == 2 ? (chunks - group + 1) / 2 : chunks, products);
-    else
-      run_rows<S, Cell>(p, shared, part, group, products);
+    const int warp = uniform(threadIdx.x / 32) - kGroups * kGroupWarps, group = warp / kLoaders;
+    run_loader<S>(ring, shared, part, group, warp % kLoaders, S::kSplit == 2 ? (chunks - group + 1) / 2 : chunks, products);
   }
 }
 

@@ -14,7 +14,7 @@ using persistent::Part;
 template <typename T>
 using Problem = persistent::Problem<T, T>;
 
-constexpr int kGroups = 2, kGroupThreads = 128, kGroupWarps = 4, kLoaders = 1;  // warp groups that multiply; loader warps of each
+constexpr int kGroups = 2, kGroupThreads = 128, kGroupWarps = 4, kLoaders = 2;  // warp groups that multiply; loader warps of each
 constexpr int kThreads = (kGroups + 1) * kGroupThreads;
 constexpr int kRows = 64, kWarpRows = 16;  // of W: a CTA's, a warp's
 constexpr int kCoreBytes = 128;            // a core matrix of wgmma: eight units of eight batch rows
@@ -45,16 +45,14 @@ struct Shape {
   static constexpr int kInputs = kBackward ? 1 + Cell::kSaved : Cell::kGates;  // values a unit that the cell reads
   static constexpr int kChunkBytes = kBlocks * kChunkDepth * kBlockRows * 2;
   static constexpr int kOwnBytes = kBlocks * kRows * kBlockRows * 2;  // of a tile, what a CTA publishes
-  static constexpr int kStored = kBackward ? 1 : 2;                   // tensors that the cell writes
-  static constexpr int kRowPitch = kRows * 2 + 16;                    // no two of eight rows share a bank
-  static constexpr int kStageBytes = kCellRows * kRowPitch;           // a warp group's part of a tile of any tensor
+  static constexpr int kStageBytes = kCellRows * kWarpRows * 2;       // a warp's part of a tile of any tensor
   static constexpr int kSwapBytes = kSplit == 2 ? 2 * kGroups * kCellBlocks * kGroupThreads * 16 : 0;
   static constexpr int kWeightOffset = kGroups * kSlots * kChunkBytes;
   static constexpr int kSwapOffset = kWeightOffset + kSplit * kSharedChunks * kChunkSteps * kStepBytes;
   static constexpr int kStageOffset = kSwapOffset + kSwapBytes;
-  static constexpr int kEmptyOffset = kStageOffset + kGroups * (kInputs + kStored) * kStageBytes;
+  static constexpr int kEmptyOffset = kStageOffset + kGroups * kGroupWarps * (kInputs + 1) * kStageBytes;
   static constexpr int kBarrierOffset = kEmptyOffset + kOwnBytes;
-  static constexpr int kSharedBytes = kBarrierOffset + kGroups * (kSlots * 16 + 32);
+  static constexpr int kSharedBytes = kBarrierOffset + kGroups * kSlots * 16;
   // Registers of a thread that multiplies and of the others; a launch of 384 threads takes 168 each.
   static constexpr int kProductRegisters = 232, kOtherRegisters = 40;
   static_assert(kChunks < 32 && kBlocks % kSplit == 0, "both warp groups apply the cell to as many rows");
@@ -186,18 +184,6 @@ struct Slots {
   __device__ Slots(char* shared, int group) {
     data = shared_address(shared) + group * (S::kSlots * S::kChunkBytes);
     full = shared_address(shared) + S::kBarrierOffset + group * (S::kSlots * 16), empty = full + S::kSlots * 8;
-  }
-};
-
-// Tensors of the whole sequence pass through shared memory: what the cell reads of a tile, and what it writes.
-template <typename S>
-struct Stage {
-  u32 inputs, outputs, in_full, in_empty, out_full, out_empty;
-  __device__ Stage(char* shared, int group) {
-    inputs = shared_address(shared) + S::kStageOffset + group * ((S::kInputs + S::kStored) * S::kStageBytes);
-    outputs = inputs + S::kInputs * S::kStageBytes;
-    in_full = shared_address(shared) + S::kBarrierOffset + kGroups * (S::kSlots * 16) + group * 32;
-    in_empty = in_full + 8, out_full = in_full + 16, out_empty = in_full + 24;
   }
 };
 
