@@ -10,19 +10,19 @@
 //   kSplit 2  both work on the same tile and each holds the weights of every other chunk of the depth, so that twice as
 //             many fit; they swap partial sums, and each applies the cell to half of the rows.
 //
-// Loader warps bring the state from L2 into a ring of slots in shared memory, chunk by chunk of the depth, when the flags of
-// those who publish a chunk are up. No fence stands between data and flag, since that would cost more than the exchange
-// itself: nearly always the data has come too, and what has not is a NaN (see RingSlots), which no product hides. So a
-// warp group whose sums hold a NaN looks for words that are missing, waits for them and multiplies once more; only a
-// NaN that is really there survives that.
+// Loader warps bring the state from L2 into a ring of slots in shared memory, chunk by chunk of the depth, when the
+// flags of those who publish a chunk are up. No fence stands between data and flag, since that would cost more than the
+// exchange itself: nearly always the data has come too, and what has not is a NaN (see RingSlots), which no product
+// hides. So a warp group whose sums hold a NaN looks for words that are missing, waits for them and multiplies once
+// more; only a NaN that is really there survives that.
 #pragma once
 
 #include "wide_layout.cuh"
 
 namespace wide {
 
-// Words of the state that a copy came too early for, polled for until they are there, by a warp group that has done with
-// what is at `to`. All of them, where `to` is not the place that the copy went to.
+// Words of the state that a copy came too early for, polled for until they are there, by a warp group that has done
+// with what is at `to`. All of them, where `to` is not the place that the copy went to.
 template <typename S>
 __device__ __forceinline__ void repair(u32 to, const char* from, int bytes, bool all, int barrier) {
   ::barrier_sync(barrier, kGroupThreads);
@@ -78,9 +78,11 @@ __device__ __forceinline__ void multiply(float (&sum)[S::kBlocks * 4],
       for (int s = 0; s < kChunkSteps; ++s) {
         const int i = S::index(n) * kChunkSteps + s;
         if (S::in_registers(n))
-          Wgmma<T>::multiply(sum, weights[i % (S::kRegisterChunks * kChunkSteps)], low + s * kStepStride, kHigh, n + s > 0);
+          Wgmma<T>::multiply(sum, weights[i % (S::kRegisterChunks * kChunkSteps)], low + s * kStepStride, kHigh,
+                             n + s > 0);
         else
-          Wgmma<T>::multiply(sum, shared_weights + i * (kStepBytes >> 4), kHigh, low + s * kStepStride, kHigh, n + s > 0);
+          Wgmma<T>::multiply(sum, shared_weights + i * (kStepBytes >> 4), kHigh, low + s * kStepStride, kHigh,
+                             n + s > 0);
       }
       wgmma_commit();
       if constexpr (kAgain) {
@@ -113,19 +115,21 @@ __device__ __forceinline__ void run_products(const Problem<T>& p, const Ring<S>&
 #pragma unroll
     for (int i = 0; i < 4; ++i)
       weights[s][i] = load_weights<S>(p, part, warp * kWarpRows + lane / 4 + i % 2 * 8,
-                                      chunk_of<S>(S::of_registers(s / kChunkSteps), group) * kChunkDepth + s % kChunkSteps * 16 +
-                                          i / 2 * 8 + lane % 4 * 2);
+                                      chunk_of<S>(S::of_registers(s / kChunkSteps), group) * kChunkDepth +
+                                          s % kChunkSteps * 16 + i / 2 * 8 + lane % 4 * 2);
 
   // A value of a tensor of one step, which only the first and the last one need.
   auto load_value = [&](const T* base, int tile, int row, int half) {
     const int group_row = tile * S::kTileRows + row;
     if (group_row >= part.rows || unit + half * 8 >= p.hidden) return 0.0f;
-    const u16 bits = base[static_cast<size_t>(part.first_row + group_row) * p.pitch + part.head * p.hidden + unit + half * 8].bits;
+    const u16 bits =
+        base[static_cast<size_t>(part.first_row + group_row) * p.pitch + part.head * p.hidden + unit + half * 8].bits;
     return T::low(bits);
   };
   const u32 own = Ring<S>::core((part.first_unit + warp * kWarpRows) / 8, first_block) + lane * 4;
-  const u32 flag = part.first_unit / kRows * Ring<S>::kFlagBytes + ((S::kSplit == 2 ? group * kGroupWarps : 0) + warp) * 4;
-  auto publish = [&](int step, int tile, const u32 (&words)[kWords]) {
+  const u32 flag =
+      part.first_unit / kRows * Ring<S>::kFlagBytes + ((S::kSplit == 2 ? group * kGroupWarps : 0) + warp) * 4;
+  auto publish = [&](int step, int tile, const u32(&words)[kWords]) {
     char* to = ring.at(step, tile) + own;
 #pragma unroll
     for (int half = 0; half < 2; ++half)
@@ -153,18 +157,20 @@ __device__ __forceinline__ void run_products(const Problem<T>& p, const Ring<S>&
     publish(0, tile, words);
   }
 
-  // Tensors of the whole sequence pass through shared memory, where a warp has its 16 units of a tile's rows, 32 bytes a
-  // row; the halves of every other four rows are swapped, so that no two of the eight rows of a matrix share a bank.
-  const u32 stage = shared_address(shared) + S::kStageOffset +
-                    (group * kGroupWarps + warp) * ((S::kInputs + 1) * S::kStageBytes);
+  // Tensors of the whole sequence pass through shared memory, where a warp has its 16 units of a tile's rows, 32 bytes
+  // a row; the halves of every other four rows are swapped, so that no two of the eight rows of a matrix share a bank.
+  const u32 stage =
+      shared_address(shared) + S::kStageOffset + (group * kGroupWarps + warp) * ((S::kInputs + 1) * S::kStageBytes);
   const u32 out = stage + S::kInputs * S::kStageBytes;
-  const u32 fragment = lane % 8 * 32 + ((lane / 8 ^ lane / 4) & 1) * 16, copied = lane / 2 * 32 + ((lane ^ lane / 8) & 1) * 16;
+  const u32 fragment = lane % 8 * 32 + ((lane / 8 ^ lane / 4) & 1) * 16,
+            copied = lane / 2 * 32 + ((lane ^ lane / 8) & 1) * 16;
   constexpr int kCopies = (2 * S::kCellRows + 31) / 32;
   const int column = part.first_unit + warp * kWarpRows + lane % 2 * 8;
   const int copied_row = first_block * kBlockRows + lane / 2;
   // Is the i-th of the pieces there that a lane copies of a tile?
   auto copies = [&](int tile, int i) {
-    return column < p.hidden && lane / 2 + 16 * i < S::kCellRows && tile * S::kTileRows + copied_row + 16 * i < part.rows;
+    return column < p.hidden && lane / 2 + 16 * i < S::kCellRows &&
+           tile * S::kTileRows + copied_row + 16 * i < part.rows;
   };
   auto at = [&](const T* base, u32 row, int values, int value) {
     return reinterpret_cast<char*>(const_cast<T*>(base)) +
@@ -192,7 +198,7 @@ __device__ __forceinline__ void run_products(const Problem<T>& p, const Ring<S>&
     for (int n = 0; n < kSequences; ++n)
       fetch_rows(stage + (kFirst + n) * S::kStageBytes, S::kBackward ? p.saved : p.input, row, tile, kSequences, n);
   };
-  auto store = [&](const u32 (&words)[kWords], T* base, u32 row, int tile, int values, int value) {
+  auto store = [&](const u32(&words)[kWords], T* base, u32 row, int tile, int values, int value) {
     __syncwarp();
 #pragma unroll
     for (int block = 0; block < S::kCellBlocks; ++block)
@@ -221,7 +227,8 @@ __device__ __forceinline__ void run_products(const Problem<T>& p, const Ring<S>&
       for (int n = 0; n < S::kInputs; ++n)
 #pragma unroll
         for (int block = 0; block < S::kCellBlocks; ++block)
-          load_transposed(stage + n * S::kStageBytes + fragment + block * 256, given[n][block * 2], given[n][block * 2 + 1]);
+          load_transposed(stage + n * S::kStageBytes + fragment + block * 256, given[n][block * 2],
+                          given[n][block * 2 + 1]);
       __syncwarp();
       if (tile + S::kTileGroups < part.tiles)
         fetch(step, tile + S::kTileGroups);
@@ -250,15 +257,18 @@ __device__ __forceinline__ void run_products(const Problem<T>& p, const Ring<S>&
           for (int j = 0; j < 2; ++j) {
             const int group_row = tile * S::kTileRows + pair + block * kBlockRows + j;
             if (group_row < part.rows &&
-                p.reset[static_cast<size_t>(S::kBackward ? p.steps - 1 - step : step + 1) * p.batch + part.first_row + group_row])
+                p.reset[static_cast<size_t>(S::kBackward ? p.steps - 1 - step : step + 1) * p.batch + part.first_row +
+                        group_row])
               kept[block] &= j ? 0x0000ffffu : 0xffff0000u;
           }
 
       // The warp groups take turns: two products at a time would take twice as long each, and then both would wait.
-      if (S::kSplit == 1 && (tile > 0 || (step > 0 && part.tiles % 2 == 0))) ::barrier_sync(kTurn + group, kGroups * kGroupThreads);
+      if (S::kSplit == 1 && (tile > 0 || (step > 0 && part.tiles % 2 == 0)))
+        ::barrier_sync(kTurn + group, kGroups * kGroupThreads);
       float sum[S::kBlocks * 4];
       float mine[S::kCellBlocks * 4];
-      const u32 swap = shared_address(shared) + S::kSwapOffset + (phase & 1) * (S::kSwapBytes / 2) + threadIdx.x % kGroupThreads * 16;
+      const u32 swap = shared_address(shared) + S::kSwapOffset + (phase & 1) * (S::kSwapBytes / 2) +
+                       threadIdx.x % kGroupThreads * 16;
       constexpr int kGroupSwap = S::kCellBlocks * kGroupThreads * 16;
       const bool passes = S::kSplit == 1 && (tile + 1 < part.tiles || (group == 1 && step + 1 < products));
       // What this warp group goes on with; whether any of its sums, or of the other's, is a NaN.
@@ -282,7 +292,8 @@ __device__ __forceinline__ void run_products(const Problem<T>& p, const Ring<S>&
               const float low = sum[block * 4 + i], high = sum[(block + S::kCellBlocks) * 4 + i];
               mine[block * 4 + i] = group ? high : low, theirs[i] = __float_as_uint(group ? low : high);
             }
-            store_shared(swap + (group ^ 1) * kGroupSwap + block * (kGroupThreads * 16), {theirs[0], theirs[1], theirs[2], theirs[3]});
+            store_shared(swap + (group ^ 1) * kGroupSwap + block * (kGroupThreads * 16),
+                         {theirs[0], theirs[1], theirs[2], theirs[3]});
           }
           return any_of(kSumsReady, kGroups * kGroupThreads, suspect);
         }
@@ -364,12 +375,12 @@ __device__ __forceinline__ void run_products(const Problem<T>& p, const Ring<S>&
 // has published of that is wiped then. The wipe is over before anything of step s + 1 is copied, long before this CTA
 // publishes into the same place again.
 template <typename S>
-__device__ __forceinline__ void run_loader(const Ring<S>& ring, char* shared, const Part& part, int group, int loader, int all,
-                                           int products) {
+__device__ __forceinline__ void run_loader(const Ring<S>& ring, char* shared, const Part& part, int group, int loader,
+                                           int all, int products) {
   constexpr int kMost = (S::kChunks + kLoaders - 1) / kLoaders;
-  constexpr int kLanes = 2 * S::kSplit;  // of a chunk: each looks after four warps
+  constexpr int kLanes = 2 * S::kSplit;                           // of a chunk: each looks after four warps
   constexpr u32 kStride = kLoaders * S::kSplit * S::kChunkBytes;  // from one chunk of this loader to the next
-  constexpr int kPolls = 3;               // on the way at a time
+  constexpr int kPolls = 3;                                       // on the way at a time
   static_assert(kMost * kLanes <= 32, "a lane for every four warps");
   const int lane = threadIdx.x & 31, mine = (all - loader + kLoaders - 1) / kLoaders;
   const Slots<S> slots(shared, group);
@@ -399,8 +410,9 @@ __device__ __forceinline__ void run_loader(const Ring<S>& ring, char* shared, co
       for (int i = 0; i + 1 < kPolls; ++i) seen[i] = poll();
       for (u32 polls = 0; missing; ++polls) {
         seen[kPolls - 1] = poll();
-        const u32 votes = __ballot_sync(~0u, min(min(static_cast<int>(seen[0].x), static_cast<int>(seen[0].y)),
-                                                 min(static_cast<int>(seen[0].z), static_cast<int>(seen[0].w))) >= step);
+        const u32 votes =
+            __ballot_sync(~0u, min(min(static_cast<int>(seen[0].x), static_cast<int>(seen[0].y)),
+                                   min(static_cast<int>(seen[0].z), static_cast<int>(seen[0].w))) >= step);
         u32 fresh = 0;
 #pragma unroll
         for (int n = 0; n < kMost; ++n) {
@@ -408,7 +420,7 @@ __device__ __forceinline__ void run_loader(const Ring<S>& ring, char* shared, co
           if ((votes >> (n * kLanes) & kAll) == kAll) fresh |= 1u << n;
         }
         fresh &= missing;
-        // Slots that chunks of the same tile share are given to them in order.
+      // Slots that chunks of the same tile share are given to them in order.
 #pragma unroll
         for (int n = 0; n < kMost; ++n)
           if (fresh >> n & 1 && (Place<S>::kFixed || !(missing & (1u << n) - 1))) {
@@ -426,7 +438,8 @@ __device__ __forceinline__ void run_loader(const Ring<S>& ring, char* shared, co
       if (wipes && lane == 0) {
         asm volatile("cp.async.bulk.wait_group 0;" ::: "memory");
         fence_gpu();
-        if (step >= 2) store_bulk(ring.at(step - 2, tile) + wiped, shared_address(shared) + S::kEmptyOffset, S::kOwnBytes);
+        if (step >= 2)
+          store_bulk(ring.at(step - 2, tile) + wiped, shared_address(shared) + S::kEmptyOffset, S::kOwnBytes);
       }
       __syncwarp();
     }
@@ -458,7 +471,8 @@ __device__ __forceinline__ void run(const Problem<T>& p) {
   } else {
     give_registers<S::kOtherRegisters>();
     const int warp = uniform(threadIdx.x / 32) - kGroups * kGroupWarps, group = warp / kLoaders;
-    run_loader<S>(ring, shared, part, group, warp % kLoaders, S::kSplit == 2 ? (chunks - group + 1) / 2 : chunks, products);
+    run_loader<S>(ring, shared, part, group, warp % kLoaders, S::kSplit == 2 ? (chunks - group + 1) / 2 : chunks,
+                  products);
   }
 }
 
@@ -466,8 +480,8 @@ __device__ __forceinline__ void run(const Problem<T>& p) {
 
 template <typename T, typename Cell, int kRegisterChunks, int kSharedChunks, int kBlocks, int kSlots, int kSplit>
 __global__ void __launch_bounds__(wide::kThreads, 1)
-    wide_forward(const T* pre, const T* weight, const T*, const T* h0, const T*, const u8* reset, T* h, T* saved, T*, T*,
-                 char* ring, int steps, int batch, int hidden, int pitch, int tiles) {
+    wide_forward(const T* pre, const T* weight, const T*, const T* h0, const T*, const u8* reset, T* h, T* saved, T*,
+                 T*, char* ring, int steps, int batch, int hidden, int pitch, int tiles) {
   wide::Problem<T> p{};
   p.input = pre, p.weight = weight, p.initial = h0, p.reset = reset, p.output = h, p.saved = saved;
   p.ring = ring, p.steps = steps, p.batch = batch, p.hidden = hidden, p.pitch = pitch, p.tiles = tiles;
@@ -476,8 +490,8 @@ __global__ void __launch_bounds__(wide::kThreads, 1)
 
 template <typename T, typename Cell, int kRegisterChunks, int kSharedChunks, int kBlocks, int kSlots, int kSplit>
 __global__ void __launch_bounds__(wide::kThreads, 1)
-    wide_backward(const T* dh, const T* weight, const T* dh_last, T*, const u8* reset, T* saved, const T*, T*, T* dpre, T*,
-                  T* dh0, T*, char* ring, int steps, int batch, int hidden, int pitch, int tiles) {
+    wide_backward(const T* dh, const T* weight, const T* dh_last, T*, const u8* reset, T* saved, const T*, T*, T* dpre,
+                  T*, T* dh0, T*, char* ring, int steps, int batch, int hidden, int pitch, int tiles) {
   wide::Problem<T> p{};
   p.input = dh, p.weight = weight, p.last_gradient = dh_last, p.reset = reset, p.output = dpre, p.saved = saved;
   p.initial_gradient = dh0;

@@ -5,7 +5,6 @@
 #include "persistent_layout.cuh"
 #include "wgmma.cuh"
 
-
 namespace wide {
 
 using persistent::kBlockRows;
@@ -14,21 +13,24 @@ using persistent::Part;
 template <typename T>
 using Problem = persistent::Problem<T, T>;
 
-constexpr int kGroups = 2, kGroupThreads = 128, kGroupWarps = 4, kLoaders = 2;  // warp groups that multiply; loader warps of each
+constexpr int kGroups = 2, kGroupThreads = 128, kGroupWarps = 4,
+              kLoaders = 2;  // warp groups that multiply; loader warps of each
 constexpr int kThreads = (kGroups + 1) * kGroupThreads;
 constexpr int kRows = 64, kWarpRows = 16;  // of W: a CTA's, a warp's
 constexpr int kCoreBytes = 128;            // a core matrix of wgmma: eight units of eight batch rows
 constexpr int kChunkSteps = 8, kChunkDepth = kChunkSteps * 16;
-constexpr int kStepBytes = kRows * 16 * 2;  // of W, one wgmma deep
+constexpr int kStepBytes = kRows * 16 * 2;           // of W, one wgmma deep
 constexpr int kSumsReady = 1, kTurn = 2, kVote = 4;  // named barriers; of the last two one a warp group
 
 // kRegisterChunks + kSharedChunks: chunks of the depth whose weights a warp group holds, in registers and in shared
 // memory; kBlocks: blocks of eight batch rows a tile; kSlots: chunks of the state in the ring of a warp group.
-template <typename Cell, bool kBackward_, int kRegisterChunks_, int kSharedChunks_, int kBlocks_, int kSlots_, int kSplit_>
+template <typename Cell, bool kBackward_, int kRegisterChunks_, int kSharedChunks_, int kBlocks_, int kSlots_,
+          int kSplit_>
 struct Shape {
   static constexpr bool kBackward = kBackward_;
   static constexpr int kRegisterChunks = kRegisterChunks_, kSharedChunks = kSharedChunks_;
-  static constexpr int kChunks = kRegisterChunks + kSharedChunks, kBlocks = kBlocks_, kSlots = kSlots_, kSplit = kSplit_;
+  static constexpr int kChunks = kRegisterChunks + kSharedChunks, kBlocks = kBlocks_, kSlots = kSlots_,
+                       kSplit = kSplit_;
   static constexpr bool kRelease = kSlots < kChunks;  // slots are given back chunk by chunk
   // Chunks of weights in shared memory and in registers take turns, the former first, until one kind is used up.
   static constexpr int kTurns = kRegisterChunks < kSharedChunks ? kRegisterChunks : kSharedChunks;
@@ -36,7 +38,9 @@ struct Shape {
     return n < 2 * kTurns ? n % 2 == 1 : kRegisterChunks > kSharedChunks;
   }
   static __device__ constexpr int index(int n) { return n < 2 * kTurns ? n / 2 : n - kTurns; }
-  static __device__ constexpr int of_registers(int i) { return i < kTurns ? 2 * i + 1 : i + kTurns; }  // index's inverse
+  static __device__ constexpr int of_registers(int i) {
+    return i < kTurns ? 2 * i + 1 : i + kTurns;
+  }  // index's inverse
   static __device__ constexpr int of_shared(int i) { return i < kTurns ? 2 * i : i + kTurns; }
   static constexpr int kColumns = kRows, kTileRows = kBlocks * kBlockRows;
   static constexpr int kCellBlocks = kBlocks / kSplit, kCellRows = kCellBlocks * kBlockRows;
@@ -73,7 +77,8 @@ __device__ __forceinline__ void store_strong4(void* address, u32 v) {
   asm volatile("st.relaxed.gpu.global.u32 [%0], %1;" ::"l"(address), "r"(v) : "memory");
 }
 __device__ __forceinline__ void store_stream16(void* address, const Words4& v) {
-  asm volatile("st.global.cs.v4.u32 [%0], {%1,%2,%3,%4};" ::"l"(address), "r"(v.x), "r"(v.y), "r"(v.z), "r"(v.w) : "memory");
+  asm volatile("st.global.cs.v4.u32 [%0], {%1,%2,%3,%4};" ::"l"(address), "r"(v.x), "r"(v.y), "r"(v.z), "r"(v.w)
+               : "memory");
 }
 // Sixteen zero bytes unless `wanted`.
 __device__ __forceinline__ void copy_async16_if(u32 to, const void* from, bool wanted) {
@@ -130,9 +135,7 @@ template <int kPending>
 __device__ __forceinline__ void wgmma_wait() {
   asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(kPending) : "memory");
 }
-__device__ __forceinline__ void fence_async_shared() {
-  asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
-}
+__device__ __forceinline__ void fence_async_shared() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
 
 // The exchanged state in global memory; see RingSlots of exchange.cuh for the protocol. A tile is a matrix of core
 // matrices, all batch rows of eight units following each other.
