@@ -185,7 +185,7 @@ def test_damaged_checkpoints_are_one_clear_line(trained: Path, capsys: pytest.Ca
         capsys.readouterr()
         assert run(*argv) == 2
         (line,) = capsys.readouterr().err.splitlines()
-        assert "model.safetensors was cut short or changed; remove" in line
+        assert "model.safetensors was cut short or changed; there is no whole one before it" in line
     (trained / "config.json").write_text('{"train": {}}')
     assert run("generate", trained) == 2
     assert "is not as elman train wrote it" in capsys.readouterr().err

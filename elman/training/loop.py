@@ -27,12 +27,12 @@ from elman.model import LanguageModel, ModelConfig, next_token_loss
 from elman.ops import record_backends
 from elman.sizing import flops_per_token, num_params, state_size
 from elman.text import readable
-from elman.training.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
+from elman.training.checkpoint import Checkpoint, save_checkpoint
 from elman.training.config import TrainConfig
 from elman.training.display import TrainingDisplay, print_summary, say
 from elman.training.optim import build_optimizer, learning_rate
 from elman.training.plot import plot_losses
-from elman.training.run import RunFolder, load_weights, newest_checkpoint
+from elman.training.run import RunFolder, load_newest, load_weights
 from elman.units import format_bytes, format_count
 
 _SAMPLE_BYTES = 300
@@ -75,15 +75,15 @@ class Trainer:
         self._pending: list[tuple[dict[str, Any], torch.Tensor, torch.Tensor]] = []
 
     def restore(self, run: RunFolder) -> None:
-        """Go back to the run's newest checkpoint; to the start, where this already is, if it has none yet.
+        """Go back to the run's newest whole checkpoint; to the start, where this already is, if it has none yet.
 
         Raises:
-            UsageError: the checkpoint is damaged or another model's, or the data is not what the run began with.
+            UsageError: every checkpoint is damaged, or another model's, or the data is not what the run began with.
         """
-        path = newest_checkpoint(run)
-        if path is None:
+        found = load_newest(run, lambda line: say(self.console, line), set_aside=True)
+        if found is None:
             return
-        checkpoint = load_checkpoint(path)
+        path, checkpoint = found
         assert checkpoint.trainer is not None
         if checkpoint.trainer["data"] != self.fingerprint:
             raise UsageError(
