@@ -2,7 +2,8 @@
 
 config.json     the options and the model, resolved
 env.json        machine, versions, commit; one entry for each time the run was started
-metrics.jsonl   a line a step (step, loss, lr, grad_norm, tokens, seconds) and a line an evaluation
+metrics.jsonl   a line a step (step, loss, lr, grad_norm, tokens, seconds) and a line an evaluation; a step that was
+                skipped has what of it was finite, and under "skipped" how many there were so far
 summary.json    the outcome
 sample.txt, loss.png
 checkpoints/

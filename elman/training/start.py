@@ -27,7 +27,7 @@ from elman.training.run import RunFolder, check_free, create, open_run
 from elman.units import format_bytes, format_count, format_duration
 
 #: What may be given anew when a run goes on; anything else would make it another run.
-_RESUMABLE = ("steps", "time_limit", "data", "device", "compile", "eval_every", "save_every")
+_RESUMABLE = ("steps", "time_limit", "data", "device", "compile", "eval_every", "save_every", "max_skipped")
 
 
 def start_run(config: TrainConfig, mixers: tuple[MixerConfig, ...], console: Console) -> int:

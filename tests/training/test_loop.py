@@ -352,9 +352,10 @@ def test_too_many_in_a_row_stop_the_run_and_its_last_checkpoint_is_named(
         start(replace(config, max_skipped=3))
     assert all(tensor.isfinite().all() for tensor in load_model(config.out).state_dict().values())  # type: ignore[arg-type]
     # They are counted on over a resume: the second in a row was the one that was saved.
-    saved, model = open_run(config.out).read_config()  # type: ignore[arg-type]
     with pytest.raises(TrainingError, match=r"step 9 is skipped.*the last 3 "):
-        resume_run(replace(saved, resume=config.out), model.mixers, Console(file=io.StringIO()))
+        resume(config)
+    with pytest.raises(TrainingError, match=r"step 11 is skipped.*the last 5 "):
+        resume(config, max_skipped=5)
 
 
 def test_fp16_scales_the_loss_until_gradients_fit(config: TrainConfig, monkeypatch: pytest.MonkeyPatch) -> None:
