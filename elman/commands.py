@@ -37,7 +37,7 @@ def generate(
         raise UsageError("standard output is closed: send it to a file or a terminal")
     where = resolve_device(device)
     start = os.fsencode(prompt)
-    model = load_model(run).to(where)
+    model = load_model(run, lambda line: print(one_line(line), file=sys.stderr)).to(where)
     drawn = generate_bytes(model, start, num_bytes, temperature=temperature, top_p=top_p, seed=seed)
     if not out.isatty():
         sink = out.buffer

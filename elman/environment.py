@@ -86,7 +86,7 @@ def package_versions() -> dict[str, str | None]:
     versions: dict[str, str | None] = {}
     for name in (
         *("torch", "numpy", "triton", "safetensors", "cuda-core"),
-        *("mamba-ssm", "causal-conv1d", "flash-linear-attention"),
+        *("mamba-ssm", "causal-conv1d", "flash-linear-attention", "schedulefree"),
     ):
         try:
             versions[name] = importlib.metadata.version(name)

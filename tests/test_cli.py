@@ -185,10 +185,20 @@ def test_damaged_checkpoints_are_one_clear_line(trained: Path, capsys: pytest.Ca
         capsys.readouterr()
         assert run(*argv) == 2
         (line,) = capsys.readouterr().err.splitlines()
-        assert "model.safetensors was cut short or changed; remove" in line
+        assert "model.safetensors was cut short or changed; there is no whole one before it" in line
     (trained / "config.json").write_text('{"train": {}}')
     assert run("generate", trained) == 2
     assert "is not as elman train wrote it" in capsys.readouterr().err
+
+
+def test_generate_goes_by_the_checkpoint_before_a_damaged_one(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run("train", "--data", "text", "--steps", 3, *TINY, "--save-every", 2, "--out", "trained") == 0
+    weights = folder / "trained" / "checkpoints" / "step-00000003" / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-10])
+    capsys.readouterr()
+    assert run("generate", "trained", "--bytes", 0) == 0
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.endswith("model.safetensors was cut short or changed; going by step-00000002, which is whole")
 
 
 def test_train_ladder_is_train(folder: Path) -> None:

@@ -1,4 +1,9 @@
-"""What a variant is: a config that knows its counts, and the module that it builds."""
+"""What a variant is: a config that knows its counts, and the module that it builds.
+
+A module says what its own parameters are by two attributes, each a set of their names, where it is not plain to see:
+``no_decay`` for what weight decay would spoil though it is no vector and no bias, ``no_matrix`` for what is no map
+between units though it has two axes. Decays are in the first whatever their shape.
+"""
 
 from __future__ import annotations
 

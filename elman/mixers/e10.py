@@ -60,13 +60,15 @@ class E10Config(ConvElmanConfig):
 class E10(ConvMixer):
     """See the top of this file; shapes as in ``Mixer.forward``, the state being h (B, d) and m (B, k, d)."""
 
+    # Weight decay would draw every decay to a half.
+    no_decay = frozenset({"decay_logits"})
+
     def __init__(self, dim: int, config: E10Config) -> None:
         super().__init__(dim, config)
         d, k = config.inner_size(dim), config.banks
         self.in_proj = nn.Linear(dim, (2 + k) * d, bias=False)
         self.recurrence = ElmanRecurrence(config.recurrent_weight(dim), cell="tanh")
         self.banks = k
-        # A vector, which the optimiser does not decay: that would draw every decay to a half.
         self.decay_logits = nn.Parameter(torch.linspace(0.8, 0.99, k).logit().repeat_interleave(d))
         self.out_proj = nn.Linear(d, dim, bias=False)
 

@@ -106,6 +106,8 @@ class Mamba2(Mixer):
     type.
     """
 
+    no_decay = frozenset({"dt_bias", "A_log", "D"})
+
     def __init__(self, dim: int, config: Mamba2Config) -> None:
         super().__init__()
         heads, self.headdim = config.heads(dim)

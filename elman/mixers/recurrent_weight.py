@@ -159,6 +159,8 @@ class Blocks(Composed):
     def __init__(self, config: WeightConfig) -> None:
         super().__init__(config)
         self.weight = nn.Parameter(_blocks(config, _INSIDE))
+        # Blocks of one unit are how much each keeps of itself.
+        self.no_decay = frozenset({"weight"} if config.heads == config.size else ())
 
     def compose(self) -> Weight:
         return self.weight
@@ -175,6 +177,8 @@ class Blocks(Composed):
 
 class ScaledOrthogonal(Composed):
     """``sigmoid(s) Q``: no product of such matrices can grow, and W_h shrinks all states alike."""
+
+    no_decay = frozenset({"s"})
 
     def __init__(self, config: WeightConfig) -> None:
         super().__init__(config)
@@ -236,6 +240,8 @@ class Monarch(Composed):
 
 class SparseLowRank(LowRank):
     """``S + U V``: each unit hears k others, drawn once, by weights of their own. S starts at 0."""
+
+    no_matrix = frozenset({"entries"})
 
     def __init__(self, config: WeightConfig) -> None:
         super().__init__(config)

@@ -22,6 +22,8 @@ from elman.mixers.elman_recurrence import ElmanConfig
 class ShortConv(nn.Module):
     """See the top of this file. It starts as the identity: the model with it begins where the one without it does."""
 
+    no_matrix = frozenset({"weight"})
+
     def __init__(self, size: int, width: int) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.zeros(width, size))

@@ -29,6 +29,10 @@ _UNREADABLE = (ValueError, KeyError, TypeError, RuntimeError, pickle.UnpicklingE
 _NAME = re.compile(r"step-(\d{8,})")
 
 
+class DamagedCheckpointError(UsageError):
+    """A checkpoint that is not as it was written; the one before it may be whole."""
+
+
 @dataclass(frozen=True)
 class Checkpoint:
     """A step's state.
@@ -90,34 +94,32 @@ def load_checkpoint(path: Path, *, with_trainer: bool = True) -> Checkpoint:
     """Read a checkpoint, every byte checked first.
 
     Raises:
-        UsageError: missing, truncated, changed or foreign; the message says which file and what to do.
+        DamagedCheckpointError: missing, truncated, changed or foreign; the message says which file.
+        UsageError: it may not be read.
     """
-    cure = f"remove {path} to fall back to the checkpoint before it, if there is one"
     try:
         manifest = json.loads((path / _MANIFEST).read_text())
         if not isinstance(manifest, dict) or manifest.get("format") != _FORMAT:
-            raise UsageError(
-                f"checkpoint {path} is not one of elman's ({_FORMAT}): give a run folder made by elman train"
-            )
+            raise DamagedCheckpointError(f"checkpoint {path} is damaged, or not one of elman's ({_FORMAT})")
         for name in (_MODEL, _TRAINER):
             if _fingerprint(path / name) != manifest["files"][name]:
-                raise UsageError(f"checkpoint {path} is damaged: {name} was cut short or changed; {cure}")
+                raise DamagedCheckpointError(f"checkpoint {path} is damaged: {name} was cut short or changed")
         model = safetensors.torch.load_file(path / _MODEL)
         trainer = torch.load(path / _TRAINER, map_location="cpu", weights_only=True) if with_trainer else None
         if manifest["step"] != _step(path):
-            raise UsageError(f"checkpoint {path} is damaged: {_MANIFEST} speaks of step {manifest['step']}; {cure}")
+            raise DamagedCheckpointError(f"checkpoint {path} is damaged: {_MANIFEST} speaks of step {manifest['step']}")
         return Checkpoint(_step(path), model, trainer)
+    except PermissionError as error:
+        raise UsageError(f"checkpoint {path} cannot be read: {error.strerror}; check its permissions") from None
     except (FileNotFoundError, NotADirectoryError) as error:
         missing = Path(error.filename).name if error.filename else "a file"
-        raise UsageError(f"checkpoint {path} is damaged: {missing} is missing; {cure}") from None
+        raise DamagedCheckpointError(f"checkpoint {path} is damaged: {missing} is missing") from None
     except OSError as error:
-        raise UsageError(
-            f"checkpoint {path} cannot be read: {error.strerror or error}; check its permissions"
-        ) from None
+        raise DamagedCheckpointError(f"checkpoint {path} cannot be read: {error.strerror or error}") from None
     except _UNREADABLE as error:
         if isinstance(error, UsageError):
             raise
-        raise UsageError(f"checkpoint {path} is damaged: it cannot be read ({error}); {cure}") from None
+        raise DamagedCheckpointError(f"checkpoint {path} is damaged: it cannot be read ({error})") from None
 
 
 def _fingerprint(path: Path) -> dict[str, Any]:

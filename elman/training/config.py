@@ -40,23 +40,30 @@ class TrainConfig:
     """Stop after this many steps."""
     time_limit: OptionalStr = None
     """Stop after this much training time, such as 10m; evaluation and saving do not count."""
+    optimizer: Literal["adamw", "schedulefree", "muon"] = "adamw"
+    """AdamW; AdamW that averages its weights in place of a schedule (package schedulefree); or Muon for matrices and
+    AdamW for the rest."""
     lr: float = 1e-3
-    """Peak learning rate of AdamW."""
+    """Peak learning rate, which means the same to AdamW and Muon."""
     warmup: int = 100
     """Steps of linear warm-up."""
     schedule: Literal["cosine", "constant"] = "cosine"
-    """What the learning rate does after the warm-up: falls to zero at the end, or stays."""
+    """What the learning rate does after the warm-up: falls to zero at the end, or stays, as it always does for
+    schedulefree."""
     weight_decay: float = 0.1
-    """Of matrices; vectors are not decayed."""
+    """Of weights; biases, norms and decays are not decayed."""
     grad_clip: float = 1.0
     """Largest norm of the gradient; 0 does not clip."""
+    max_skipped: int = 10
+    """A step whose loss or gradient is not finite is skipped; the run stops at this many in a row."""
     seed: int = 0
     """Of the initial weights and of the order of the data."""
 
     device: str = "auto"
     """cpu, cuda, cuda:1, ...; auto takes a CUDA GPU where there is one."""
-    precision: Literal["auto", "bf16", "fp32"] = "auto"
-    """Of the products; weights stay float32. auto is bf16 on a GPU, fp32 on a CPU."""
+    precision: Literal["auto", "bf16", "fp16", "fp32"] = "auto"
+    """Of the products; weights stay float32. auto is bf16 on a GPU, fp32 on a CPU. With fp16 the loss is scaled so that
+    gradients neither vanish nor overflow."""
     compile: Literal["auto", "on", "off"] = "auto"
     """Fuse what stands between the products by torch.compile before training starts, which is not charged to
     --time-limit. auto does on a GPU, where a C compiler is there."""
@@ -74,7 +81,9 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         check_choices(self)
-        check_at_least(self, seq_len=1, batch_size=1, grad_accum=1, steps=1, dim=1, depth=1)
+        if self.optimizer == "schedulefree":
+            object.__setattr__(self, "schedule", "constant")
+        check_at_least(self, seq_len=1, batch_size=1, grad_accum=1, steps=1, dim=1, depth=1, max_skipped=1)
         check_at_least(self, warmup=0, eval_every=0, save_every=0, weight_decay=0, grad_clip=0, seed=0)
         if not 0 < self.lr < 100:
             raise UsageError(f"--lr {self.lr} is out of range: give a number above 0, such as 1e-3")

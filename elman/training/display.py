@@ -115,6 +115,8 @@ def print_summary(console: Console, summary: dict[str, Any], sample: str) -> Non
         table.add_row("compiling, beside that", format_duration(summary["start_up_seconds"]))
     table.add_row("speed", f"{format_count(summary['tokens_per_second'])} tokens/s")
     table.add_row("peak memory", format_bytes(summary["peak_memory_bytes"]))
+    if summary["skipped_steps"]:
+        table.add_row("steps skipped", f"{summary['skipped_steps']:,}")
     table.add_row("loss, mean of the last 100 steps", f"{summary['last_100_loss']:.4f} nats/byte")
     table.add_row("held-out loss", f"{heldout['nats_per_byte']:.4f} nats/byte")
     table.add_row("", f"{heldout['bits_per_byte']:.4f} bits/byte")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import itertools
 import math
 import signal
 import time
@@ -27,12 +26,12 @@ from elman.model import LanguageModel, ModelConfig, next_token_loss
 from elman.ops import record_backends
 from elman.sizing import flops_per_token, num_params, state_size
 from elman.text import readable
-from elman.training.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
+from elman.training.checkpoint import Checkpoint, save_checkpoint
 from elman.training.config import TrainConfig
 from elman.training.display import TrainingDisplay, print_summary, say
 from elman.training.optim import build_optimizer, learning_rate
 from elman.training.plot import plot_losses
-from elman.training.run import RunFolder, load_weights, newest_checkpoint
+from elman.training.run import RunFolder, load_newest, load_weights, newest_checkpoint
 from elman.units import format_bytes, format_count
 
 _SAMPLE_BYTES = 300
@@ -52,7 +51,8 @@ class Trainer:
         self.device = resolve_device(config.device)
         for mixer in model_config.mixers:
             mixer.check_device(self.device)
-        self.bf16 = config.precision == "bf16" or (config.precision == "auto" and supports_bf16(self.device))
+        auto = "bf16" if supports_bf16(self.device) else "fp32"
+        self.precision = auto if config.precision == "auto" else config.precision
         data = open_bytes(config.data, config.heldout)
         self.fingerprint = data.fingerprint()
         self.heldout = data.heldout
@@ -62,6 +62,9 @@ class Trainer:
         torch.manual_seed(config.seed)
         self.model = LanguageModel(model_config).to(self.device)
         self.optimizer = build_optimizer(self.model, config)
+        self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.precision == "fp16")
+        # Steps without an update, and how many of them came last; known as far as losses have been fetched.
+        self.skipped, self.skipped_in_row = 0, 0
         self.compiled = False
         self.start_up_seconds = 0.0
         self._loss = next_token_loss
@@ -72,18 +75,18 @@ class Trainer:
         self.recent_losses: deque[float] = deque(maxlen=100)
         # Reading a loss from a GPU waits for it, so losses are fetched several at a time.
         self.fetch_every = 1 if self.device.type == "cpu" else 10
-        self._pending: list[tuple[dict[str, Any], torch.Tensor, torch.Tensor]] = []
+        self._pending: list[tuple[dict[str, Any], torch.Tensor]] = []
 
     def restore(self, run: RunFolder) -> None:
-        """Go back to the run's newest checkpoint; to the start, where this already is, if it has none yet.
+        """Go back to the run's newest whole checkpoint; to the start, where this already is, if it has none yet.
 
         Raises:
-            UsageError: the checkpoint is damaged or another model's, or the data is not what the run began with.
+            UsageError: every checkpoint is damaged, or another model's, or the data is not what the run began with.
         """
-        path = newest_checkpoint(run)
-        if path is None:
+        found = load_newest(run, lambda line: say(self.console, line), set_aside=True)
+        if found is None:
             return
-        checkpoint = load_checkpoint(path)
+        path, checkpoint = found
         assert checkpoint.trainer is not None
         if checkpoint.trainer["data"] != self.fingerprint:
             raise UsageError(
@@ -92,6 +95,8 @@ class Trainer:
             )
         load_weights(self.model, checkpoint.model, path)
         self.optimizer.load_state_dict(checkpoint.trainer["optimizer"])
+        self.scaler.load_state_dict(checkpoint.trainer["scaler"])
+        self.skipped, self.skipped_in_row = checkpoint.trainer["skipped"]
         torch.set_rng_state(checkpoint.trainer["rng"])
         self.seconds = checkpoint.trainer["seconds"]
         self.step = checkpoint.step
@@ -160,7 +165,7 @@ class Trainer:
         try:
             self._accumulate_gradients().item()
         finally:
-            self.optimizer.zero_grad(set_to_none=True)
+            self.optimizer.zero_grad()
 
     @property
     def progress(self) -> float:
@@ -173,7 +178,7 @@ class Trainer:
         """Train to the end. Returns False if a signal ended it before, with everything saved.
 
         Raises:
-            TrainingError: the loss or its gradient is no finite number, or a checkpoint cannot be written.
+            TrainingError: too many steps in a row had to be skipped, or a checkpoint cannot be written.
         """
         self.run = run
         with _StopSignal() as stop, TrainingDisplay(self.console) as display:
@@ -196,9 +201,9 @@ class Trainer:
         """Steps up to the next evaluation, save or end. Only these count as training time."""
         before, started = self.seconds, time.perf_counter()
         while True:
-            rate, loss, norm = self._train_step()
+            rate, values = self._train_step()
             self.seconds = before + time.perf_counter() - started
-            self._pending.append(({"step": self.step, "lr": rate, "seconds": self.seconds}, loss, norm))
+            self._pending.append(({"step": self.step, "lr": rate, "seconds": self.seconds}, values))
             due = _due(self.step, self.config.eval_every) or _due(self.step, self.config.save_every)
             last = due or stop or self.progress >= 1
             if last or self.step % self.fetch_every == 0:
@@ -207,18 +212,25 @@ class Trainer:
             if last:
                 return
 
-    def _train_step(self) -> tuple[float, torch.Tensor, torch.Tensor]:
-        """One step of the optimiser: learning rate, loss and norm of the gradient, the last two not waited for."""
+    def _train_step(self) -> tuple[float, torch.Tensor]:
+        """One step of the optimiser, skipped where the loss or the gradient is not finite.
+
+        Returns:
+            The learning rate; and on the device, not waited for, (3,): loss, norm of the gradient, 1 if skipped.
+        """
         rate = learning_rate(self.config, self.step, self.progress)
-        for group in self.optimizer.param_groups:
-            group["lr"] = rate
+        self.optimizer.set_rate(rate)
         loss = self._accumulate_gradients()
+        for part in self.optimizer.parts:
+            self.scaler.unscale_(part)
         norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.config.grad_clip or float("inf"))
-        self.optimizer.step()
+        skip = ~(loss + norm).isfinite()
+        self.optimizer.step(skip)
+        self.scaler.update()
         self.model.after_step()
-        self.optimizer.zero_grad(set_to_none=True)
+        self.optimizer.zero_grad()
         self.step += 1
-        return rate, loss, norm
+        return rate, torch.stack((loss, norm, skip.float()))
 
     def _accumulate_gradients(self) -> torch.Tensor:
         """Both passes over this step's batch, a part at a time; the loss is their mean."""
@@ -232,34 +244,41 @@ class Trainer:
             with self.autocast():
                 logits, _ = self.model(part[:, :-1])
             part_loss = self._loss(logits, part[:, 1:]) / self.config.grad_accum
-            part_loss.backward()  # type: ignore[no-untyped-call]
+            self.scaler.scale(part_loss).backward()  # type: ignore[no-untyped-call]
             loss += part_loss.detach()
         return loss
 
     def _fetch_losses(self, display: TrainingDisplay) -> None:
         if not self._pending:
             return
-        values = torch.stack([torch.stack((loss, norm)) for _, loss, norm in self._pending]).tolist()
-        rows = [
-            {**row, "loss": loss, "grad_norm": norm, "tokens": row["step"] * self._tokens_per_step}
-            for (row, _, _), (loss, norm) in zip(self._pending, values, strict=True)
-        ]
+        values = torch.stack([values for _, values in self._pending]).tolist()
+        rows = []
+        for (row, _), (loss, norm, skip) in zip(self._pending, values, strict=True):
+            measured = {"loss": loss, "grad_norm": norm}
+            row |= {name: value for name, value in measured.items() if math.isfinite(value)}
+            row["tokens"] = row["step"] * self._tokens_per_step
+            self.skipped_in_row = self.skipped_in_row + 1 if skip else 0
+            if skip:
+                self.skipped += 1
+                row["skipped"] = self.skipped
+                what = f"step {row['step']} is skipped: its loss is {loss}, its gradient's norm {norm}"
+                display.say(f"{what} ({self.skipped} skipped so far)")
+            rows.append(row)
+            if self.skipped_in_row >= self.config.max_skipped:
+                self.run.append_metrics(rows)
+                raise TrainingError(
+                    f"{what}, and so were all of the last {self.skipped_in_row} (--max-skipped): start anew with a "
+                    f"lower --lr (it was {self.config.lr}), a longer --warmup or a lower --grad-clip; "
+                    f"the last good checkpoint is {newest_checkpoint(self.run) or 'none: nothing was saved yet'}"
+                )
         self._pending.clear()
-        finite = list(itertools.takewhile(lambda row: math.isfinite(row["loss"] + row["grad_norm"]), rows))
-        self.run.append_metrics(finite)
-        if len(finite) < len(rows):
-            # The weights are spoilt from this step on: they are not saved.
-            bad = rows[len(finite)]
-            raise TrainingError(
-                f"the loss is {bad['loss']} and its gradient's norm {bad['grad_norm']} at step {bad['step']}: "
-                f"try a lower --lr (it was {self.config.lr}), a longer --warmup or a lower --grad-clip"
-            )
-        self.recent_losses.extend(row["loss"] for row in rows)
+        self.run.append_metrics(rows)
+        self.recent_losses.extend(row["loss"] for row in rows if "loss" in row)
         display.update(
             step=self.step,
             steps=self.config.steps,
             progress=self.progress,
-            loss=rows[-1]["loss"],
+            loss=values[-1][0],
             mean=self._last_100_loss,
             tokens_per_second=(self.step - self._first_step)
             * self._tokens_per_step
@@ -269,16 +288,17 @@ class Trainer:
         )
 
     def _evaluate(self, display: TrainingDisplay, stop: _StopSignal) -> HeldoutLoss | None:
-        heldout = evaluate(
-            self.model,
-            self.heldout,
-            seq_len=self.config.seq_len,
-            batch_size=max(1, self.config.batch_size // self.config.grad_accum),
-            max_bytes=self.config.eval_byte_count,
-            device=self.device,
-            autocast=self.autocast,
-            stop=lambda: bool(stop),
-        )
+        with self.optimizer.averaged():
+            heldout = evaluate(
+                self.model,
+                self.heldout,
+                seq_len=self.config.seq_len,
+                batch_size=max(1, self.config.batch_size // self.config.grad_accum),
+                max_bytes=self.config.eval_byte_count,
+                device=self.device,
+                autocast=self.autocast,
+                stop=lambda: bool(stop),
+            )
         if heldout is not None:
             if not math.isfinite(heldout.nats_per_byte):
                 raise TrainingError(f"the held-out loss is {heldout.nats_per_byte} at step {self.step}: lower the --lr")
@@ -294,12 +314,15 @@ class Trainer:
     def _save(self) -> None:
         trainer = {
             "optimizer": self.optimizer.state_dict(),
+            "scaler": self.scaler.state_dict(),
+            "skipped": (self.skipped, self.skipped_in_row),
             "rng": torch.get_rng_state(),
             "seconds": self.seconds,
             "data": self.fingerprint,
         }
         try:
-            save_checkpoint(self.run.checkpoints, Checkpoint(self.step, self.model.state_dict(), trainer))
+            with self.optimizer.averaged():
+                save_checkpoint(self.run.checkpoints, Checkpoint(self.step, self.model.state_dict(), trainer))
         except (OSError, RuntimeError, SafetensorError) as error:
             raise TrainingError(
                 f"the checkpoint of step {self.step} cannot be written to {self.run.checkpoints} ({error}); "
@@ -325,10 +348,12 @@ class Trainer:
             "train_seconds": self.seconds,
             "tokens_per_second": tokens / self.seconds,
             "peak_memory_bytes": peak_memory(self.device),
+            "skipped_steps": self.skipped,
             "last_100_loss": self._last_100_loss,
             "heldout": {**asdict(heldout), "bits_per_byte": heldout.bits_per_byte},
         }
-        drawn = bytes(generate(self.model.eval(), b"", _SAMPLE_BYTES, seed=self.config.seed))
+        with self.optimizer.averaged():
+            drawn = bytes(generate(self.model.eval(), b"", _SAMPLE_BYTES, seed=self.config.seed))
         sample = readable(drawn.decode("utf-8", "replace"))
         (self.run.path / "sample.txt").write_text(sample, encoding="utf-8")
         title = f"{self.model_config.pattern}, {format_count(num_params(self.model_config))} parameters"
@@ -339,7 +364,8 @@ class Trainer:
 
     def autocast(self) -> AbstractContextManager[None]:
         """The precision of the forward pass."""
-        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16)
+        dtype = torch.float16 if self.precision == "fp16" else torch.bfloat16
+        return torch.autocast(self.device.type, dtype, enabled=self.precision != "fp32")
 
     @property
     def _tokens_per_step(self) -> int:
@@ -347,12 +373,16 @@ class Trainer:
 
     @property
     def _last_100_loss(self) -> float:
-        return sum(self.recent_losses) / max(1, len(self.recent_losses))
+        return sum(self.recent_losses) / len(self.recent_losses) if self.recent_losses else math.nan
+
+
+def fixed_memory(config: ModelConfig) -> int:
+    """Bytes that training takes whatever the batch: weights, gradients and two moments, 4 a number."""
+    return 16 * num_params(config)
 
 
 def _check_memory(config: ModelConfig, device: torch.device) -> None:
-    # Weights, gradients and AdamW's two moments, 4 bytes each; activations come on top.
-    needed, there = 16 * num_params(config), total_memory(device)
+    needed, there = fixed_memory(config), total_memory(device)
     if needed > there:
         raise UsageError(
             f"a model of {format_count(num_params(config))} parameters needs {format_bytes(needed)} for weights and "

@@ -1,23 +1,180 @@
-"""The optimiser and its learning rate."""
+"""The optimisers and their learning rate.
+
+adamw           Loshchilov and Hutter (2019), fused
+schedulefree    AdamW that averages its weights instead of lowering its rate
+muon            for matrices, AdamW for the rest; takes AdamW's rate and decay
+
+Sources: A. Defazio et al., "The Road Less Scheduled" (2024); K. Jordan et al., "Muon: An optimizer for hidden layers in
+neural networks" (2024); J. Liu et al., "Muon is Scalable for LLM Training" (2025), for the rate.
+"""
 
 from __future__ import annotations
 
+import contextlib
+import importlib
 import math
+from collections.abc import Iterator
+from typing import Any, Literal
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
+from elman.errors import UsageError
 from elman.training.config import TrainConfig
 
+_BETAS = (0.9, 0.95)
 
-def build_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.Optimizer:
-    """AdamW (Loshchilov and Hutter, 2019), fused; matrices decay, vectors (norms, biases) do not."""
-    parameters = list(model.parameters())
-    groups = [
-        {"params": [p for p in parameters if p.ndim >= 2], "weight_decay": config.weight_decay},
-        {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0},
-    ]
-    return torch.optim.AdamW(groups, lr=config.lr, betas=(0.9, 0.95), fused=True)
+#: A map between units; another weight, such as the embedding or a filter; or what does not decay.
+Role = Literal["matrix", "weight", "plain"]
+
+
+def parameter_roles(model: nn.Module) -> dict[str, Role]:
+    """What each parameter is, by what its module declares of it (``elman.mixers.base`` tells how)."""
+    return {
+        f"{prefix}.{name}".lstrip("."): _role(module, name, parameter)
+        for prefix, module in model.named_modules()
+        for name, parameter in module.named_parameters(recurse=False)
+    }
+
+
+def _role(module: nn.Module, name: str, parameter: nn.Parameter) -> Role:
+    # A vector is a bias, a norm's gain or a decay; packages mark others as the last condition says.
+    declared = name in getattr(module, "no_decay", ()) or getattr(parameter, "_no_weight_decay", False)
+    if declared or parameter.ndim < 2 or name.startswith("bias"):
+        return "plain"
+    pointwise = isinstance(module, nn.Embedding) or name in getattr(module, "no_matrix", ())
+    return "weight" if pointwise or parameter.ndim > 2 else "matrix"
+
+
+class Optimizer:
+    """One of PyTorch's optimisers, or several that share the parameters: they step, are saved and are loaded as one."""
+
+    def __init__(self, *parts: torch.optim.Optimizer) -> None:
+        self.parts = parts
+        #: Those that train on other weights than they evaluate; they are in training mode but for ``averaged``.
+        self._averaging: list[Any] = [part for part in parts if hasattr(part, "train")]
+        for part in self._averaging:
+            part.train()
+
+    @property
+    def param_groups(self) -> list[dict[str, Any]]:
+        """Of all parts."""
+        return [group for part in self.parts for group in part.param_groups]
+
+    def set_rate(self, rate: float) -> None:
+        """The rate of the next step; what warms up by itself goes by its own, which is the same."""
+        for group in self.param_groups:
+            if "warmup_steps" not in group:
+                group["lr"] = rate
+
+    def step(self, skip: Tensor) -> None:
+        """Move the weights, or do nothing at all where ``skip`` (), a bool on their device, is true.
+
+        Then weights and moments keep every bit, whatever the gradients are, and nobody waits for the device. Only the
+        number of steps by which schedulefree weighs its average counts the step, being kept by the host.
+        """
+        for part in self.parts:
+            if isinstance(part, torch.optim.AdamW):
+                part.found_inf = skip.float()  # type: ignore[attr-defined]  # what its fused kernels skip by
+                part.step()
+            else:
+                _step_unless(skip, part)
+
+    def zero_grad(self) -> None:
+        """Let go of the gradients."""
+        for part in self.parts:
+            part.zero_grad(set_to_none=True)
+
+    @contextlib.contextmanager
+    def averaged(self) -> Iterator[None]:
+        """The model with the weights to evaluate, save and generate by; after it those of training, to the bit."""
+        kept = [(parameter, parameter.detach().clone()) for parameter in self._averaged_parameters()]
+        for part in self._averaging:
+            part.eval()
+        try:
+            yield
+        finally:
+            for part in self._averaging:
+                part.train()
+            with torch.no_grad():
+                # The way there and back is rounded.
+                for parameter, before in kept:
+                    parameter.copy_(before)
+
+    def _averaged_parameters(self) -> list[Tensor]:
+        return [parameter for part in self._averaging for group in part.param_groups for parameter in group["params"]]
+
+    def state_dict(self) -> dict[str, Any]:
+        """All that ``load_state_dict`` needs to go on to the bit, training's weights included where they are others."""
+        weights = [parameter.detach().clone() for parameter in self._averaged_parameters()]
+        return {"parts": [part.state_dict() for part in self.parts], "weights": weights}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go back to what ``state_dict`` returned, the model's weights being loaded already."""
+        for part, saved in zip(self.parts, state["parts"], strict=True):
+            part.load_state_dict(saved)
+        with torch.no_grad():
+            for parameter, saved in zip(self._averaged_parameters(), state["weights"], strict=True):
+                parameter.copy_(saved)
+
+
+def _step_unless(skip: Tensor, optimizer: torch.optim.Optimizer) -> None:
+    """For optimisers that know no skipping: a step from which all that it wrote is taken back.
+
+    Gradients set to zero would not do: moments fade and weights decay all the same. The copies are made when the
+    activations are gone, so they do not raise the peak of memory.
+    """
+    parameters = [parameter.detach() for group in optimizer.param_groups for parameter in group["params"]]
+    moments = [value for state in optimizer.state.values() for value in state.values() if isinstance(value, Tensor)]
+    before = [(tensor, tensor.clone()) for tensor in (*parameters, *moments)]
+    optimizer.step()
+    for tensor, old in before:
+        torch.where(skip, old, tensor, out=tensor)
+
+
+def build_optimizer(model: nn.Module, config: TrainConfig) -> Optimizer:
+    """``config.optimizer`` for a model. Biases, norms and decays do not decay.
+
+    Raises:
+        UsageError: it is not installed.
+    """
+    roles = parameter_roles(model)
+
+    def having(*wanted: Role) -> list[nn.Parameter]:
+        return [parameter for name, parameter in model.named_parameters() if roles[name] in wanted]
+
+    def groups(*decayed: Role) -> list[dict[str, Any]]:
+        return [
+            {"params": having(*decayed), "weight_decay": config.weight_decay},
+            {"params": having("plain"), "weight_decay": 0.0},
+        ]
+
+    if config.optimizer == "schedulefree":
+        # One more than ours, which starts above zero: then both are the same ramp.
+        options = {"lr": config.lr, "betas": _BETAS, "warmup_steps": config.warmup + 1}
+        optimizer = _schedule_free()(groups("matrix", "weight"), **options)
+        for parameter in having("matrix", "weight", "plain"):
+            # Made now, as its first step would: so that step can be taken back like any other.
+            value = parameter.detach()
+            optimizer.state[parameter] = {"z": value.clone(), "exp_avg_sq": torch.zeros_like(value)}
+        return Optimizer(optimizer)
+    if config.optimizer == "muon":
+        muon = torch.optim.Muon(
+            having("matrix"), lr=config.lr, weight_decay=config.weight_decay, adjust_lr_fn="match_rms_adamw"
+        )
+        for parameter in having("matrix"):
+            muon.state[parameter] = {"momentum_buffer": torch.zeros_like(parameter.detach())}
+        return Optimizer(muon, torch.optim.AdamW(groups("weight"), lr=config.lr, betas=_BETAS, fused=True))
+    return Optimizer(torch.optim.AdamW(groups("matrix", "weight"), lr=config.lr, betas=_BETAS, fused=True))
+
+
+def _schedule_free() -> Any:
+    try:
+        return importlib.import_module("schedulefree").AdamWScheduleFree
+    except ImportError as error:
+        raise UsageError(
+            f"--optimizer schedulefree needs its package ({error}): pip install schedulefree, or give another"
+        ) from None
 
 
 def learning_rate(config: TrainConfig, step: int, progress: float) -> float:

@@ -2,7 +2,8 @@
 
 config.json     the options and the model, resolved
 env.json        machine, versions, commit; one entry for each time the run was started
-metrics.jsonl   a line a step (step, loss, lr, grad_norm, tokens, seconds) and a line an evaluation
+metrics.jsonl   a line a step (step, loss, lr, grad_norm, tokens, seconds) and a line an evaluation; a step that was
+                skipped has what of it was finite, and under "skipped" how many there were so far
 summary.json    the outcome
 sample.txt, loss.png
 checkpoints/
@@ -15,7 +16,9 @@ import datetime
 import itertools
 import json
 import re
-from collections.abc import Iterator
+import shutil
+import warnings
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -24,7 +27,7 @@ import filelock
 
 from elman.errors import UsageError
 from elman.model import LanguageModel, ModelConfig
-from elman.training.checkpoint import list_checkpoints, load_checkpoint
+from elman.training.checkpoint import Checkpoint, DamagedCheckpointError, list_checkpoints, load_checkpoint
 from elman.training.config import TrainConfig
 
 
@@ -201,19 +204,59 @@ def newest_checkpoint(run: RunFolder) -> Path | None:
     return found[-1] if found else None
 
 
-def load_model(path: Path | str) -> LanguageModel:
-    """The model of a run folder at its newest checkpoint, on the CPU, in evaluation mode.
+def load_newest(
+    run: RunFolder, tell: Callable[[str], None], *, with_trainer: bool = True, set_aside: bool = False
+) -> tuple[Path, Checkpoint] | None:
+    """The run's latest whole checkpoint and where it lies; None before its first save.
+
+    Args:
+        run: the run.
+        tell: is called with a line for each damaged checkpoint that was passed over.
+        with_trainer: as for ``load_checkpoint``.
+        set_aside: rename the damaged ones, to save in their place; for who holds the run's lock.
 
     Raises:
-        UsageError: no run there, or its checkpoint is damaged.
+        UsageError: all are damaged, or one cannot be read.
+    """
+    damaged: list[tuple[Path, DamagedCheckpointError]] = []
+    for path in reversed(list_checkpoints(run.checkpoints)):
+        try:
+            checkpoint = load_checkpoint(path, with_trainer=with_trainer)
+        except DamagedCheckpointError as error:
+            damaged.append((path, error))
+            continue
+        for other, why in damaged:
+            tell(f"{why}; going by {path.name}, which is whole")
+            if set_aside:
+                _set_aside(other)
+        return path, checkpoint
+    if damaged:
+        raise UsageError(f"{damaged[0][1]}; there is no whole one before it: put it back, or start a new run")
+    return None
+
+
+def _set_aside(path: Path) -> None:
+    aside = path.with_name(f"damaged-{path.name}")
+    if aside.exists():
+        shutil.rmtree(aside)
+    path.rename(aside)
+
+
+def load_model(path: Path | str, tell: Callable[[str], None] = warnings.warn) -> LanguageModel:
+    """The model of a run folder at its newest whole checkpoint, on the CPU, in evaluation mode.
+
+    ``tell`` is called with a line for each damaged checkpoint that was passed over.
+
+    Raises:
+        UsageError: no run there, or no whole checkpoint.
     """
     run = open_run(Path(path))
     _, config = run.read_config()
-    checkpoint_path = newest_checkpoint(run)
-    if checkpoint_path is None:
+    found = load_newest(run, tell, with_trainer=False)
+    if found is None:
         raise UsageError(f"{path} has no checkpoint yet: go on with it by elman train --resume {path}")
     model = LanguageModel(config)
-    load_weights(model, load_checkpoint(checkpoint_path, with_trainer=False).model, checkpoint_path)
+    load_weights(model, found[1].model, found[0])
     return model.eval()
 
 

@@ -14,7 +14,7 @@ from rich.console import Console
 from rich.progress import Progress
 
 from elman.data.stdlib import pack_stdlib, stdlib_files, stdlib_path
-from elman.environment import describe_environment, is_out_of_memory
+from elman.environment import describe_environment, is_out_of_memory, total_memory
 from elman.errors import TrainingError, UsageError
 from elman.mixers import MixerConfig
 from elman.model import ModelConfig
@@ -22,12 +22,12 @@ from elman.options import flag
 from elman.sizing import flops_per_token, num_params, size_model, state_size
 from elman.training.config import TrainConfig
 from elman.training.display import say
-from elman.training.loop import Trainer
+from elman.training.loop import Trainer, fixed_memory
 from elman.training.run import RunFolder, check_free, create, open_run
-from elman.units import format_count, format_duration
+from elman.units import format_bytes, format_count, format_duration
 
 #: What may be given anew when a run goes on; anything else would make it another run.
-_RESUMABLE = ("steps", "time_limit", "data", "device", "compile", "eval_every", "save_every")
+_RESUMABLE = ("steps", "time_limit", "data", "device", "compile", "eval_every", "save_every", "max_skipped")
 
 
 def start_run(config: TrainConfig, mixers: tuple[MixerConfig, ...], console: Console) -> int:
@@ -110,9 +110,13 @@ def _advice_on_memory(trainer: Trainer) -> Iterator[None]:
     except (MemoryError, RuntimeError) as error:
         if not is_out_of_memory(error):
             raise
+        config, fixed = trainer.config, fixed_memory(trainer.model_config)
         raise TrainingError(
-            f"out of memory at step {trainer.step} ({str(error).splitlines()[0]}): give a smaller --batch-size, "
-            f"--seq-len or --params, or a larger --grad-accum, which splits a step's batch into parts"
+            f"out of memory at step {trainer.step} ({str(error).splitlines()[0]}): of the "
+            f"{format_bytes(total_memory(trainer.device))} of {trainer.device}, weights, gradients and optimiser take "
+            f"{format_bytes(fixed)} and the rest went to a pass over {config.batch_size // config.grad_accum} windows "
+            f"of {config.seq_len}: give a smaller --batch-size, --seq-len or --params, or a larger --grad-accum, which "
+            f"splits a step's batch into parts"
         ) from None
 
 
@@ -141,7 +145,7 @@ def _environment(trainer: Trainer) -> dict[str, Any]:
     return {
         "time": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "from_step": trainer.step,
-        "precision": "bf16" if trainer.bf16 else "fp32",
+        "precision": trainer.precision,
         "compiled": trainer.compiled,
         "start_up_seconds": trainer.start_up_seconds,
         "backends": trainer.backends(),
@@ -153,7 +157,7 @@ def _print_head(trainer: Trainer, run: RunFolder) -> None:
     model, config = trainer.model_config, trainer.config
     say(trainer.console, model_line(model, config.seq_len))
     where = torch.cuda.get_device_name(trainer.device) if trainer.device.type == "cuda" else str(trainer.device)
-    how = f"{'bf16' if trainer.bf16 else 'fp32'}, {'compiled' if trainer.compiled else 'not compiled'}"
+    how = f"{config.optimizer}, {trainer.precision}, {'compiled' if trainer.compiled else 'not compiled'}"
     say(
         trainer.console,
         f"{config.data}: {len(trainer.sampler.data):,} bytes to train on, {len(trainer.heldout):,} held out; "

@@ -4,8 +4,13 @@ from pathlib import Path
 import pytest
 import torch
 
-from elman.errors import UsageError
-from elman.training.checkpoint import Checkpoint, list_checkpoints, load_checkpoint, save_checkpoint
+from elman.training.checkpoint import (
+    Checkpoint,
+    DamagedCheckpointError,
+    list_checkpoints,
+    load_checkpoint,
+    save_checkpoint,
+)
 
 
 def checkpoint(step: int) -> Checkpoint:
@@ -56,17 +61,17 @@ def test_damage_is_found_and_named(tmp_path: Path, name: str, damage: str) -> No
         content[len(content) // 2] ^= 1
         (path / name).write_bytes(content)
     if (name, damage) == ("manifest.json", "one bit"):
-        with pytest.raises(UsageError):
+        with pytest.raises(DamagedCheckpointError):
             load_checkpoint(path)
         return
-    with pytest.raises(UsageError, match=r"step-00000003 is damaged: .*remove .*to fall back"):
+    with pytest.raises(DamagedCheckpointError, match=r"step-00000003 is damaged"):
         load_checkpoint(path)
 
 
 def test_a_foreign_folder_is_named(tmp_path: Path) -> None:
     path = save_checkpoint(tmp_path, checkpoint(3))
     (path / "manifest.json").write_text(json.dumps({"format": "other", "files": {}}))
-    with pytest.raises(UsageError, match="is not one of elman's"):
+    with pytest.raises(DamagedCheckpointError, match="not one of elman's"):
         load_checkpoint(path)
 
 
@@ -76,6 +81,6 @@ def test_loading_executes_no_code(tmp_path: Path) -> None:
             return (Path.touch, (tmp_path / "executed",))  # type: ignore[return-value]
 
     path = save_checkpoint(tmp_path, Checkpoint(1, {}, {"bomb": Bomb()}))
-    with pytest.raises(UsageError, match=r"(?i)weights.only"):
+    with pytest.raises(DamagedCheckpointError, match=r"(?i)weights.only"):
         load_checkpoint(path)
     assert not (tmp_path / "executed").exists()

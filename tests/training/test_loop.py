@@ -1,8 +1,10 @@
 """Whole runs, small."""
 
+import functools
 import io
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -18,9 +20,12 @@ from rich.console import Console
 
 from elman.data.bytes import open_bytes
 from elman.errors import TrainingError, UsageError
+from elman.evaluation import heldout
 from elman.generation import generate
 from elman.mixers import MixerConfig, mixer_config
+from elman.text import readable
 from elman.training import loop
+from elman.training.checkpoint import load_checkpoint
 from elman.training.config import TrainConfig
 from elman.training.loop import Trainer
 from elman.training.optim import learning_rate
@@ -109,14 +114,36 @@ def test_gradient_accumulation_does_not_change_the_step(config: TrainConfig, tmp
     assert list(parts.values()) == pytest.approx(list(whole.values()), rel=1e-4)
 
 
-@pytest.mark.parametrize(("mixers", "stop_at"), [(E1, 8), (E1, 9), (CAPPED, 9)])
+@pytest.mark.parametrize(
+    ("mixers", "stop_at", "optimizer", "precision"),
+    [
+        (E1, 8, "adamw", "fp32"),
+        (E1, 9, "adamw", "fp32"),
+        (CAPPED, 9, "schedulefree", "fp32"),
+        (CAPPED, 9, "muon", "fp32"),
+        (E1, 9, "adamw", "bf16"),
+        (E1, 9, "adamw", "fp16"),
+        (E1, 9, "schedulefree", "fp16"),
+        (E1, 9, "muon", "fp16"),
+    ],
+)
 def test_a_resumed_run_equals_an_uninterrupted_one_bit_for_bit(
     config: TrainConfig,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     mixers: tuple[MixerConfig, ...],
     stop_at: int,
+    optimizer: Any,
+    precision: Any,
 ) -> None:
+    """It evaluates at step 5, saves at step 8, and is resumed from there or later."""
+    if precision == "fp16":
+        # So large a scale overflows at first, and grows again within the run.
+        scaler = functools.partial(torch.amp.GradScaler, init_scale=2.0**40, growth_interval=2)
+        monkeypatch.setattr(torch.amp, "GradScaler", scaler)
+        config = replace(config, steps=40, max_skipped=40)
+        stop_at += 23
+    config = replace(config, optimizer=optimizer, precision=precision)
     start(replace(config, out=tmp_path / "whole"), mixers)
     train_step = Trainer._train_step
 
@@ -137,6 +164,11 @@ def test_a_resumed_run_equals_an_uninterrupted_one_bit_for_bit(
     assert f"going on from step {stop_at}" in output
     assert losses(config.out) == losses(tmp_path / "whole")  # type: ignore[arg-type]
     assert len(RunFolder(config.out).read_json("env.json")) == 2  # type: ignore[arg-type]
+    run, whole = RunFolder(config.out), RunFolder(tmp_path / "whole")  # type: ignore[arg-type]
+    keys = ("skipped_steps", "heldout", "last_100_loss")
+    summaries = [[folder.read_json("summary.json")[key] for key in keys] for folder in (run, whole)]
+    assert summaries[0] == summaries[1]
+    assert (summaries[0][0] > 0) == (precision == "fp16")
 
 
 def test_what_follows_the_weights_follows_every_step(config: TrainConfig) -> None:
@@ -161,6 +193,44 @@ def test_steps_after_the_last_save_are_done_again(config: TrainConfig, tmp_path:
         file.write('{"step": 13, "lo')
     assert resume(config)[0] == 0
     assert losses(config.out) == losses(tmp_path / "whole")
+
+
+def damage(checkpoint: Path, name: str = "model.safetensors") -> None:
+    content = bytearray((checkpoint / name).read_bytes())
+    content[len(content) // 2] ^= 1
+    (checkpoint / name).write_bytes(content)
+
+
+def test_a_damaged_newest_checkpoint_falls_back_to_the_one_before(config: TrainConfig, tmp_path: Path) -> None:
+    start(replace(config, out=tmp_path / "whole"))
+    start(config)
+    assert config.out is not None
+    newest = config.out / "checkpoints" / "step-00000012"
+    damage(newest)
+    with pytest.warns(UserWarning, match=r"step-00000012 is damaged: model.safetensors .*; going by step-00000008"):
+        model = load_model(config.out)
+    before = load_checkpoint(config.out / "checkpoints" / "step-00000008").model
+    assert torch.equal(model.embedding.weight, before["embedding.weight"])
+    assert newest.exists()  # who only reads changes nothing
+    code, output = resume(config)
+    assert code == 0
+    assert "step-00000012 is damaged: model.safetensors was cut short or changed; going by step-00000008" in output
+    assert "going on from step 8" in output
+    assert losses(config.out) == losses(tmp_path / "whole")
+    names = [path.name for path in sorted((config.out / "checkpoints").iterdir())]
+    assert names == ["damaged-step-00000012", "step-00000008", "step-00000012"]
+    assert load_checkpoint(newest).step == 12
+
+
+def test_without_a_whole_checkpoint_nothing_is_overwritten(config: TrainConfig) -> None:
+    start(config)
+    assert config.out is not None
+    for path in (config.out / "checkpoints").iterdir():
+        damage(path, "trainer.pt")
+    before = sorted((path, path.stat().st_mtime_ns) for path in (config.out / "checkpoints").rglob("*"))
+    with pytest.raises(UsageError, match=r"step-00000012 is damaged: trainer.pt .*no whole one before it"):
+        resume(config, steps=20)
+    assert before == sorted((path, path.stat().st_mtime_ns) for path in (config.out / "checkpoints").rglob("*"))
 
 
 def test_a_finished_run_goes_on_only_with_more_steps(config: TrainConfig) -> None:
@@ -237,21 +307,67 @@ def test_damaged_run_files_never_end_in_a_traceback(config: TrainConfig, name: s
     assert name in message or "14 steps" in message
 
 
+def spoil(monkeypatch: pytest.MonkeyPatch, where: str, steps: range) -> None:
+    """Make the loss or one gradient of these steps infinite or no number."""
+    accumulate = Trainer._accumulate_gradients
+
+    def poison(trainer: Trainer) -> torch.Tensor:
+        loss = accumulate(trainer)
+        if trainer.step + 1 in steps:
+            loss = loss * torch.nan if where == "loss" else loss
+            gradient = next(trainer.model.parameters()).grad
+            assert gradient is not None
+            gradient[0, 0] = torch.nan if where == "loss" else torch.inf
+        return loss
+
+    monkeypatch.setattr(Trainer, "_accumulate_gradients", poison)
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "schedulefree", "muon"])
 @pytest.mark.parametrize("where", ["loss", "gradient"])
-def test_nothing_that_is_not_finite_is_saved(config: TrainConfig, monkeypatch: pytest.MonkeyPatch, where: str) -> None:
-    train_step = Trainer._train_step
+def test_a_step_that_is_not_finite_is_skipped_and_counted(
+    config: TrainConfig, monkeypatch: pytest.MonkeyPatch, where: str, optimizer: Any
+) -> None:
+    spoil(monkeypatch, where, range(5, 9))
+    code, output = start(replace(config, steps=120, max_skipped=5, optimizer=optimizer))
+    assert code == 0
+    rows = [row for row in RunFolder(config.out).read_metrics() if "lr" in row]  # type: ignore[arg-type]
+    assert [row["step"] for row in rows] == list(range(1, 121))
+    assert {row["step"]: row["skipped"] for row in rows if "skipped" in row} == {5: 1, 6: 2, 7: 3, 8: 4}
+    assert [row["step"] for row in rows if "grad_norm" not in row] == [5, 6, 7, 8]
+    assert [row["step"] for row in rows if "loss" not in row] == ([5, 6, 7, 8] if where == "loss" else [])
+    assert "step 7 is skipped: its loss is" in output
+    assert re.search(r"steps skipped +│ +4 ", output)
+    assert RunFolder(config.out).read_json("summary.json")["skipped_steps"] == 4  # type: ignore[arg-type]
+    assert rows[-1]["loss"] < 2.5
 
-    def poison(trainer: Trainer) -> Any:
-        rate, loss, norm = train_step(trainer)
-        if trainer.step == 9:
-            return (rate, loss * torch.nan, norm) if where == "loss" else (rate, loss, norm * torch.inf)
-        return rate, loss, norm
 
-    monkeypatch.setattr(Trainer, "_train_step", poison)
-    with pytest.raises(TrainingError, match=r"the loss is (nan|.*norm inf).* at step 9: try a lower --lr"):
-        start(replace(config, save_every=1))
-    assert max(losses(config.out)) == 8  # type: ignore[arg-type]
-    assert newest_checkpoint(RunFolder(config.out)).name == "step-00000008"  # type: ignore[arg-type, union-attr]
+@pytest.mark.parametrize("where", ["loss", "gradient"])
+def test_too_many_in_a_row_stop_the_run_and_its_last_checkpoint_is_named(
+    config: TrainConfig, monkeypatch: pytest.MonkeyPatch, where: str
+) -> None:
+    spoil(monkeypatch, where, range(7, 13))
+    message = r"step 9 is skipped: its loss is .*(nan|inf).*the last 3 .*lower --lr.*checkpoint is .*step-00000008"
+    with pytest.raises(TrainingError, match=message):
+        start(replace(config, max_skipped=3))
+    assert all(tensor.isfinite().all() for tensor in load_model(config.out).state_dict().values())  # type: ignore[arg-type]
+    # They are counted on over a resume: the second in a row was the one that was saved.
+    with pytest.raises(TrainingError, match=r"step 9 is skipped.*the last 3 "):
+        resume(config)
+    with pytest.raises(TrainingError, match=r"step 11 is skipped.*the last 5 "):
+        resume(config, max_skipped=5)
+
+
+def test_fp16_scales_the_loss_until_gradients_fit(config: TrainConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    scaler = functools.partial(torch.amp.GradScaler, init_scale=2.0**40)
+    monkeypatch.setattr(torch.amp, "GradScaler", scaler)
+    start(replace(config, steps=150, precision="fp16", max_skipped=50, eval_every=0, save_every=0))
+    rows = [row for row in RunFolder(config.out).read_metrics() if "loss" in row]  # type: ignore[arg-type]
+    skipped = [row["step"] for row in rows if "skipped" in row]
+    assert skipped[:15] == list(range(1, 16))
+    assert len(skipped) < 35
+    assert max(row["grad_norm"] for row in rows if "grad_norm" in row) < 100  # of the loss, not of what was scaled
+    assert rows[-1]["loss"] < 1.7
 
 
 def test_the_optimiser_sees_the_rate_and_the_clipped_gradient(
@@ -339,15 +455,23 @@ def test_compiled_training_on_a_cpu(config: TrainConfig, tmp_path: Path) -> None
 
 
 def test_precision_is_the_one_asked_for(config: TrainConfig, tmp_path: Path) -> None:
-    start(replace(config, out=tmp_path / "fp32"))
-    start(replace(config, out=tmp_path / "bf16", precision="bf16"))
-    fp32, bf16 = losses(tmp_path / "fp32"), losses(tmp_path / "bf16")
-    assert fp32 != bf16
-    assert list(bf16.values()) == pytest.approx(list(fp32.values()), rel=0.02)
+    found: dict[Any, dict[int, float]] = {}
+    for precision in ("fp32", "bf16", "fp16"):
+        start(replace(config, out=tmp_path / precision, precision=precision))
+        found[precision] = losses(tmp_path / precision)
+        assert RunFolder(tmp_path / precision).read_json("env.json")[0]["precision"] == precision
+    exact = list(found["fp32"].values())
+    errors = {
+        precision: sum(abs(a - b) for a, b in zip(found[precision].values(), exact, strict=True))
+        for precision in ("bf16", "fp16")
+    }
+    assert 0 < errors["fp16"] < errors["bf16"] < 0.02 * sum(exact)
 
 
-def test_heldout_loss_is_that_of_every_heldout_window_alone(config: TrainConfig) -> None:
-    start(replace(config, eval_bytes="1m"))
+@pytest.mark.parametrize("optimizer", ["adamw", "schedulefree"])
+def test_heldout_loss_is_that_of_every_heldout_window_alone(config: TrainConfig, optimizer: Any) -> None:
+    """By the weights that are saved."""
+    start(replace(config, eval_bytes="1m", optimizer=optimizer))
     model = load_model(config.out)  # type: ignore[arg-type]
     heldout = open_bytes(config.data, config.heldout).heldout  # type: ignore[arg-type]
     total, count = 0.0, 0
@@ -359,11 +483,23 @@ def test_heldout_loss_is_that_of_every_heldout_window_alone(config: TrainConfig)
     reported = RunFolder(config.out).read_json("summary.json")["heldout"]  # type: ignore[arg-type]
     assert reported["bytes"] == count
     assert reported["nats_per_byte"] == pytest.approx(total / count, rel=1e-5)
+    sample = bytes(generate(model, b"", 300, seed=config.seed)).decode("utf-8", "replace")
+    assert (config.out / "sample.txt").read_text() == readable(sample)  # type: ignore[operator]
+
+
+@pytest.mark.parametrize("optimizer", ["schedulefree", "muon"])
+def test_the_other_optimisers_learn_too(config: TrainConfig, optimizer: Any) -> None:
+    _, output = start(replace(config, steps=150, eval_every=0, save_every=0, optimizer=optimizer))
+    assert losses(config.out)[150] < 1.7  # type: ignore[arg-type]
+    assert f"; cpu, {optimizer}, fp32" in output
+    assert RunFolder(config.out).read_json("summary.json")["heldout"]["nats_per_byte"] < 1.7  # type: ignore[arg-type]
 
 
 def test_running_out_of_memory_tells_what_to_lower(config: TrainConfig, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Trainer, "_train_step", lambda trainer: torch.empty(2**60))
-    with pytest.raises(TrainingError, match=r"out of memory at step 0 .*--batch-size.*--grad-accum"):
+    with pytest.raises(
+        TrainingError, match=r"out of memory at step 0 .* optimiser take \d.*--batch-size.*--grad-accum"
+    ):
         start(config)
 
 
@@ -437,6 +573,41 @@ def test_sampling_follows_the_models_probabilities(config: TrainConfig) -> None:
         assert (found - expected).abs().sum() / 2 < 0.25
 
 
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("during", ["evaluation", "saving", "the last evaluation"])
+def test_a_signal_in_evaluation_or_saving_ends_in_a_whole_checkpoint(
+    config: TrainConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, during: str, number: int
+) -> None:
+    start(replace(config, out=tmp_path / "whole"))
+    module, name = (torch, "save") if during == "saving" else (heldout, "gather")
+    at = {"evaluation": 5, "saving": 4, "the last evaluation": 12}[during]
+    function, fetch = getattr(module, name), Trainer._fetch_losses
+    step = 0
+
+    def watch(trainer: Trainer, display: Any) -> None:
+        nonlocal step
+        step = trainer.step
+        fetch(trainer, display)
+
+    def signalled(*arguments: Any, **options: Any) -> Any:
+        if step == at:
+            os.kill(os.getpid(), number)
+        return function(*arguments, **options)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Trainer, "_fetch_losses", watch)
+        patch.setattr(module, name, signalled)
+        if during != "saving":
+            # More than one batch, between which it listens.
+            config = replace(config, batch_size=8, eval_bytes="1m")
+        code, output = start(config)
+    assert code == 130
+    assert f"stopped at step {at}, saved in" in output
+    assert newest_checkpoint(RunFolder(config.out)).name == f"step-{at:08d}"  # type: ignore[arg-type, union-attr]
+    assert resume(config)[0] == 0
+    assert losses(config.out) == losses(tmp_path / "whole")  # type: ignore[arg-type]
+
+
 def test_sigterm_to_a_real_process_ends_in_a_checkpoint(config: TrainConfig, tmp_path: Path) -> None:
     command = [
         sys.executable, "-m", "elman", "train", "--data", config.data, "--out", config.out, "--dim", "16",
@@ -467,3 +638,35 @@ def test_a_run_on_the_gpu_learns_in_bf16_compiled_and_resumes_bit_for_bit(config
     session = RunFolder(config.out).read_json("env.json")[0]  # type: ignore[arg-type]
     assert session["precision"] == "bf16"
     assert session["compiled"] is True
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+@pytest.mark.parametrize("optimizer", ["adamw", "schedulefree", "muon"])
+def test_every_optimiser_on_the_gpu_waits_for_nothing_skips_and_resumes_bit_for_bit(
+    config: TrainConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, optimizer: Any, precision: Any
+) -> None:
+    """Its first steps are not watched: they make what later ones use, and fp16 finds its scale."""
+    spoil(monkeypatch, "loss", range(33, 36))
+    step = Trainer._train_step
+
+    def watched(trainer: Trainer) -> Any:
+        torch.cuda.set_sync_debug_mode("error" if trainer.step - trainer._first_step >= 5 else "default")
+        try:
+            return step(trainer)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+
+    monkeypatch.setattr(Trainer, "_train_step", watched)
+    config = replace(
+        config, device="cuda", steps=80, schedule="constant", save_every=50, optimizer=optimizer, precision=precision
+    )
+    assert start(replace(config, out=tmp_path / "whole"))[0] == 0
+    assert start(replace(config, steps=50))[0] == 0
+    assert resume(config, steps=80)[0] == 0
+    whole = losses(tmp_path / "whole")
+    assert losses(config.out) == whole  # type: ignore[arg-type]
+    assert whole[80] < 0.8 * whole[1]
+    summaries = [RunFolder(out).read_json("summary.json") for out in (config.out, tmp_path / "whole")]  # type: ignore[arg-type]
+    assert summaries[0]["heldout"] == summaries[1]["heldout"]
+    assert summaries[0]["skipped_steps"] == summaries[1]["skipped_steps"] >= 3

@@ -1,11 +1,48 @@
+import copy
 import itertools
+import re
+import sys
+from collections.abc import Iterable, Iterator
 
 import pytest
+import torch
 
-from elman.mixers import mixer_config
+from elman.errors import UsageError
+from elman.mixers import MixerConfig, mixer_config
 from elman.model import LanguageModel, ModelConfig
 from elman.training.config import TrainConfig
-from elman.training.optim import build_optimizer, learning_rate
+from elman.training.optim import Optimizer, build_optimizer, learning_rate, parameter_roles
+from tests.test_model import VARIANTS
+
+OPTIMIZERS = ("adamw", "schedulefree", "muon")
+#: Names of what must not decay, whatever its shape.
+PLAIN = re.compile(r"(.*\.)?(bias(_ih_l0|_hh_l0)?|norm\.weight|dt_bias|A_log|D|decay_logits|s)")
+every_optimizer = pytest.mark.parametrize("name", OPTIMIZERS)
+
+
+def build(name: str, mixer: MixerConfig | None = None, **options: object) -> tuple[LanguageModel, Optimizer]:
+    torch.manual_seed(0)
+    mixer = mixer or mixer_config("e1")(gate="hx")
+    model = LanguageModel(ModelConfig(16, 2, (mixer,)))
+    config = TrainConfig(**{"optimizer": name, "steps": 20, "warmup": 3, "lr": 0.01, **options})  # type: ignore[arg-type]
+    return model, build_optimizer(model, config)
+
+
+def put_gradients(model: LanguageModel, seed: int, value: float = 1.0) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    for parameter in model.parameters():
+        parameter.grad = value * torch.randn(parameter.shape, generator=generator)
+
+
+def tensors(model: LanguageModel, optimizer: Optimizer) -> Iterator[torch.Tensor]:
+    yield from model.parameters()
+    for part in optimizer.parts:
+        for parameter in model.parameters():
+            yield from part.state.get(parameter, {}).values()
+
+
+def same(a: Iterable[torch.Tensor], b: Iterable[torch.Tensor]) -> bool:
+    return all(torch.equal(x, y) for x, y in zip(a, b, strict=True))
 
 
 def test_warm_up_then_cosine_to_zero() -> None:
@@ -18,18 +55,138 @@ def test_warm_up_then_cosine_to_zero() -> None:
     assert rates[-1] < 0.001
 
 
-def test_constant_stays() -> None:
-    config = TrainConfig(steps=100, lr=1.0, warmup=0, schedule="constant")
-    assert {learning_rate(config, step, step / 100) for step in range(100)} == {1.0}
+def test_constant_stays_and_is_what_schedulefree_means() -> None:
+    for config in (
+        TrainConfig(steps=100, lr=1.0, warmup=0, schedule="constant"),
+        TrainConfig(steps=100, lr=1.0, warmup=0, schedule="cosine", optimizer="schedulefree"),
+    ):
+        assert config.schedule == "constant"
+        assert {learning_rate(config, step, step / 100) for step in range(100)} == {1.0}
 
 
-def test_matrices_decay_and_vectors_do_not() -> None:
-    model = LanguageModel(ModelConfig(16, 2, (mixer_config("e1")(gate="hx"),)))
-    optimizer = build_optimizer(model, TrainConfig(steps=1))
-    assert all(group["betas"] == (0.9, 0.95) for group in optimizer.param_groups)
-    decayed, plain = build_optimizer(model, TrainConfig(steps=1, weight_decay=0.3)).param_groups
-    assert decayed["weight_decay"] == 0.3
-    assert plain["weight_decay"] == 0
-    assert {p.ndim for p in decayed["params"]} == {2}
-    assert {p.ndim for p in plain["params"]} == {1}
-    assert len(decayed["params"]) + len(plain["params"]) == len(list(model.parameters()))
+@pytest.mark.parametrize("mixer", [*VARIANTS, mixer_config("ladder_5")(structure="diagonal")], ids=str)
+def test_biases_norms_and_decays_do_not_decay_and_the_rest_does(mixer: MixerConfig) -> None:
+    model = LanguageModel(ModelConfig(16, 2, (mixer,)))
+    diagonal = re.compile(r".*weight_h\.(unscaled\.)?weight" if getattr(mixer, "structure", "") == "diagonal" else "$.")
+    roles = parameter_roles(model)
+    assert roles.keys() == dict(model.named_parameters()).keys()
+    for name, role in roles.items():
+        assert (role == "plain") == bool(PLAIN.fullmatch(name) or diagonal.fullmatch(name)), name
+
+
+def test_a_matrix_is_a_map_between_units() -> None:
+    mixer = mixer_config("e1")(conv=4, structure="sparse_low_rank", gate="hx")
+    roles = parameter_roles(LanguageModel(ModelConfig(16, 1, (mixer,))))
+    assert {name.removeprefix("layers.0.mixer.") for name, role in roles.items() if role == "matrix"} == {
+        *("in_proj.weight", "recurrence.input.weight", "gate_proj.weight", "out_proj.weight"),
+        *("recurrence.weight_h.u", "recurrence.weight_h.v"),
+    }
+    assert {name.removeprefix("layers.0.mixer.") for name, role in roles.items() if role == "weight"} == {
+        *("embedding.weight", "conv.weight", "recurrence.weight_h.entries"),
+    }
+
+
+@every_optimizer
+def test_every_parameter_is_in_one_group_with_its_decay(name: str) -> None:
+    model, optimizer = build(name, weight_decay=0.3)
+    decays = {id(p): group["weight_decay"] for group in optimizer.param_groups for p in group["params"]}
+    assert sum(len(group["params"]) for group in optimizer.param_groups) == len(decays)
+    roles = parameter_roles(model)
+    assert {n: decays[id(p)] for n, p in model.named_parameters()} == {
+        n: 0.0 if role == "plain" else 0.3 for n, role in roles.items()
+    }
+    assert all(group["betas"] == (0.9, 0.95) for group in optimizer.param_groups if "betas" in group)
+
+
+def test_muon_moves_a_matrix_about_as_far_as_adamw_does() -> None:
+    model, optimizer = build("muon", weight_decay=0.0)
+    weight = model.layers[0].mixer.in_proj.weight
+    before = weight.detach().clone()
+    put_gradients(model, 1)
+    optimizer.step(torch.tensor(False))
+    assert 0.1 < (weight - before).square().mean().sqrt() / 0.01 < 0.4  # AdamW's updates have an RMS of about 0.2
+
+
+@every_optimizer
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf])
+def test_a_skipped_step_changes_no_bit(name: str, bad: float) -> None:
+    """Be it the first or a later one: the weights stay, and what comes after is as if it had not been."""
+    (model, optimizer), (other, reference) = build(name), build(name)
+    for step in range(4):
+        if step != 1:
+            made = [tensor for tensor in tensors(model, optimizer) if tensor.any()]
+            before = copy.deepcopy(made)
+            put_gradients(model, step, bad)
+            optimizer.step(torch.tensor(True))
+            assert same(made, before)
+        for m, o in ((model, optimizer), (other, reference)):
+            put_gradients(m, step)
+            o.step(torch.tensor(False))
+        if name == "schedulefree":
+            # The weights of its average count steps; of the moments, only the squares know no average.
+            squares = [[s["exp_avg_sq"] for s in o.parts[0].state.values()] for o in (optimizer, reference)]
+            assert same(*squares)
+        else:
+            assert same(tensors(model, optimizer), tensors(other, reference))
+
+
+@every_optimizer
+def test_what_is_saved_goes_on_to_the_bit(name: str) -> None:
+    model, optimizer = build(name)
+    for step in range(3):
+        put_gradients(model, step)
+        optimizer.step(torch.tensor(False))
+    state = copy.deepcopy(optimizer.state_dict())
+    with optimizer.averaged():
+        weights = copy.deepcopy(model.state_dict())
+    other, resumed = build(name)
+    other.load_state_dict(weights)
+    resumed.load_state_dict(state)
+    for step in range(3, 6):
+        for m, o in ((model, optimizer), (other, resumed)):
+            o.set_rate(0.01 / (1 + step))
+            put_gradients(m, step)
+            o.step(torch.tensor(False))
+        assert same(tensors(model, optimizer), tensors(other, resumed))
+
+
+def test_schedulefree_evaluates_the_average_and_comes_back_to_the_bit() -> None:
+    model, optimizer = build("schedulefree", weight_decay=0.0, warmup=0)
+    weight = model.layers[0].mixer.in_proj.weight
+    points = []
+    for step in range(5):
+        put_gradients(model, step)
+        optimizer.step(torch.tensor(False))
+        points.append(optimizer.parts[0].state[weight]["z"].clone())
+    before = weight.detach().clone()
+    with optimizer.averaged():
+        torch.testing.assert_close(weight.detach(), torch.stack(points).mean(0))
+        assert not torch.equal(weight, before)
+    assert torch.equal(weight, before)
+    put_gradients(model, 5)
+    optimizer.step(torch.tensor(False))
+
+
+def test_the_others_evaluate_what_they_train() -> None:
+    for name in ("adamw", "muon"):
+        model, optimizer = build(name)
+        before = [parameter.detach().clone() for parameter in model.parameters()]
+        with optimizer.averaged():
+            assert same(model.parameters(), before)
+
+
+def test_schedulefree_warms_up_as_the_others_do() -> None:
+    config = TrainConfig(steps=20, warmup=3, lr=0.01, optimizer="schedulefree")
+    model, optimizer = build("schedulefree")
+    for step in range(8):
+        rate = learning_rate(config, step, step / 20)
+        optimizer.set_rate(rate)
+        put_gradients(model, step)
+        optimizer.step(torch.tensor(False))
+        assert all(group["scheduled_lr"] == pytest.approx(rate) for group in optimizer.param_groups)
+
+
+def test_schedulefree_without_its_package_is_a_users_mistake(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "schedulefree", None)
+    with pytest.raises(UsageError, match=r"--optimizer schedulefree needs its package .*: pip install schedulefree"):
+        build("schedulefree")
