@@ -25,7 +25,7 @@ from elman.mixers import mixer_config, mixer_names
 from elman.ops import backend_status
 from elman.sizing import SizeError, flops_per_token, num_params, size_model, state_size
 from elman.text import one_line, readable
-from elman.training.run import load_model
+from elman.training.run import load_model, load_text
 from elman.units import format_bytes, format_count, parse_count
 
 
@@ -38,7 +38,10 @@ def generate(
     where = resolve_device(device)
     start = os.fsencode(prompt)
     model = load_model(run).to(where)
-    drawn = generate_bytes(model, start, num_bytes, temperature=temperature, top_p=top_p, seed=seed)
+    vocabulary, resets = load_text(run)
+    drawn = generate_bytes(
+        model, start, num_bytes, temperature=temperature, top_p=top_p, seed=seed, vocabulary=vocabulary, resets=resets
+    )
     if not out.isatty():
         sink = out.buffer
         sink.write(start)

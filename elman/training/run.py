@@ -22,6 +22,8 @@ from typing import Any
 
 import filelock
 
+from elman.data.sampling import SAMPLERS
+from elman.data.vocabulary import Vocabulary, open_vocabulary
 from elman.errors import UsageError
 from elman.model import LanguageModel, ModelConfig
 from elman.training.checkpoint import list_checkpoints, load_checkpoint
@@ -215,6 +217,16 @@ def load_model(path: Path | str) -> LanguageModel:
     model = LanguageModel(config)
     load_weights(model, load_checkpoint(checkpoint_path, with_trainer=False).model, checkpoint_path)
     return model.eval()
+
+
+def load_text(path: Path | str) -> tuple[Vocabulary, bool]:
+    """How a run's model was shown text: its tokens, and whether a document's start reset its state.
+
+    Raises:
+        UsageError: no run there, or its tokeniser is missing.
+    """
+    config, _ = open_run(Path(path)).read_config()
+    return open_vocabulary(config.tokenizer), SAMPLERS[config.sampling].resets
 
 
 def load_weights(model: LanguageModel, weights: dict[str, Any], source: Path) -> None:
