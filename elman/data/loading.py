@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import signal
+import warnings
 from collections.abc import Iterator
 
 import torch
@@ -56,18 +57,22 @@ class Loader:
     def _start(self, step: int) -> Iterator[Batch]:
         if not self.workers:
             return map(self.sampler.batch, itertools.count(step))
-        loader = DataLoader(
-            _Steps(self.sampler),
-            batch_size=None,
-            sampler=itertools.count(step),
-            num_workers=self.workers,
-            # Forked processes share the memory map of the file and the tables of the tokeniser.
-            multiprocessing_context="fork",
-            worker_init_fn=_leave_signals_to_the_parent,
-            # Its own generator: seeds for the workers are not drawn from the one that the run saves.
-            generator=torch.Generator(),
-        )
-        return iter(loader)
+        with warnings.catch_warnings():
+            # Of more workers than cores, which is the user's choice, and of forking beside threads, none of which
+            # a worker needs.
+            warnings.simplefilter("ignore")
+            loader = DataLoader(
+                _Steps(self.sampler),
+                batch_size=None,
+                sampler=itertools.count(step),
+                num_workers=self.workers,
+                # Forked processes share the memory map of the file and the tables of the tokeniser.
+                multiprocessing_context="fork",
+                worker_init_fn=_leave_signals_to_the_parent,
+                # Its own generator: seeds for the workers are not drawn from the one that the run saves.
+                generator=torch.Generator(),
+            )
+            return iter(loader)
 
 
 def _leave_signals_to_the_parent(worker: int) -> None:
