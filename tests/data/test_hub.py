@@ -12,8 +12,11 @@ from elman.errors import UsageError
 @pytest.fixture
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
     """A data set of two splits, as ``datasets`` reads it from a folder."""
-    pytest.importorskip("datasets")
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    datasets = pytest.importorskip("datasets")
+    constants = pytest.importorskip("huggingface_hub.constants")
+    # Nothing is asked of the network, which would be tried again for long.
+    for module in (datasets.config, constants):
+        monkeypatch.setattr(module, "HF_HUB_OFFLINE", True)
     rows = {
         "train": [{"text": "one\x1eé", "n": 1}, {"text": None, "n": 2}, {"text": "", "n": 3}, {"text": "two", "n": 4}],
         "test": [{"text": "three", "n": 5}],
