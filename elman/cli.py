@@ -78,27 +78,29 @@ class Doctor:
 
 @dataclass(frozen=True)
 class Pack:
-    """Pack files and folders into one raw file of documents, each ended by the byte 0x1e.
+    """Pack files and folders, or a data set, into one raw file of documents, each ended by the byte 0x1e.
 
     Text and source files are one document each (packed files the documents they hold), .jsonl and .ndjson one a line;
     all of them may be gzipped (.gz).
     Binary and hidden files are left out. Files come in an order fixed by a hash of their paths, so that the tail of
-    the file, which training holds out, is a fair sample.
+    the file, which training holds out, is a fair sample. The rows of hf:NAME come in their own order.
     """
 
     paths: tyro.conf.Positional[list[Path]]
-    """Files and folders."""
+    """Files and folders; or hf:NAME or hf:NAME:CONFIG, a data set of the Hugging Face hub."""
     out: Path
     """File to make; it must not exist yet."""
-    field: str = "text"
-    """Field of a JSON line that holds the text."""
+    field: Annotated[str, tyro.conf.arg(aliases=["--column"])] = "text"
+    """Field of a JSON line, or column of a data set, that holds the text."""
+    split: str = "train"
+    """Part of a data set."""
     skip_bad: bool = False
-    """Leave out lines without text and count them, instead of stopping."""
+    """Leave out lines and rows without text and count them, instead of stopping."""
 
     def run_command(self, console: Console) -> int:
         from elman.commands import pack
 
-        return pack(self.paths, self.out, self.field, self.skip_bad, console)
+        return pack(self.paths, self.out, self.field, self.split, self.skip_bad, console)
 
 
 @dataclass(frozen=True)

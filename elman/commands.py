@@ -10,13 +10,14 @@ from typing import TextIO
 
 import torch
 from rich.console import Console
-from rich.progress import Progress
+from rich.progress import MofNCompleteColumn, Progress, TextColumn
 from rich.table import Table
 
 from elman.cache import cache_folder
 from elman.data import bytes as raw
+from elman.data.hub import PREFIX, hub_texts
 from elman.data.info import QUANTILES, describe
-from elman.data.pack import find_files
+from elman.data.pack import PackSummary, check_out, find_files, pack_texts
 from elman.data.pack import pack as pack_files
 from elman.environment import driver_version, package_versions, resolve_device, supports_bf16, total_memory, why_no_cuda
 from elman.errors import UsageError
@@ -25,7 +26,7 @@ from elman.mixers import mixer_config, mixer_names
 from elman.ops import backend_status
 from elman.sizing import SizeError, flops_per_token, num_params, size_model, state_size
 from elman.text import one_line, readable
-from elman.training.run import load_model
+from elman.training.run import load_model, load_text
 from elman.units import format_bytes, format_count, parse_count
 
 
@@ -38,7 +39,10 @@ def generate(
     where = resolve_device(device)
     start = os.fsencode(prompt)
     model = load_model(run, lambda line: print(one_line(line), file=sys.stderr)).to(where)
-    drawn = generate_bytes(model, start, num_bytes, temperature=temperature, top_p=top_p, seed=seed)
+    vocabulary, resets = load_text(run)
+    drawn = generate_bytes(
+        model, start, num_bytes, temperature=temperature, top_p=top_p, seed=seed, vocabulary=vocabulary, resets=resets
+    )
     if not out.isatty():
         sink = out.buffer
         sink.write(start)
@@ -118,25 +122,47 @@ def _cache_state() -> str:
     return f"{folder} cannot be written; set ELMAN_CACHE to a folder that can"
 
 
-def pack(paths: list[Path], out: Path, field: str, skip_bad: bool, console: Console) -> int:
+def pack(paths: list[Path], out: Path, field: str, split: str, skip_bad: bool, console: Console) -> int:
     """Pack with a progress bar, then tell what went in and what was left out."""
+    if any(str(path).startswith(PREFIX) for path in paths):
+        summary = _pack_data_set(paths, out, field, split, skip_bad, console)
+    else:
+        summary = _pack_files(paths, out, field, skip_bad, console)
+    console.print(f"{one_line(str(out))}: {summary.documents:,} documents, {summary.bytes:,} bytes", soft_wrap=True)
+    if summary.replaced:
+        console.print(f"{summary.replaced:,} delimiter bytes (0x1e) inside texts became spaces")
+    for reason, count in summary.skipped.items():
+        console.print(f"left out: {count:,} {reason}")
+    return 0
+
+
+def _pack_data_set(
+    paths: list[Path], out: Path, field: str, split: str, skip_bad: bool, console: Console
+) -> PackSummary:
+    if len(paths) > 1:
+        raise UsageError(f"PATH {' '.join(map(str, paths))}: a data set is packed alone; name one {PREFIX}NAME")
+    check_out(out)
+    summary = PackSummary()
+    texts = hub_texts(str(paths[0]), split, field, skip_bad, summary)
+    with Progress(
+        TextColumn("{task.description}"), MofNCompleteColumn(), console=console, disable=not console.is_terminal
+    ) as progress:
+        pack_texts(progress.track(texts, description=f"packing rows of {paths[0]}", total=None), out, summary)
+    return summary
+
+
+def _pack_files(paths: list[Path], out: Path, field: str, skip_bad: bool, console: Console) -> PackSummary:
     files = find_files(paths)
     total = sum(file.stat().st_size for file in files)
     with Progress(console=console, disable=not console.is_terminal) as progress:
         task = progress.add_task(f"packing {len(files)} files", total=total)
-        summary = pack_files(
+        return pack_files(
             files,
             out,
             text_field=field,
             skip_bad=skip_bad,
             open_file=lambda file: progress.open(file, "rb", task_id=task, total=total),
         )
-    console.print(f"{one_line(str(out))}: {summary.documents:,} documents, {summary.bytes:,} bytes", soft_wrap=True)
-    if summary.replaced:
-        console.print(f"{summary.replaced:,} delimiter bytes (0x1e) inside the texts of JSON lines became spaces")
-    for reason, count in summary.skipped.items():
-        console.print(f"left out: {count:,} {reason}")
-    return 0
 
 
 def info(file: Path, console: Console) -> int:

@@ -6,6 +6,7 @@ import os
 import re
 import subprocess
 import sys
+import types
 from pathlib import Path
 
 import pytest
@@ -72,6 +73,23 @@ BAD_INPUT = {
     "negative seed": (["--seed", "-1", "--steps", "1"], "--seed -1 is out of range"),
     "huge seed": (["--seed", "99999999999999999999", "--steps", "1"], "--seed 9+ is out of range"),
     "huge steps": (["--steps", "1" + "0" * 400], "--steps 10+ is out of range"),
+    "too many streams": (
+        ["--tbptt", "--data", "text", "--steps", "1", "--batch-size", "400"],
+        "--sampling tbptt reads --batch-size 400 streams by --seq-len 32 bytes, but the training part has .*: give a",
+    ),
+    "streams and documents": (
+        ["--tbptt", "--sampling", "documents", "--steps", "1"],
+        "--tbptt is short for --sampling",
+    ),
+    "streams of tokens": (
+        ["--tbptt", "--tokenizer", "gpt2", "--steps", "1"],
+        "--sampling tbptt does not go with --tokenizer gpt2: leave out --tokenizer, or give --sampling windows or doc",
+    ),
+    "streams of attention": (
+        ["--tbptt", "--model", "transformer", "--data", "text", "--steps", "1"],
+        "--sampling tbptt carries .* transformer grows with the text: give --sampling documents or windows",
+    ),
+    "negative workers": (["--workers", "-1", "--steps", "1"], "--workers -1 is out of range"),
     "unused variant": (
         ["--model", "e0,e1,e0", "--data", "text", "--steps", "1"],
         "pattern of 3 layers, but the depth is 2",
@@ -142,6 +160,8 @@ def test_a_mistake_in_train_is_one_clear_line(name: str, folder: Path, capsys: p
         (["data", "pack", "nowhere", "--out", "new"], "PATH nowhere: no such file"),
         (["data", "pack", "text", "--out", "short"], "--out short exists already"),
         (["data", "pack", "text", "--out", "short/new"], "--out short/new cannot be written"),
+        (["data", "pack", "hf:x", "text", "--out", "new"], "PATH hf:x text: a data set is packed alone"),
+        (["data", "pack", "hf:x", "--out", "short"], "--out short exists already"),
         (["models", "--params", "50x"], "--params '50x' is no count"),
         (["models", "--depth", "0"], "--depth 0 is out of range"),
     ],
@@ -248,6 +268,37 @@ def test_a_hybrid_with_options_of_its_parts_trains_and_says_what_ran(folder: Pat
     (session,) = json.loads(Path("hybrid/env.json").read_text())
     assert session["backends"] == ["reference", "torch", "reference", "sdpa", "scan"]
     assert run("generate", "hybrid", "--bytes", 5) == 0
+
+
+def test_streams_train_and_resume_and_say_so(folder: Path) -> None:
+    argv = ["--data", "text", *TINY]
+    assert run("train", "--tbptt", *argv, "--steps", 2, "--out", "short") == 2  # a file is there
+    assert run("train", "--tbptt", *argv, "--steps", 2, "--out", "streams") == 0
+    assert json.loads(Path("streams/config.json").read_text())["train"]["sampling"] == "tbptt"
+    assert run("train", "--resume", "streams", "--tbptt", "--steps", 3) == 0
+    assert run("train", "--resume", "streams", "--steps", 4) == 0
+    assert run("train", "--resume", "streams", "--sampling", "windows", "--steps", 5) == 2
+    assert run("generate", "streams", "--bytes", 5) == 0
+
+
+def test_a_data_set_is_packed(
+    folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Rows(list):  # type: ignore[type-arg]
+        column_names = ("id", "body")
+
+        def select_columns(self, names: list[str]) -> list[dict[str, str]]:
+            return [{name: row[name] for name in names} for row in self]
+
+    def load_dataset(name: str, config: str | None, *, split: str, streaming: bool) -> Rows:
+        assert (name, config, split, streaming) == ("user/set", "en", "test", True)
+        return Rows({"id": str(i), "body": f"text {i}"} for i in range(3))
+
+    monkeypatch.setitem(sys.modules, "datasets", types.SimpleNamespace(load_dataset=load_dataset))
+    argv = ["data", "pack", "hf:user/set:en", "--split", "test", "--column", "body", "--out", "packed"]
+    assert run(*argv) == 0
+    assert "packed: 3 documents, 21 bytes" in capsys.readouterr().out
+    assert Path("packed").read_bytes() == b"text 0\x1etext 1\x1etext 2\x1e"
 
 
 def test_models_and_doctor(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -1,4 +1,4 @@
-"""A raw file as training data: memory-mapped, split into a training part and a held-out tail, sampled without state."""
+"""A raw file as training data: memory-mapped, split into a training part and a held-out tail."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import hashlib
 import mmap
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -98,55 +99,27 @@ def map_bytes(path: Path, option: str, advice: int = mmap.MADV_SEQUENTIAL) -> By
     return np.frombuffer(mapped, dtype=np.uint8)
 
 
-@dataclass(frozen=True)
-class WindowSampler:
-    """Random windows of the training part: a pure function of (seed, step, rank).
-
-    The windows of a step depend on the seed, the step and the global batch alone. Ranks take consecutive rows of that
-    batch, so a run resumed, or resumed on another number of ranks, reads the same bytes in the same order.
-    """
-
-    data: Bytes
-    seq_len: int
-    batch_size: int
-    seed: int
-
-    def __post_init__(self) -> None:
-        if len(self.data) < self.seq_len + 1:
-            raise UsageError(
-                f"--seq-len {self.seq_len} needs windows of {self.seq_len + 1} bytes, but the training part has "
-                f"{len(self.data)}: give a shorter --seq-len or a larger --data"
-            )
-
-    def batch(self, step: int, rank: int = 0, world_size: int = 1) -> Bytes:
-        """The rows of a step's batch that fall to a rank: (batch_size / world_size, seq_len + 1)."""
-        assert self.batch_size % world_size == 0
-        # A counter-based generator: the step is a place in its stream, not the outcome of the steps before.
-        generator = np.random.Generator(np.random.Philox(key=self.seed, counter=[0, 0, 0, step]))
-        starts = generator.integers(0, len(self.data) - self.seq_len, size=self.batch_size)
-        rows = self.batch_size // world_size
-        return gather(self.data, starts[rank * rows : (rank + 1) * rows], self.seq_len)
-
-
-def gather(data: Bytes, starts: npt.NDArray[np.int64], seq_len: int) -> Bytes:
-    """The windows of ``seq_len + 1`` bytes that begin at ``starts``: (len(starts), seq_len + 1)."""
-    out = np.empty((len(starts), seq_len + 1), dtype=np.uint8)
+def gather(tokens: npt.NDArray[Any], starts: npt.NDArray[np.int64], seq_len: int) -> npt.NDArray[Any]:
+    """The windows of ``seq_len + 1`` tokens that begin at ``starts``: (len(starts), seq_len + 1)."""
+    out = np.empty((len(starts), seq_len + 1), dtype=tokens.dtype)
     for row, start in zip(out, starts, strict=True):
-        row[:] = data[start : start + seq_len + 1]
+        row[:] = tokens[start : start + seq_len + 1]
     return out
 
 
-def heldout_starts(data: Bytes, seq_len: int, max_bytes: int) -> npt.NDArray[np.int64]:
-    """Starts of windows that cover the held-out part end to end, thinned evenly to at most ``max_bytes`` predictions.
+def heldout_starts(
+    tokens: npt.NDArray[Any], seq_len: int, max_tokens: int, unit: str = "byte"
+) -> npt.NDArray[np.int64]:
+    """Starts of windows that cover the held-out part end to end, thinned evenly to at most ``max_tokens`` predictions.
 
     Raises:
         UsageError: not one window fits.
     """
-    available = (len(data) - 1) // seq_len
+    available = (len(tokens) - 1) // seq_len
     if available < 1:
         raise UsageError(
-            f"--seq-len {seq_len} needs windows of {seq_len + 1} bytes, but the held-out part has {len(data)}: "
+            f"--seq-len {seq_len} needs windows of {seq_len + 1} {unit}s, but the held-out part has {len(tokens)}: "
             f"give a shorter --seq-len, a larger --heldout or a larger --data"
         )
-    count = min(available, max(1, max_bytes // seq_len))
+    count = min(available, max(1, max_tokens // seq_len))
     return np.linspace(0, available - 1, count).astype(np.int64) * seq_len

@@ -11,7 +11,7 @@ import hashlib
 import json
 import os
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, cast
@@ -34,9 +34,9 @@ class PackSummary:
     documents: int = 0
     bytes: int = 0
     replaced: int = 0
-    """Delimiter bytes inside the texts of JSON lines, replaced by a space."""
+    """Delimiter bytes inside the texts of JSON lines and data sets, replaced by a space."""
     skipped: dict[str, int] = field(default_factory=dict)
-    """Files and lines left out, by reason."""
+    """Files, lines and rows left out, by reason."""
 
     def skip(self, reason: str) -> None:
         """Count one more thing left out."""
@@ -97,17 +97,39 @@ def pack(
         UsageError: ``out`` exists already or cannot be written, or, unless ``skip_bad``, a file is broken or a line
             of JSON has no text in ``text_field``.
     """
-    taken = f"--out {out} exists already and is left as it is: give another name, or remove it first"
-    if os.path.lexists(out):
-        raise UsageError(taken)
     summary = PackSummary()
+    _write(
+        (document for file in files for document in _documents(file, text_field, skip_bad, summary, open_file)),
+        out,
+        summary,
+    )
+    return summary
+
+
+def pack_texts(texts: Iterable[str], out: Path, summary: PackSummary) -> None:
+    """Write ``texts``, a document each, into ``out`` and count them in ``summary``; errors as in ``pack``."""
+    _write((iter([_clean(text, summary)]) for text in texts), out, summary)
+
+
+def check_out(out: Path) -> None:
+    """Nothing is there yet.
+
+    Raises:
+        UsageError: something is.
+    """
+    if os.path.lexists(out):
+        raise UsageError(f"--out {out} exists already and is left as it is: give another name, or remove it first")
+
+
+def _write(documents: Iterable[Iterator[bytes]], out: Path, summary: PackSummary) -> None:
+    """The documents, each as chunks, into ``out``, whole or not at all."""
+    check_out(out)
     partial = out.with_name(f".{out.name}.{os.getpid()}.partial")
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
         with partial.open("xb") as sink:
-            for file in files:
-                for document in _documents(file, text_field, skip_bad, summary, open_file):
-                    _write_document(document, sink, summary)
+            for document in documents:
+                _write_document(document, sink, summary)
             sink.flush()
             os.fsync(sink.fileno())
         if not summary.documents:
@@ -116,13 +138,13 @@ def pack(
         try:
             os.link(partial, out)
         except FileExistsError:
-            raise UsageError(taken) from None
+            check_out(out)
+            raise
     except OSError as error:
         raise UsageError(f"--out {out} cannot be written: {error.strerror or error}") from None
     finally:
         with contextlib.suppress(OSError):
             partial.unlink()
-    return summary
 
 
 def _reasons(summary: PackSummary) -> str:
@@ -187,6 +209,13 @@ def _named_errors(file: Path) -> Iterator[None]:
         raise UsageError(f"{file} cannot be read: {error.strerror or error}; mend it or leave it out") from None
 
 
+def _clean(text: str, summary: PackSummary) -> bytes:
+    """A text as one document: delimiters in it become spaces."""
+    document = text.encode("utf-8", "surrogatepass")
+    summary.replaced += document.count(_DELIMITER)
+    return document.replace(_DELIMITER, b" ")
+
+
 def _json_text(
     file: Path, number: int, line: bytes, text_field: str, skip_bad: bool, summary: PackSummary
 ) -> bytes | None:
@@ -195,9 +224,7 @@ def _json_text(
     try:
         text = json.loads(line)[text_field]
         if isinstance(text, str):
-            document = text.encode("utf-8", "surrogatepass")
-            summary.replaced += document.count(_DELIMITER)
-            return document.replace(_DELIMITER, b" ")
+            return _clean(text, summary)
         problem = f"has no text in field {text_field!r}"
     except KeyError:
         problem = f"has no field {text_field!r}"

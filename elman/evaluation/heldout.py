@@ -6,10 +6,14 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch import nn
 
 from elman.data.bytes import Bytes, gather, heldout_starts
+from elman.data.sampling import document_starts
+from elman.data.vocabulary import BYTES, Tokens, Vocabulary
 from elman.model import next_token_loss
 from elman.units import bits
 
@@ -18,44 +22,85 @@ from elman.units import bits
 class HeldoutLoss:
     """Mean loss over the held-out windows, each from a state at rest, as in training."""
 
-    nats_per_byte: float
+    nats_per_token: float
+    tokens: int
     bytes: int
 
     @property
+    def nats_per_byte(self) -> float:
+        """Of the bytes that the tokens stand for."""
+        return self.nats_per_token * self.tokens / self.bytes
+
+    @property
     def bits_per_byte(self) -> float:
-        """The same in bits."""
+        """The same in bits: what models of any vocabulary can be compared by."""
         return bits(self.nats_per_byte)
+
+
+@dataclass(frozen=True)
+class HeldoutText:
+    """Windows of the held-out part: the same ones at every evaluation.
+
+    Attributes:
+        tokens: all of the part's.
+        starts: where windows of ``seq_len + 1`` tokens start.
+        resets: whether a document's start resets the state, as in training.
+    """
+
+    tokens: Tokens
+    starts: npt.NDArray[np.int64]
+    seq_len: int
+    vocabulary: Vocabulary
+    resets: bool
+
+    @classmethod
+    def cut(
+        cls, text: Bytes, seq_len: int, max_bytes: int, vocabulary: Vocabulary = BYTES, resets: bool = False
+    ) -> HeldoutText:
+        """The whole text if ``max_bytes`` allows, else windows spread evenly over it.
+
+        Raises:
+            UsageError: not one window fits.
+        """
+        tokens = vocabulary.encode(text)
+        max_tokens = max_bytes * len(tokens) // max(1, len(text))
+        starts = heldout_starts(tokens, seq_len, max_tokens, vocabulary.unit)
+        return cls(tokens, starts, seq_len, vocabulary, resets)
 
 
 def evaluate(
     model: nn.Module,
-    data: Bytes,
+    text: HeldoutText,
     *,
-    seq_len: int,
     batch_size: int,
-    max_bytes: int,
     device: torch.device,
     autocast: Callable[[], AbstractContextManager[None]],
     stop: Callable[[], bool] = lambda: False,
 ) -> HeldoutLoss | None:
-    """Mean loss over windows of ``data``: the same ones at every call, the whole of it if ``max_bytes`` allows.
+    """Mean loss over the windows of ``text``.
 
     ``stop`` is asked between batches; once it is true, the evaluation ends with None.
     """
-    starts = heldout_starts(data, seq_len, max_bytes)
     total = torch.zeros((), dtype=torch.float64, device=device)
+    num_bytes = 0
     was_training = model.training
     model.eval()
     try:
         with torch.inference_mode():
-            for first in range(0, len(starts), batch_size):
+            for first in range(0, len(text.starts), batch_size):
                 if stop():
                     return None
-                windows = torch.from_numpy(gather(data, starts[first : first + batch_size], seq_len)).to(device)
+                rows = gather(text.tokens, text.starts[first : first + batch_size], text.seq_len)
+                num_bytes += int(text.vocabulary.lengths[rows[:, 1:]].sum())
+                reset = None
+                if text.resets:
+                    starts = document_starts(rows, True, text.vocabulary.delimiter)
+                    reset = torch.from_numpy(starts).to(device)
+                windows = torch.from_numpy(rows).to(device)
                 with autocast():
-                    logits, _ = model(windows[:, :-1])
+                    logits, _ = model(windows[:, :-1], None, reset)
                 total += next_token_loss(logits, windows[:, 1:], reduction="sum")
     finally:
         model.train(was_training)
-    count = len(starts) * seq_len
-    return HeldoutLoss(total.item() / count, count)
+    count = len(text.starts) * text.seq_len
+    return HeldoutLoss(total.item() / count, count, num_bytes)

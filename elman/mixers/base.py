@@ -110,6 +110,13 @@ class MixerConfig(ABC):
             UsageError: what would run there is not what the options ask for.
         """
 
+    def check_resets(self, device: torch.device) -> None:  # noqa: B027
+        """Training calls this too before it starts with documents told apart: with states and resets.
+
+        Raises:
+            UsageError: as ``check_device``.
+        """
+
     @abstractmethod
     def num_params(self, dim: int) -> int:
         """Learned numbers."""

@@ -80,6 +80,13 @@ class Mamba2Config(MixerConfig):
                 f"and says nothing of Mamba2's speed"
             )
 
+    def check_resets(self, device: torch.device) -> None:
+        if device.type == "cuda" and self.kernels == "official":
+            raise UsageError(
+                "--kernels official: Mamba2's fused kernels take no state and no resets: give --sampling windows, or "
+                "--kernels torch, which is slow and says nothing of Mamba2's speed"
+            )
+
     def num_params(self, dim: int) -> int:
         heads, width = self.heads(dim)
         d, conv = heads * width, heads * width + 2 * self.d_state

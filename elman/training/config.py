@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import InitVar, dataclass
 from typing import Annotated, Literal
 
 import tyro
@@ -29,10 +29,20 @@ class TrainConfig:
     """Raw text file, documents ended by 0x1e; Python's standard library if absent."""
     heldout: float = 0.05
     """Part of the file, at its end, kept for evaluation (at most 10 MB)."""
+    sampling: Literal["windows", "documents", "tbptt"] = "windows"
+    """What a step reads: windows from anywhere, which take 0x1e for a byte like any other; documents one behind the
+    other, each from a state at rest; or tbptt, streams that go on from step to step, as does the state until the next
+    document."""
+    tbptt: InitVar[bool] = False
+    """Short for --sampling tbptt."""
+    tokenizer: OptionalStr = None
+    """Tokens of this tiktoken encoding, such as p50k_base, made from the file while training; bytes if absent."""
+    workers: int = 2
+    """Processes that make tokens ahead, with --tokenizer; 0 makes them between steps."""
     seq_len: int = 512
-    """Bytes a training window."""
+    """Bytes, or tokens, a training window."""
     batch_size: int = 32
-    """Windows a step."""
+    """Windows, or streams, a step."""
     grad_accum: int = 1
     """Parts that a step's batch is split into, to save memory; the step stays the same."""
 
@@ -79,12 +89,21 @@ class TrainConfig:
     """Run folder to go on with, from its newest checkpoint and with its own options. A --steps or --time-limit given
     beside it replaces the run's end."""
 
-    def __post_init__(self) -> None:
+    def __post_init__(self, tbptt: bool) -> None:
         check_choices(self)
         if self.optimizer == "schedulefree":
             object.__setattr__(self, "schedule", "constant")
+        if tbptt:
+            if self.sampling == "documents":
+                raise UsageError("--tbptt is short for --sampling tbptt, not documents: give one of them")
+            object.__setattr__(self, "sampling", "tbptt")
+        if self.sampling == "tbptt" and self.tokenizer is not None:
+            raise UsageError(
+                f"--sampling tbptt does not go with --tokenizer {self.tokenizer}: leave out --tokenizer, or give "
+                f"--sampling windows or documents"
+            )
         check_at_least(self, seq_len=1, batch_size=1, grad_accum=1, steps=1, dim=1, depth=1, max_skipped=1)
-        check_at_least(self, warmup=0, eval_every=0, save_every=0, weight_decay=0, grad_clip=0, seed=0)
+        check_at_least(self, warmup=0, eval_every=0, save_every=0, workers=0, weight_decay=0, grad_clip=0, seed=0)
         if not 0 < self.lr < 100:
             raise UsageError(f"--lr {self.lr} is out of range: give a number above 0, such as 1e-3")
         if self.batch_size % self.grad_accum:

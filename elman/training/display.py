@@ -41,8 +41,9 @@ class _TwoLines(Progress):
 class TrainingDisplay:
     """A live bar on a terminal; a line every ten seconds elsewhere, as in a log file."""
 
-    def __init__(self, console: Console) -> None:
+    def __init__(self, console: Console, unit: str = "byte") -> None:
         self.console = console
+        self.unit = unit
         self._progress = _TwoLines(
             TextColumn("{task.fields[head]}"),
             BarColumn(bar_width=30),
@@ -83,7 +84,7 @@ class TrainingDisplay:
         """Show where the run stands. ``mean`` is that of the last 100 losses; ``progress`` goes from 0 to 1."""
         head = f"step {step}" + (f"/{steps}" if steps else "")
         status = (
-            f"loss {loss:.3f}  mean {mean:.3f}  {bits(mean):.3f} bits/byte  "
+            f"loss {loss:.3f}  mean {mean:.3f}  {bits(mean):.3f} bits/{self.unit}  "
             f"{format_count(tokens_per_second)} tok/s  {format_bytes(memory)}"
         )
         self._progress.update(self._task, completed=min(progress, 1.0), head=head, status=status)
@@ -104,7 +105,7 @@ def say(console: Console, line: str) -> None:
 
 def print_summary(console: Console, summary: dict[str, Any], sample: str) -> None:
     """The table that a run ends with, and a sample of what it writes."""
-    heldout = summary["heldout"]
+    heldout, unit = summary["heldout"], summary["unit"]
     table = Table(title=f"{summary['model']}: {summary['steps']} steps", show_header=False, title_justify="left")
     table.add_column(style="cyan")
     table.add_column(justify="right")
@@ -117,8 +118,8 @@ def print_summary(console: Console, summary: dict[str, Any], sample: str) -> Non
     table.add_row("peak memory", format_bytes(summary["peak_memory_bytes"]))
     if summary["skipped_steps"]:
         table.add_row("steps skipped", f"{summary['skipped_steps']:,}")
-    table.add_row("loss, mean of the last 100 steps", f"{summary['last_100_loss']:.4f} nats/byte")
-    table.add_row("held-out loss", f"{heldout['nats_per_byte']:.4f} nats/byte")
+    table.add_row("loss, mean of the last 100 steps", f"{summary['last_100_loss']:.4f} nats/{unit}")
+    table.add_row("held-out loss", f"{heldout['nats_per_token']:.4f} nats/{unit}")
     table.add_row("", f"{heldout['bits_per_byte']:.4f} bits/byte")
     table.add_row("held-out bytes read", f"{heldout['bytes']:,}")
     console.print(Panel(Text(sample), title="sample", title_align="left"))

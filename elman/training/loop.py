@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import math
 import signal
@@ -17,15 +18,20 @@ import torch
 from rich.console import Console
 from safetensors import SafetensorError
 
-from elman.data.bytes import WindowSampler, heldout_starts, open_bytes
+from elman.data.bytes import open_bytes
+from elman.data.loading import Loader
+from elman.data.sampling import SAMPLERS
+from elman.data.vocabulary import open_vocabulary
 from elman.environment import is_out_of_memory, peak_memory, resolve_device, supports_bf16, total_memory
 from elman.errors import TrainingError, UsageError
-from elman.evaluation.heldout import HeldoutLoss, evaluate
+from elman.evaluation.heldout import HeldoutLoss, HeldoutText, evaluate
 from elman.generation import generate
+from elman.mixers import State
 from elman.model import LanguageModel, ModelConfig, next_token_loss
 from elman.ops import record_backends
 from elman.sizing import flops_per_token, num_params, state_size
 from elman.text import readable
+from elman.training.carry import Carry
 from elman.training.checkpoint import Checkpoint, save_checkpoint
 from elman.training.config import TrainConfig
 from elman.training.display import TrainingDisplay, print_summary, say
@@ -38,7 +44,7 @@ _SAMPLE_BYTES = 300
 
 
 class Trainer:
-    """One run: the model, its optimiser and its place in the data, all of which a checkpoint holds.
+    """One run: the model, its optimiser, its place in the data and the state carried there, all in a checkpoint.
 
     Batches are a function of the step, so the place in the data is the step itself.
     """
@@ -55,9 +61,21 @@ class Trainer:
         self.precision = auto if config.precision == "auto" else config.precision
         data = open_bytes(config.data, config.heldout)
         self.fingerprint = data.fingerprint()
-        self.heldout = data.heldout
-        self.sampler = WindowSampler(data.train, config.seq_len, config.batch_size, config.seed)
-        heldout_starts(data.heldout, config.seq_len, config.eval_byte_count)  # an error now, not at the end
+        self.data = data
+        self.vocabulary = open_vocabulary(config.tokenizer)
+        if self.vocabulary.size != model_config.vocab_size:
+            raise UsageError(
+                f"--tokenizer {config.tokenizer} has {self.vocabulary.size} tokens, but the model was made for "
+                f"{model_config.vocab_size}: install the tiktoken that the run began with, or start a new run"
+            )
+        self.sampler = SAMPLERS[config.sampling](
+            data.train, config.seq_len, config.batch_size, config.seed, self.vocabulary
+        )
+        _check_mixers(model_config, config, self.sampler.resets, self.sampler.carries_state, self.device)
+        self.heldout = HeldoutText.cut(
+            data.heldout, config.seq_len, config.eval_byte_count, self.vocabulary, self.sampler.resets
+        )
+        self._loader = Loader(self.sampler, config.workers if config.tokenizer is not None else 0)
         _check_memory(model_config, self.device)
         torch.manual_seed(config.seed)
         self.model = LanguageModel(model_config).to(self.device)
@@ -65,6 +83,7 @@ class Trainer:
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.precision == "fp16")
         # Steps without an update, and how many of them came last; known as far as losses have been fetched.
         self.skipped, self.skipped_in_row = 0, 0
+        self.carry = Carry(config.grad_accum, self._forward_zeros() if self.sampler.carries_state else None)
         self.compiled = False
         self.start_up_seconds = 0.0
         self._loss = next_token_loss
@@ -98,6 +117,7 @@ class Trainer:
         self.scaler.load_state_dict(checkpoint.trainer["scaler"])
         self.skipped, self.skipped_in_row = checkpoint.trainer["skipped"]
         torch.set_rng_state(checkpoint.trainer["rng"])
+        self.carry.restore(checkpoint.trainer.get("state"))
         self.seconds = checkpoint.trainer["seconds"]
         self.step = checkpoint.step
         self._first_step, self._first_second = self.step, self.seconds
@@ -136,15 +156,22 @@ class Trainer:
 
     def backends(self, steps: int = 1) -> list[str]:
         """What runs each mixer of the model, at this run's batch size, found out by a plain forward pass."""
-        rows = self.config.batch_size // self.config.grad_accum
-        tokens = torch.zeros(rows, steps, dtype=torch.long, device=self.device)
-        self.model.eval()
-        with record_backends() as backends, torch.no_grad(), self.autocast():
-            self.model(tokens)
-        self.model.train()
+        with record_backends() as backends:
+            self._forward_zeros(steps)
         if self.compiled and self.device.type == "cpu":
             backends = ["loop" if backend == "reference" else backend for backend in backends]
         return backends
+
+    def _forward_zeros(self, steps: int = 1) -> State:
+        """The state after a plain forward pass of a part's rows, from rest."""
+        rows = self.config.batch_size // self.config.grad_accum
+        tokens = torch.zeros(rows, steps, dtype=torch.long, device=self.device)
+        self.model.eval()
+        reset = torch.zeros_like(tokens, dtype=torch.bool) if self.sampler.resets else None
+        with torch.no_grad(), self.autocast():
+            _, state = self.model(tokens, None, reset)
+        self.model.train()
+        return state
 
     def _compile(self) -> None:
         # Kernels chosen by timing would sum in another order in another process, and resuming would not be exact.
@@ -161,10 +188,12 @@ class Trainer:
         self.compiled = True
 
     def _try_step(self) -> None:
-        """A step up to its gradients, which are thrown away."""
+        """A step up to its gradients, which are thrown away, and so is the state that it ends with."""
+        before = list(self.carry.states)
         try:
             self._accumulate_gradients().item()
         finally:
+            self.carry.states = before
             self.optimizer.zero_grad()
 
     @property
@@ -181,7 +210,8 @@ class Trainer:
             TrainingError: too many steps in a row had to be skipped, or a checkpoint cannot be written.
         """
         self.run = run
-        with _StopSignal() as stop, TrainingDisplay(self.console) as display:
+        shown = TrainingDisplay(self.console, self.vocabulary.unit)
+        with contextlib.closing(self._loader), _StopSignal() as stop, shown as display:
             while self.progress < 1 and not stop:
                 self._train_until_due(display, stop)
                 if self.progress >= 1 or stop:
@@ -220,12 +250,14 @@ class Trainer:
         """
         rate = learning_rate(self.config, self.step, self.progress)
         self.optimizer.set_rate(rate)
+        before = list(self.carry.states)
         loss = self._accumulate_gradients()
         for part in self.optimizer.parts:
             self.scaler.unscale_(part)
         norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.config.grad_clip or float("inf"))
         skip = ~(loss + norm).isfinite()
         self.optimizer.step(skip)
+        self.carry.undo(skip, before)
         self.scaler.update()
         self.model.after_step()
         self.optimizer.zero_grad()
@@ -234,19 +266,23 @@ class Trainer:
 
     def _accumulate_gradients(self) -> torch.Tensor:
         """Both passes over this step's batch, a part at a time; the loss is their mean."""
-        windows = torch.from_numpy(self.sampler.batch(self.step))
-        if self.device.type == "cuda":
-            windows = windows.pin_memory().to(self.device, non_blocking=True)
-        else:
-            windows = windows.to(self.device)
+        windows, reset = self._loader.batch(self.step)
+        parts = self._to_device(windows).chunk(self.config.grad_accum)
+        resets = [None] * len(parts) if reset is None else self._to_device(reset).chunk(self.config.grad_accum)
         loss = torch.zeros((), device=self.device)
-        for part in windows.chunk(self.config.grad_accum):
+        for i, part in enumerate(parts):
             with self.autocast():
-                logits, _ = self.model(part[:, :-1])
+                logits, state = self.model(part[:, :-1], self.carry.states[i], resets[i])
+            self.carry.put(i, state)
             part_loss = self._loss(logits, part[:, 1:]) / self.config.grad_accum
             self.scaler.scale(part_loss).backward()  # type: ignore[no-untyped-call]
             loss += part_loss.detach()
         return loss
+
+    def _to_device(self, tensor: torch.Tensor) -> torch.Tensor:
+        if self.device.type == "cuda":
+            return tensor.pin_memory().to(self.device, non_blocking=True)
+        return tensor.to(self.device)
 
     def _fetch_losses(self, display: TrainingDisplay) -> None:
         if not self._pending:
@@ -292,21 +328,19 @@ class Trainer:
             heldout = evaluate(
                 self.model,
                 self.heldout,
-                seq_len=self.config.seq_len,
                 batch_size=max(1, self.config.batch_size // self.config.grad_accum),
-                max_bytes=self.config.eval_byte_count,
                 device=self.device,
                 autocast=self.autocast,
                 stop=lambda: bool(stop),
             )
         if heldout is not None:
-            if not math.isfinite(heldout.nats_per_byte):
-                raise TrainingError(f"the held-out loss is {heldout.nats_per_byte} at step {self.step}: lower the --lr")
-            self.run.append_metrics(
-                [{"step": self.step, "seconds": self.seconds, "heldout_loss": heldout.nats_per_byte}]
-            )
+            loss = heldout.nats_per_token
+            if not math.isfinite(loss):
+                raise TrainingError(f"the held-out loss is {loss} at step {self.step}: lower the --lr")
+            row = {"heldout_loss": loss, "heldout_bits_per_byte": heldout.bits_per_byte}
+            self.run.append_metrics([{"step": self.step, "seconds": self.seconds, **row}])
             display.say(
-                f"step {self.step}  held-out loss {heldout.nats_per_byte:.4f} nats/byte  "
+                f"step {self.step}  held-out loss {loss:.4f} nats/{self.vocabulary.unit}  "
                 f"{heldout.bits_per_byte:.4f} bits/byte"
             )
         return heldout
@@ -319,6 +353,7 @@ class Trainer:
             "rng": torch.get_rng_state(),
             "seconds": self.seconds,
             "data": self.fingerprint,
+            "state": self.carry.whole(),
         }
         try:
             with self.optimizer.averaged():
@@ -350,14 +385,28 @@ class Trainer:
             "peak_memory_bytes": peak_memory(self.device),
             "skipped_steps": self.skipped,
             "last_100_loss": self._last_100_loss,
-            "heldout": {**asdict(heldout), "bits_per_byte": heldout.bits_per_byte},
+            "unit": self.vocabulary.unit,
+            "heldout": {
+                **asdict(heldout),
+                "nats_per_byte": heldout.nats_per_byte,
+                "bits_per_byte": heldout.bits_per_byte,
+            },
         }
         with self.optimizer.averaged():
-            drawn = bytes(generate(self.model.eval(), b"", _SAMPLE_BYTES, seed=self.config.seed))
+            drawn = bytes(
+                generate(
+                    self.model.eval(),
+                    b"",
+                    _SAMPLE_BYTES,
+                    seed=self.config.seed,
+                    vocabulary=self.vocabulary,
+                    resets=self.sampler.resets,
+                )
+            )
         sample = readable(drawn.decode("utf-8", "replace"))
         (self.run.path / "sample.txt").write_text(sample, encoding="utf-8")
         title = f"{self.model_config.pattern}, {format_count(num_params(self.model_config))} parameters"
-        plot_losses(self.run.read_metrics(), title, self.run.path / "loss.png")
+        plot_losses(self.run.read_metrics(), title, self.run.path / "loss.png", self.vocabulary.unit)
         self.run.write_json("summary.json", summary)
         display.close()
         print_summary(self.console, summary, sample)
@@ -379,6 +428,20 @@ class Trainer:
 def fixed_memory(config: ModelConfig) -> int:
     """Bytes that training takes whatever the batch: weights, gradients and two moments, 4 a number."""
     return 16 * num_params(config)
+
+
+def _check_mixers(
+    model: ModelConfig, config: TrainConfig, resets: bool, carries_state: bool, device: torch.device
+) -> None:
+    for mixer in model.mixers:
+        if resets:
+            mixer.check_resets(device)
+        sizes = [mixer.state_size(model.dim, seq_len) for seq_len in (config.seq_len, config.seq_len + 1)]
+        if carries_state and sizes[0] != sizes[1]:
+            raise UsageError(
+                f"--sampling tbptt carries a model's state through the whole file, but that of {mixer.name} grows with "
+                f"the text: give --sampling documents or windows, or another --model"
+            )
 
 
 def _check_memory(config: ModelConfig, device: torch.device) -> None:

@@ -10,7 +10,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 
-def plot_losses(rows: list[dict[str, Any]], title: str, path: Path) -> None:
+def plot_losses(rows: list[dict[str, Any]], title: str, path: Path, unit: str = "byte") -> None:
     """Draw the losses in ``rows``, the lines of a metrics.jsonl, into a PNG; nothing where there are none."""
     training = [row for row in rows if "loss" in row]
     heldout = [row for row in rows if "heldout_loss" in row]
@@ -35,8 +35,8 @@ def plot_losses(rows: list[dict[str, Any]], title: str, path: Path) -> None:
         )  # fmt: skip
         axes.set_xlabel(label)
         axes.grid(alpha=0.3)
-    panels[0].set_ylabel("nats per byte")
+    panels[0].set_ylabel(f"nats per {unit}")
     panels[1].legend()
-    # The first steps fall from ln 256; the interesting part is what follows.
+    # The first steps fall from the logarithm of the vocabulary; the interesting part is what follows.
     panels[0].set_ylim(max(0.0, float(losses.min()) - 0.15), min(float(losses.max()), float(means[-1]) * 2) + 0.15)
     figure.savefig(path, dpi=120)

@@ -25,6 +25,8 @@ from typing import Any
 
 import filelock
 
+from elman.data.sampling import SAMPLERS
+from elman.data.vocabulary import Vocabulary, open_vocabulary
 from elman.errors import UsageError
 from elman.model import LanguageModel, ModelConfig
 from elman.training.checkpoint import Checkpoint, DamagedCheckpointError, list_checkpoints, load_checkpoint
@@ -258,6 +260,16 @@ def load_model(path: Path | str, tell: Callable[[str], None] = warnings.warn) ->
     model = LanguageModel(config)
     load_weights(model, found[1].model, found[0])
     return model.eval()
+
+
+def load_text(path: Path | str) -> tuple[Vocabulary, bool]:
+    """How a run's model was shown text: its tokens, and whether a document's start reset its state.
+
+    Raises:
+        UsageError: no run there, or its tokeniser is missing.
+    """
+    config, _ = open_run(Path(path)).read_config()
+    return open_vocabulary(config.tokenizer), SAMPLERS[config.sampling].resets
 
 
 def load_weights(model: LanguageModel, weights: dict[str, Any], source: Path) -> None:

@@ -14,6 +14,7 @@ from rich.console import Console
 from rich.progress import Progress
 
 from elman.data.stdlib import pack_stdlib, stdlib_files, stdlib_path
+from elman.data.vocabulary import open_vocabulary
 from elman.environment import describe_environment, is_out_of_memory, total_memory
 from elman.errors import TrainingError, UsageError
 from elman.mixers import MixerConfig
@@ -27,14 +28,17 @@ from elman.training.run import RunFolder, check_free, create, open_run
 from elman.units import format_bytes, format_count, format_duration
 
 #: What may be given anew when a run goes on; anything else would make it another run.
-_RESUMABLE = ("steps", "time_limit", "data", "device", "compile", "eval_every", "save_every", "max_skipped")
+_RESUMABLE = ("steps", "time_limit", "data", "device", "compile", "workers", "eval_every", "save_every", "max_skipped")
 
 
 def start_run(config: TrainConfig, mixers: tuple[MixerConfig, ...], console: Console) -> int:
     """Train a new run. Returns the exit code: 0, or 130 if it was stopped and saved."""
     if config.out is not None:
         check_free(config.out)
-    model_config = size_model(mixers, params=config.param_count, dim=config.dim, depth=config.depth)
+    vocab_size = open_vocabulary(config.tokenizer).size
+    model_config = size_model(
+        mixers, params=config.param_count, dim=config.dim, depth=config.depth, vocab_size=vocab_size
+    )
     config = replace(config, data=config.data if config.data is not None else demo_data(console))
     trainer = Trainer(config, model_config, console)
     _warm_up(trainer)
@@ -160,7 +164,7 @@ def _print_head(trainer: Trainer, run: RunFolder) -> None:
     how = f"{config.optimizer}, {trainer.precision}, {'compiled' if trainer.compiled else 'not compiled'}"
     say(
         trainer.console,
-        f"{config.data}: {len(trainer.sampler.data):,} bytes to train on, {len(trainer.heldout):,} held out; "
+        f"{config.data}: {len(trainer.data.train):,} bytes to train on, {len(trainer.data.heldout):,} held out; "
         f"{where}, {how}; run folder {run.path}",
     )
 

@@ -6,7 +6,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from elman.data.bytes import MAX_HELDOUT, WindowSampler, gather, heldout_starts, open_bytes
+from elman.data.bytes import MAX_HELDOUT, gather, heldout_starts, open_bytes
+from elman.data.sampling import WindowSampler
 from elman.errors import UsageError
 
 
@@ -50,38 +51,6 @@ def test_bad_files_are_named(tmp_path: Path) -> None:
         heldout_starts(open_bytes(tmp_path / "short").heldout, 64, 1000)
 
 
-def sampler(**changes: object) -> WindowSampler:
-    values = {"data": np.arange(1000, dtype=np.int64).astype(np.uint8), "seq_len": 16, "batch_size": 8, "seed": 3}
-    return WindowSampler(**{**values, **changes})  # type: ignore[arg-type]
-
-
-def test_batches_depend_on_seed_and_step_alone() -> None:
-    one = sampler()
-    later = [one.batch(step) for step in range(10)]
-    assert np.array_equal(sampler().batch(7), later[7])
-    assert not np.array_equal(later[6], later[7])
-    assert not np.array_equal(sampler(seed=4).batch(7), later[7])
-
-
-@pytest.mark.parametrize("world_size", [1, 2, 4, 8])
-def test_ranks_share_out_the_same_batch(world_size: int) -> None:
-    parts = [sampler().batch(5, rank, world_size) for rank in range(world_size)]
-    assert np.array_equal(np.concatenate(parts), sampler().batch(5))
-
-
-def test_windows_are_runs_of_the_file_and_reach_both_ends() -> None:
-    data = np.arange(40, dtype=np.uint8)
-    windows = np.concatenate([sampler(data=data).batch(step) for step in range(200)])
-    assert windows.shape == (1600, 17)
-    assert (np.diff(windows.astype(int), axis=1) == 1).all()
-    assert windows.min() == 0
-    assert windows.max() == 39
-
-
-def test_a_file_of_exactly_one_window() -> None:
-    assert np.array_equal(sampler(data=np.arange(17, dtype=np.uint8)).batch(0)[3], np.arange(17))
-
-
 def test_heldout_windows_cover_the_part_once_each() -> None:
     data = np.arange(101, dtype=np.uint8)
     starts = heldout_starts(data, 10, 10**9)
@@ -101,7 +70,8 @@ def test_a_file_of_100_gb_costs_a_few_mb(tmp_path: Path) -> None:
         file.write(b"\x1e")
     code = f"""
 from pathlib import Path
-from elman.data.bytes import WindowSampler, heldout_starts, gather, open_bytes
+from elman.data.bytes import heldout_starts, gather, open_bytes
+from elman.data.sampling import WindowSampler
 def private():
     return int(next(line for line in open("/proc/self/status") if line.startswith("RssAnon")).split()[1]) * 1024
 before = private()

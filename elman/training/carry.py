@@ -1,0 +1,53 @@
+"""The model's state from one step to the next."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.utils._pytree import tree_map
+
+from elman.mixers import State
+
+
+class Carry:
+    """A state for each part of the batch, detached. Where nothing is carried, every state is None: at rest.
+
+    A state is a pytree of tensors whose first axis is the part's rows.
+    """
+
+    def __init__(self, parts: int, rest: State = None) -> None:
+        """``rest``: any state of one part, as the model returns it, where states are carried; else None."""
+        self.active = rest is not None
+        self.states: list[State] = [_own(tree_map(torch.zeros_like, rest)) if self.active else None] * parts
+
+    def put(self, part: int, state: State) -> None:
+        """Keep what the model returned for a part."""
+        if self.active:
+            self.states[part] = _own(state)
+
+    def undo(self, skip: Tensor, before: list[State]) -> None:
+        """Go back to the states ``before`` where ``skip`` (), a bool on their device, is true, and wait for nobody."""
+        if self.active:
+            self.states = [
+                tree_map(lambda now, old: torch.where(skip, old, now), state, old)
+                for state, old in zip(self.states, before, strict=True)
+            ]
+
+    def whole(self) -> State:
+        """The state of the whole batch, for a checkpoint: the parts' rows one behind the other."""
+        return tree_map(lambda *parts: torch.cat(parts), *self.states) if self.active else None
+
+    def restore(self, state: State) -> None:
+        """Go back to what ``whole`` gave."""
+        if self.active:
+            for part, there in enumerate(self.states):
+                self.states[part] = tree_map(lambda now, saved, part=part: _rows(saved, now, part), there, state)
+
+
+def _own(state: State) -> State:
+    """Without history and, so that compiled code meets one layout alone, a copy in order."""
+    return tree_map(lambda leaf: leaf.detach().clone(memory_format=torch.contiguous_format), state)
+
+
+def _rows(saved: Tensor, now: Tensor, part: int) -> Tensor:
+    return saved[part * len(now) : (part + 1) * len(now)].to(now.device, copy=True)
