@@ -181,8 +181,10 @@ def test_what_follows_the_weights_follows_every_step(config: TrainConfig) -> Non
         assert torch.linalg.matrix_norm(weight(), 2) < 1.0
 
 
-def test_steps_after_the_last_save_are_done_again(config: TrainConfig, tmp_path: Path) -> None:
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+def test_steps_after_the_last_save_are_done_again(config: TrainConfig, tmp_path: Path, optimizer: Any) -> None:
     """As after kill -9: metrics ahead of the checkpoint, their last line cut short."""
+    config = replace(config, optimizer=optimizer)
     start(replace(config, out=tmp_path / "whole"))
     start(config)
     assert config.out is not None
