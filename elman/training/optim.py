@@ -71,7 +71,8 @@ class Optimizer:
         """Move the weights, or do nothing at all where ``skip`` (), a bool on their device, is true.
 
         Then weights and moments keep every bit, whatever the gradients are, and nobody waits for the device. Only the
-        number of steps by which schedulefree weighs its average counts the step, being kept by the host.
+        number of steps by which schedulefree warms up, corrects its moment and weighs its average goes on: the host
+        keeps it, and hears of skipped steps too late.
         """
         for part in self.parts:
             if isinstance(part, torch.optim.AdamW):

@@ -31,6 +31,7 @@ from elman.training.loop import Trainer
 from elman.training.optim import learning_rate
 from elman.training.run import RunFolder, load_model, newest_checkpoint, open_run
 from elman.training.start import resume_run, start_run
+from tests.training.test_optim import OPTIMIZERS, needs_schedulefree
 
 E1 = (mixer_config("e1")(),)
 # Its power iteration's vector must be saved too.
@@ -119,11 +120,11 @@ def test_gradient_accumulation_does_not_change_the_step(config: TrainConfig, tmp
     [
         (E1, 8, "adamw", "fp32"),
         (E1, 9, "adamw", "fp32"),
-        (CAPPED, 9, "schedulefree", "fp32"),
+        pytest.param(CAPPED, 9, "schedulefree", "fp32", marks=needs_schedulefree),
         (CAPPED, 9, "muon", "fp32"),
         (E1, 9, "adamw", "bf16"),
         (E1, 9, "adamw", "fp16"),
-        (E1, 9, "schedulefree", "fp16"),
+        pytest.param(E1, 9, "schedulefree", "fp16", marks=needs_schedulefree),
         (E1, 9, "muon", "fp16"),
     ],
 )
@@ -180,8 +181,10 @@ def test_what_follows_the_weights_follows_every_step(config: TrainConfig) -> Non
         assert torch.linalg.matrix_norm(weight(), 2) < 1.0
 
 
-def test_steps_after_the_last_save_are_done_again(config: TrainConfig, tmp_path: Path) -> None:
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+def test_steps_after_the_last_save_are_done_again(config: TrainConfig, tmp_path: Path, optimizer: Any) -> None:
     """As after kill -9: metrics ahead of the checkpoint, their last line cut short."""
+    config = replace(config, optimizer=optimizer)
     start(replace(config, out=tmp_path / "whole"))
     start(config)
     assert config.out is not None
@@ -323,7 +326,7 @@ def spoil(monkeypatch: pytest.MonkeyPatch, where: str, steps: range) -> None:
     monkeypatch.setattr(Trainer, "_accumulate_gradients", poison)
 
 
-@pytest.mark.parametrize("optimizer", ["adamw", "schedulefree", "muon"])
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
 @pytest.mark.parametrize("where", ["loss", "gradient"])
 def test_a_step_that_is_not_finite_is_skipped_and_counted(
     config: TrainConfig, monkeypatch: pytest.MonkeyPatch, where: str, optimizer: Any
@@ -468,7 +471,7 @@ def test_precision_is_the_one_asked_for(config: TrainConfig, tmp_path: Path) -> 
     assert 0 < errors["fp16"] < errors["bf16"] < 0.02 * sum(exact)
 
 
-@pytest.mark.parametrize("optimizer", ["adamw", "schedulefree"])
+@pytest.mark.parametrize("optimizer", OPTIMIZERS[:2])
 def test_heldout_loss_is_that_of_every_heldout_window_alone(config: TrainConfig, optimizer: Any) -> None:
     """By the weights that are saved."""
     start(replace(config, eval_bytes="1m", optimizer=optimizer))
@@ -487,7 +490,7 @@ def test_heldout_loss_is_that_of_every_heldout_window_alone(config: TrainConfig,
     assert (config.out / "sample.txt").read_text() == readable(sample)  # type: ignore[operator]
 
 
-@pytest.mark.parametrize("optimizer", ["schedulefree", "muon"])
+@pytest.mark.parametrize("optimizer", OPTIMIZERS[1:])
 def test_the_other_optimisers_learn_too(config: TrainConfig, optimizer: Any) -> None:
     _, output = start(replace(config, steps=150, eval_every=0, save_every=0, optimizer=optimizer))
     assert losses(config.out)[150] < 1.7  # type: ignore[arg-type]
@@ -642,7 +645,7 @@ def test_a_run_on_the_gpu_learns_in_bf16_compiled_and_resumes_bit_for_bit(config
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("precision", ["bf16", "fp16"])
-@pytest.mark.parametrize("optimizer", ["adamw", "schedulefree", "muon"])
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
 def test_every_optimiser_on_the_gpu_waits_for_nothing_skips_and_resumes_bit_for_bit(
     config: TrainConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, optimizer: Any, precision: Any
 ) -> None:

@@ -1,4 +1,5 @@
 import copy
+import importlib.util
 import itertools
 import re
 import sys
@@ -14,7 +15,8 @@ from elman.training.config import TrainConfig
 from elman.training.optim import Optimizer, build_optimizer, learning_rate, parameter_roles
 from tests.test_model import VARIANTS
 
-OPTIMIZERS = ("adamw", "schedulefree", "muon")
+needs_schedulefree = pytest.mark.skipif(importlib.util.find_spec("schedulefree") is None, reason="no schedulefree")
+OPTIMIZERS = ("adamw", pytest.param("schedulefree", marks=needs_schedulefree), "muon")
 #: Names of what must not decay, whatever its shape.
 PLAIN = re.compile(r"(.*\.)?(bias(_ih_l0|_hh_l0)?|norm\.weight|dt_bias|A_log|D|decay_logits|s)")
 every_optimizer = pytest.mark.parametrize("name", OPTIMIZERS)
@@ -86,6 +88,13 @@ def test_a_matrix_is_a_map_between_units() -> None:
     }
 
 
+def test_other_packages_marks_are_read() -> None:
+    layer = torch.nn.Linear(4, 4, bias=False)
+    assert parameter_roles(layer) == {"weight": "matrix"}
+    layer.weight._no_weight_decay = True  # as mamba-ssm and flash-linear-attention do
+    assert parameter_roles(layer) == {"weight": "plain"}
+
+
 @every_optimizer
 def test_every_parameter_is_in_one_group_with_its_decay(name: str) -> None:
     model, optimizer = build(name, weight_decay=0.3)
@@ -150,6 +159,7 @@ def test_what_is_saved_goes_on_to_the_bit(name: str) -> None:
         assert same(tensors(model, optimizer), tensors(other, resumed))
 
 
+@needs_schedulefree
 def test_schedulefree_evaluates_the_average_and_comes_back_to_the_bit() -> None:
     model, optimizer = build("schedulefree", weight_decay=0.0, warmup=0)
     weight = model.layers[0].mixer.in_proj.weight
@@ -175,6 +185,7 @@ def test_the_others_evaluate_what_they_train() -> None:
             assert same(model.parameters(), before)
 
 
+@needs_schedulefree
 def test_schedulefree_warms_up_as_the_others_do() -> None:
     config = TrainConfig(steps=20, warmup=3, lr=0.01, optimizer="schedulefree")
     model, optimizer = build("schedulefree")
