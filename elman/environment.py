@@ -85,7 +85,7 @@ def package_versions() -> dict[str, str | None]:
     """Versions of the packages that decide what a run computes; None where one is absent."""
     versions: dict[str, str | None] = {}
     for name in (
-        *("torch", "numpy", "triton", "safetensors", "cuda-core"),
+        *("torch", "numpy", "triton", "safetensors", "cuda-core", "tiktoken"),
         *("mamba-ssm", "causal-conv1d", "flash-linear-attention", "schedulefree"),
     ):
         try:

@@ -6,6 +6,7 @@ a run resumed, or resumed on another number of ranks, reads the same bytes in th
 
 from __future__ import annotations
 
+import functools
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from typing import ClassVar, NamedTuple
@@ -40,19 +41,21 @@ class Ring:
 
     data: Bytes
 
-    @property
+    @functools.cached_property
     def size(self) -> int:
         """Bytes once round."""
         return len(self.data) + int(self.data[-1] != DELIMITER)
 
     def read(self, start: int, count: int) -> Bytes:
         """``count`` bytes, at least 1, from ``start`` on, any whole number."""
+        start %= self.size
+        if start + count <= len(self.data):
+            return self.data[start : start + count]
         pieces = []
         while count > 0:
-            start %= self.size
             pieces.append(self.data[start : start + count] if start < len(self.data) else _DELIMITER)
-            start, count = start + len(pieces[-1]), count - len(pieces[-1])
-        return pieces[0] if len(pieces) == 1 else np.concatenate(pieces)
+            start, count = (start + len(pieces[-1])) % self.size, count - len(pieces[-1])
+        return np.concatenate(pieces)
 
 
 def document_starts(tokens: Tokens, first: bool | npt.NDArray[np.bool_], delimiter: int) -> npt.NDArray[np.bool_]:
@@ -103,10 +106,10 @@ class Sampler(ABC):
         rows = self.batch_size // world_size
         starts = self.starts(step)[rank * rows : (rank + 1) * rows]
         ring = Ring(self.data)
-        tokens = np.stack([self._read(ring, int(start)) for start in starts])
+        tokens = np.concatenate([self._read(ring, start) for start in starts.tolist()]).reshape(rows, -1)
         if not self.resets:
             return Batch(tokens, None)
-        first = np.array([ring.read(int(start) - 1, 1)[0] == DELIMITER for start in starts])
+        first = (starts == 0) | (self.data[starts - 1] == DELIMITER)
         # A row that nothing came before starts anew, wherever it is.
         return Batch(tokens, document_starts(tokens, first | (step == 0), self.vocabulary.delimiter))
 
@@ -135,7 +138,7 @@ class WindowSampler(Sampler):
 
     def starts(self, step: int) -> Starts:
         drawn = self._draw(step, len(self.data) - self.seq_len)
-        return np.array([self.vocabulary.first_start(self.data, int(place)) for place in drawn], dtype=np.int64)
+        return np.array([self.vocabulary.first_start(self.data, place) for place in drawn.tolist()], dtype=np.int64)
 
 
 @dataclass(frozen=True)
@@ -147,13 +150,13 @@ class DocumentSampler(Sampler):
     """
 
     def starts(self, step: int) -> Starts:
-        return np.array([self._start(int(place)) for place in self._draw(step, len(self.data))], dtype=np.int64)
+        return np.array([self._start(place) for place in self._draw(step, len(self.data)).tolist()], dtype=np.int64)
 
     def _start(self, place: int) -> int:
         begin = max(0, place - self.seq_len * self.vocabulary.bytes_per_token)
-        delimiters = np.flatnonzero(self.data[begin:place] == DELIMITER)
-        if len(delimiters):
-            return begin + int(delimiters[-1]) + 1
+        delimiter = self.data[begin:place].tobytes().rfind(DELIMITER)
+        if delimiter >= 0:
+            return begin + delimiter + 1
         return 0 if begin == 0 else self.vocabulary.first_start(self.data, place)
 
 

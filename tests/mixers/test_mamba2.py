@@ -169,3 +169,10 @@ def test_the_official_kernels_compute_the_same(steps: int) -> None:
     truth.sum().backward()
     for (name, found), expected in zip(fused.named_parameters(), exact.parameters(), strict=True):
         assert (found.grad.double() - expected.grad).norm() <= 1e-2 * expected.grad.norm(), name
+
+
+def test_the_official_kernels_refuse_documents_told_apart() -> None:
+    with pytest.raises(UsageError, match=r"--kernels official: .*no state and no resets: give --sampling windows, or"):
+        mixer_config("mamba2")().check_resets(torch.device("cuda"))
+    mixer_config("mamba2")().check_resets(torch.device("cpu"))
+    mixer_config("mamba2")(kernels="torch").check_resets(torch.device("cuda"))  # type: ignore[call-arg]
