@@ -100,13 +100,19 @@ class Trainer:
         """Go back to the run's newest whole checkpoint; to the start, where this already is, if it has none yet.
 
         Raises:
-            UsageError: every checkpoint is damaged, or another model's, or the data is not what the run began with.
+            UsageError: every checkpoint is damaged, or another model's or version's, or the data is not what the run
+                began with.
         """
         found = load_newest(run, lambda line: say(self.console, line), set_aside=True)
         if found is None:
             return
         path, checkpoint = found
         assert checkpoint.trainer is not None
+        if missing := self._state().keys() - checkpoint.trainer.keys():
+            raise UsageError(
+                f"{path} was written by another version of elman (it has no {', '.join(sorted(missing))}): "
+                f"resume with that version, or start a new run; its weights can still be read, by elman generate"
+            )
         if checkpoint.trainer["data"] != self.fingerprint:
             raise UsageError(
                 f"--data {self.config.data} is not the file that the run began with: "
@@ -117,7 +123,7 @@ class Trainer:
         self.scaler.load_state_dict(checkpoint.trainer["scaler"])
         self.skipped, self.skipped_in_row = checkpoint.trainer["skipped"]
         torch.set_rng_state(checkpoint.trainer["rng"])
-        self.carry.restore(checkpoint.trainer.get("state"))
+        self.carry.restore(checkpoint.trainer["state"])
         self.seconds = checkpoint.trainer["seconds"]
         self.step = checkpoint.step
         self._first_step, self._first_second = self.step, self.seconds
@@ -345,8 +351,9 @@ class Trainer:
             )
         return heldout
 
-    def _save(self) -> None:
-        trainer = {
+    def _state(self) -> dict[str, Any]:
+        """What a checkpoint keeps beside the weights."""
+        return {
             "optimizer": self.optimizer.state_dict(),
             "scaler": self.scaler.state_dict(),
             "skipped": (self.skipped, self.skipped_in_row),
@@ -355,6 +362,9 @@ class Trainer:
             "data": self.fingerprint,
             "state": self.carry.whole(),
         }
+
+    def _save(self) -> None:
+        trainer = self._state()
         try:
             with self.optimizer.averaged():
                 save_checkpoint(self.run.checkpoints, Checkpoint(self.step, self.model.state_dict(), trainer))

@@ -25,7 +25,7 @@ from elman.generation import generate
 from elman.mixers import MixerConfig, mixer_config
 from elman.text import readable
 from elman.training import loop
-from elman.training.checkpoint import load_checkpoint
+from elman.training.checkpoint import load_checkpoint, save_checkpoint
 from elman.training.config import TrainConfig
 from elman.training.loop import Trainer
 from elman.training.optim import learning_rate
@@ -540,6 +540,22 @@ def test_another_models_checkpoint_is_refused(config: TrainConfig, tmp_path: Pat
         UsageError, match=r"belongs to another model: .*\(256, 16\) but config.json asks for \(256, 24\)"
     ):
         load_model(config.out)  # type: ignore[arg-type]
+
+
+def test_another_versions_checkpoint_is_refused_in_words(config: TrainConfig) -> None:
+    start(config)
+    assert config.out is not None
+    newest = config.out / "checkpoints" / "step-00000012"
+    old = load_checkpoint(newest)
+    assert old.trainer is not None
+    del old.trainer["scaler"]
+    shutil.rmtree(newest)
+    save_checkpoint(newest.parent, old)
+    with pytest.raises(
+        UsageError, match=r"step-00000012 was written by another version of elman \(it has no scaler\): "
+    ):
+        resume(config, steps=20)
+    assert load_model(config.out) is not None
 
 
 def test_generation_is_repeatable_and_carries_state(config: TrainConfig) -> None:
