@@ -28,6 +28,7 @@ from torch import Tensor, nn
 from elman.errors import UsageError
 from elman.mixers.base import Mixer, MixerConfig, State, split_heads
 from elman.ops import note_backend
+from elman.ops.registration import constant_when_traced
 from elman.options import check_at_least
 
 #: Steps that are one matrix product; the official default.
@@ -298,10 +299,6 @@ def official() -> tuple[Any, str | None]:
     return module.mamba_split_conv1d_scan_combined, None
 
 
+@constant_when_traced
 def _has_official() -> bool:
     return official()[0] is not None
-
-
-# What is installed is found out outside of what torch.compile traces: torch.compiler.assume_constant_result without its
-# import of torch._dynamo, which takes seconds.
-_has_official._dynamo_marked_constant = True  # type: ignore[attr-defined]

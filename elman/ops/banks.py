@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from elman.errors import UsageError
-from elman.ops.cuda.compiler import CompilerUnavailableError, Module, compiler_version
+from elman.ops.cuda.compiler import Module, has_compiler
 from elman.ops.cuda.launch import aligned, launch
 from elman.ops.loop import NUMBERS
 from elman.ops.operators import real_of
@@ -209,11 +209,7 @@ register(
 def _has_kernel(h: Tensor, decay: Tensor) -> bool:
     if not h.is_cuda or h.dtype not in NUMBERS or h[0].numel() * (len(decay) + 1) * decay.itemsize >= _STEP_BYTES:
         return False
-    try:
-        compiler_version()
-    except CompilerUnavailableError:
-        return False
-    return True
+    return has_compiler()
 
 
 def _launch(direction: str, h: Tensor, decay: Tensor, arguments: tuple[Tensor | None, ...]) -> None:

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from elman.ops.cuda.compiler import CompilerUnavailableError, Module, compiler_version
+from elman.ops.cuda.compiler import Module, has_compiler
 from elman.ops.cuda.launch import launch
 from elman.ops.registration import register
 
@@ -60,20 +60,8 @@ def _has_kernel(x: Tensor, y: Tensor | None, weight: Tensor, dtype: torch.dtype)
         and (y is None or (y.dtype == dtype and y.shape == x.shape))
         and width % _PACK == 0
         and width <= _WIDEST
-        and _has_compiler()
+        and has_compiler()
     )
-
-
-def _has_compiler() -> bool:
-    try:
-        compiler_version()
-    except CompilerUnavailableError:
-        return False
-    return True
-
-
-# What torch.compiler.assume_constant_result sets, without its import of torch._dynamo, which takes seconds.
-_has_compiler._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def _forward(

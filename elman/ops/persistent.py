@@ -24,6 +24,7 @@ from elman.ops.cuda.compiler import CompilerUnavailableError, Module, compiler_v
 from elman.ops.cuda.launch import launch
 from elman.ops.operators import Diagonal, LowRank, Operator
 from elman.ops.planning import DIRECTIONS, Chip, Task
+from elman.ops.registration import constant_when_traced
 from elman.ops.wide import WidePlan
 
 if TYPE_CHECKING:
@@ -155,6 +156,7 @@ def _shape(problem: Problem) -> tuple[int, int, str, int]:
     return as_int(problem.batch_size), as_int(_width(problem)), problem.cell.name, as_int(problem.heads)
 
 
+@constant_when_traced
 def _why_no_kernels() -> str | None:
     if not torch.cuda.is_available():
         return "there is no CUDA device: use backend='auto'"
@@ -165,6 +167,7 @@ def _why_no_kernels() -> str | None:
     return None
 
 
+@constant_when_traced
 def _why_not_on_device(index: int | None, batch: int, hidden: int, cell: str, heads: int = 1) -> str | None:
     reason = _why_no_kernels()
     if reason is not None:
@@ -188,11 +191,13 @@ def pays(problem: Problem) -> bool:
     return _pays_on_device(problem.device.index, *_shape(problem), _is_captured())
 
 
+@constant_when_traced
 def _is_captured() -> bool:
     """Whether what runs now goes into a CUDA graph; what is traced for the compiler may run either way."""
     return torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
 
 
+@constant_when_traced
 def _pays_on_device(index: int | None, batch: int, hidden: int, cell: str, heads: int, captured: bool) -> bool:
     chip = chip_of(torch.cuda.current_device() if index is None else index)
     both = [make_plan(chip, batch, hidden, task, heads).microseconds(task) for task in _tasks(CELLS[cell])]
@@ -206,13 +211,6 @@ def _loop_microseconds(batch: int, hidden: int, products: int, captured: bool) -
     """
     forward = 4.12 + products**0.5 * (1.43e-3 * hidden + 3.5e-6 * batch * hidden)
     return forward * (1 + 0.1 * products) if captured else 18
-
-
-# What torch.compiler.assume_constant_result sets, without its import of torch._dynamo, which takes seconds.
-_why_no_kernels._dynamo_marked_constant = True  # type: ignore[attr-defined]
-_why_not_on_device._dynamo_marked_constant = True  # type: ignore[attr-defined]
-_pays_on_device._dynamo_marked_constant = True  # type: ignore[attr-defined]
-_is_captured._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def status() -> tuple[bool, str]:

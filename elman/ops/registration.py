@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -11,6 +11,14 @@ from torch import Tensor
 from elman.errors import UsageError
 
 Implementation = Callable[..., Any]
+Function = TypeVar("Function", bound=Callable[..., Any])
+
+
+def constant_when_traced(function: Function) -> Function:
+    """Makes ``torch.compile`` call a function while it traces, and take its result for a constant."""
+    # What torch.compiler.assume_constant_result sets, without its import of torch._dynamo, which takes seconds.
+    function._dynamo_marked_constant = True  # type: ignore[attr-defined]
+    return function
 
 
 def register(
@@ -19,7 +27,7 @@ def register(
     backward: tuple[Implementation, Implementation],
     setup_context: Callable[..., None],
     differentiate: Callable[..., tuple[Any, ...]],
-    cannot: str,
+    cannot: str | None = None,
 ) -> None:
     """Makes ``torch.ops.elman.NAME`` and ``torch.ops.elman.NAME_backward``.
 
@@ -29,16 +37,18 @@ def register(
         backward: the same of the op NAME_backward.
         setup_context: as for ``torch.library.register_autograd``.
         differentiate: likewise; it calls the backward op.
-        cannot: what a second differentiation is told, the cure included.
+        cannot: what a second differentiation is told, the cure included; None where ``differentiate`` allows it.
     """
     # Not torch.library.custom_op: its first call imports torch._dynamo, which takes seconds.
     for op, (implementation, fake) in ((f"elman::{name}", forward), (f"elman::{name}_backward", backward)):
         torch.library.define(op, torch.library.infer_schema(implementation, mutates_args=()))
         torch.library.impl(op, "default", implementation)
         torch.library.register_fake(op, fake)
+    torch.library.register_autograd(f"elman::{name}", differentiate, setup_context=setup_context)
+    if cannot is None:
+        return
 
     def refuse(ctx: Any, *gradients: Tensor | None) -> None:
         raise UsageError(cannot)
 
-    torch.library.register_autograd(f"elman::{name}", differentiate, setup_context=setup_context)
     torch.library.register_autograd(f"elman::{name}_backward", refuse)

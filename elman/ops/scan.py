@@ -12,10 +12,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from elman.ops.cuda.compiler import CompilerUnavailableError, Module, compiler_version
+from elman.ops.cuda.compiler import Module, has_compiler
 from elman.ops.cuda.launch import aligned, launch
 from elman.ops.loop import NUMBERS
 from elman.ops.operators import real_of
+from elman.ops.registration import register
 
 _THREADS = 64  # kThreads of diagonal.cuh
 #: What a thread moves at once, where it owns several units: half types in pairs.
@@ -47,7 +48,7 @@ def linear_scan(a: Tensor, b: Tensor, h0: Tensor | None = None, *, reset: Tensor
 
 def scan_backend(device: torch.device, dtype: torch.dtype) -> str:
     """What runs it there: ``scan``, in plain PyTorch, or ``scan_kernel``."""
-    return "scan_kernel" if device.type == "cuda" and dtype in NUMBERS and _compiles() else "scan"
+    return "scan_kernel" if device.type == "cuda" and dtype in NUMBERS and has_compiler() else "scan"
 
 
 def _forward(a: Tensor, b: Tensor, h0: Tensor | None, reset: Tensor | None) -> Tensor:
@@ -126,33 +127,13 @@ def _differentiate(ctx: Any, dh: Tensor) -> tuple[Tensor, Tensor, Tensor | None,
     return da, db, dh0 if ctx.has_h0 else None, None
 
 
-# Not torch.library.custom_op: its first call imports torch._dynamo, which takes seconds.
-for _name, _implementation, _fake in (
-    ("linear_scan", _forward, _fake_forward),
-    ("linear_scan_backward", _backward, _fake_backward),
-):
-    torch.library.define(f"elman::{_name}", torch.library.infer_schema(_implementation, mutates_args=()))
-    torch.library.impl(f"elman::{_name}", "default", _implementation)
-    torch.library.register_fake(f"elman::{_name}", _fake)
-torch.library.register_autograd("elman::linear_scan", _differentiate, setup_context=_setup_context)
+register("linear_scan", (_forward, _fake_forward), (_backward, _fake_backward), _setup_context, _differentiate)
 
 
 def _has_kernel(h: Tensor) -> bool:
     if not h.is_cuda or h.dtype not in NUMBERS or h[0].numel() * h.itemsize >= _STEP_BYTES:
         return False
-    return h.numel() > 0 and _compiles()
-
-
-def _compiles() -> bool:
-    try:
-        compiler_version()
-    except CompilerUnavailableError:
-        return False
-    return True
-
-
-# What torch.compiler.assume_constant_result sets, without its import of torch._dynamo, which takes seconds.
-_compiles._dynamo_marked_constant = True  # type: ignore[attr-defined]
+    return h.numel() > 0 and has_compiler()
 
 
 def _launch(direction: str, h: Tensor, arguments: tuple[Tensor | None, ...]) -> None:

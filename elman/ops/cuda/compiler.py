@@ -18,6 +18,7 @@ from importlib import resources
 from typing import TYPE_CHECKING
 
 from elman.ops.cuda import cache
+from elman.ops.registration import constant_when_traced
 
 if TYPE_CHECKING:
     from cuda.core import Kernel
@@ -143,6 +144,16 @@ def compiler_version() -> str:
         return importlib.metadata.version("nvidia-cuda-nvrtc")
     except importlib.metadata.PackageNotFoundError:
         return f"{major}.{minor}"
+
+
+@constant_when_traced
+def has_compiler() -> bool:
+    """Whether kernels can be compiled here."""
+    try:
+        compiler_version()
+    except CompilerUnavailableError:
+        return False
+    return True
 
 
 def architecture(capability: tuple[int, int]) -> str:
