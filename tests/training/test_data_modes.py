@@ -24,6 +24,7 @@ from elman.training.config import TrainConfig
 from elman.training.loop import Trainer
 from elman.training.run import RunFolder, load_model, load_text, newest_checkpoint, open_run
 from elman.training.start import resume_run, start_run
+from tests.training.runs import losses
 
 E1 = (mixer_config("e1")(conv=3),)
 #: States of tuples, of several tensors and of two dtypes.
@@ -47,11 +48,6 @@ def config(tmp_path: Path, text: Path) -> TrainConfig:
 
 def start(config: TrainConfig, mixers: tuple[MixerConfig, ...] = E1) -> int:
     return start_run(config, mixers, Console(quiet=True))
-
-
-def losses(path: Path | None) -> dict[int, float]:
-    assert path is not None
-    return {row["step"]: row["loss"] for row in RunFolder(path).read_metrics() if "loss" in row}
 
 
 def trainer_of(config: TrainConfig, mixers: tuple[MixerConfig, ...] = E1) -> Trainer:

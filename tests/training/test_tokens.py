@@ -26,6 +26,7 @@ from elman.training.run import RunFolder, load_model, load_text, open_run
 from elman.training.start import resume_run, start_run
 from elman.units import bits
 from tests.data.tiny_encoding import NAME, tiny
+from tests.training.runs import losses
 
 __all__ = ["tiny"]
 
@@ -47,11 +48,6 @@ def config(tmp_path: Path, tiny: str) -> TrainConfig:
 def start(config: TrainConfig) -> tuple[int, str]:
     output = io.StringIO()
     return start_run(config, E1, Console(file=output, width=100)), output.getvalue()
-
-
-def losses(path: Path | None) -> dict[int, float]:
-    assert path is not None
-    return {row["step"]: row["loss"] for row in RunFolder(path).read_metrics() if "loss" in row}
 
 
 @pytest.mark.parametrize("sampling", ["windows", "documents"])
