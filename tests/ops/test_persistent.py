@@ -12,12 +12,12 @@ from benchmarks.recurrence import SHAPES
 from elman.errors import UsageError
 from elman.ops import backends, loop, persistent, wide
 from elman.ops.cells import CELLS, FUSED_CELLS, Cell
-from elman.ops.cuda import compiler, launch
+from elman.ops.cuda import launch
 from elman.ops.cuda.compiler import CompilerUnavailableError, Module, flatten
 from elman.ops.operators import OPERATORS, BlockDiagonal, Dense, Diagonal
 from elman.ops.persistent import Chip, Plan, Task
 from elman.ops.wide import WidePlan
-from tests.ops.cuda.test_compiler import needs_nvrtc
+from tests.ops.cuda.test_compiler import check_static_claims, needs_nvrtc
 from tests.ops.problems import draw, parts, solve
 
 H200 = Chip((9, 0), 132, 227 * 1024)
@@ -210,12 +210,7 @@ def test_the_shared_memory_is_what_the_kernels_use(monkeypatch: pytest.MonkeyPat
             shape = f"persistent::Shape<{task.cell.functor}, {backward}, {sizes}>"
             used = f"{shape}::kCarriedOffset + {plan.tiles} * {shape}::kCarriedBytes + {exchange}"
             claims.append(f'static_assert({used} == {plan.shared_bytes}, "{plan}");')
-    text = flatten("persistent.cuh") + "\n".join(claims)
-    monkeypatch.setattr(compiler, "flatten", lambda source: text)
-    compiler._compile(Module("persistent.cuh", ()), "sm_90a")
-    monkeypatch.setattr(compiler, "flatten", lambda source: text.replace("kCarriedBytes +", "kCarriedBytes + 16 +"))
-    with pytest.raises(Exception, match="static assertion failed"):
-        compiler._compile(Module("persistent.cuh", ()), "sm_90a")
+    check_static_claims(monkeypatch, "persistent.cuh", claims, "kCarriedBytes +")
 
 
 def batches_of_one_kernel(chip: Chip, hidden: int) -> tuple[int, int]:

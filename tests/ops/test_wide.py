@@ -11,11 +11,10 @@ from hypothesis import strategies as st
 
 from elman.ops import persistent, wide
 from elman.ops.cells import CELLS
-from elman.ops.cuda import compiler
-from elman.ops.cuda.compiler import Module, flatten
+from elman.ops.cuda.compiler import flatten
 from elman.ops.planning import Chip, Task
 from elman.ops.wide import WidePlan
-from tests.ops.cuda.test_compiler import needs_nvrtc
+from tests.ops.cuda.test_compiler import check_static_claims, needs_nvrtc
 from tests.ops.problems import assert_as_exact_as_reference, assert_chunks_equal_one_piece, draw, solve
 
 H200 = Chip((9, 0), 132, 227 * 1024)
@@ -90,12 +89,7 @@ def test_the_shared_memory_is_what_the_kernels_use(monkeypatch: pytest.MonkeyPat
                 assert sizes is not None
                 shape = f"wide::Shape<{task.cell.functor}, {backward}, {sizes[1]}>"
                 claims.append(f'static_assert({shape}::kSharedBytes == {plan.shared_bytes}, "{plan}");')
-    text = flatten("wide.cuh") + "\n".join(claims)
-    monkeypatch.setattr(compiler, "flatten", lambda source: text)
-    compiler._compile(Module("wide.cuh", ()), "sm_90a")
-    monkeypatch.setattr(compiler, "flatten", lambda source: text.replace("kSharedBytes ==", "kSharedBytes + 16 =="))
-    with pytest.raises(Exception, match="static assertion failed"):
-        compiler._compile(Module("wide.cuh", ()), "sm_90a")
+    check_static_claims(monkeypatch, "wide.cuh", claims, "kSharedBytes ==")
 
 
 def test_arguments_are_in_the_order_of_the_other_kernels() -> None:

@@ -30,6 +30,17 @@ def missing() -> str:
 needs_nvrtc = pytest.mark.skipif(bool(missing()), reason=missing())
 
 
+def check_static_claims(monkeypatch: pytest.MonkeyPatch, source: str, claims: list[str], term: str) -> None:
+    """Has NVRTC check static_asserts on a source, and checks that it does: with 16 more than ``term`` they fail."""
+    module, text = Module(source, ()), compiler.flatten(source) + "\n".join(claims)
+    monkeypatch.setattr(compiler, "flatten", lambda source: text)
+    compiler._compile(module, "sm_90a")
+    name, operator = term.split()
+    monkeypatch.setattr(compiler, "flatten", lambda source: text.replace(term, f"{name} + 16 {operator}"))
+    with pytest.raises(Exception, match="static assertion failed"):
+        compiler._compile(module, "sm_90a")
+
+
 @pytest.fixture(autouse=True)
 def fresh_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setenv("ELMAN_CACHE", str(tmp_path))
