@@ -216,7 +216,11 @@ def test_autocast_keeps_the_residual_stream_and_rounds_what_products_read() -> N
 @pytest.mark.parametrize("name", mixer_names())
 @compiles
 def test_compiled_training_on_the_gpu_errs_no_more_than_plain(name: str) -> None:
-    """Over float64, as a multiple of what plain autocast errs; and twice the same bits where the kernels are ours."""
+    """Over float64, as a multiple of what plain autocast errs; and twice the same bits where the kernels are ours.
+
+    Two errors of a few numbers differ much by chance (12 of them by 2.6 times in one case of 1,000), so those of all
+    tensors that hold fewer than 64 are judged together, and less strictly.
+    """
     model = build(mixer_config(name)(), dim=64).cuda()
     text, targets = (torch.randint(256, (16, 64), device="cuda") for _ in range(2))
     exact = gradients(model, text, targets)
@@ -225,10 +229,15 @@ def test_compiled_training_on_the_gpu_errs_no_more_than_plain(name: str) -> None
         plain = gradients(model, text, targets)
         compile_counting(model, "inductor")
         compiled, again = gradients(model, text, targets), gradients(model, text, targets)
+    few = torch.zeros(2, dtype=torch.float64, device="cuda")
     for name, truth in exact.items():
-        errors = [(found[name].double() - truth).norm() for found in (compiled, plain)]
-        assert 0 < errors[0] <= 1.5 * errors[1], name
+        errors = torch.stack([(found[name].double() - truth).norm() for found in (compiled, plain)])
+        if truth.numel() < 64:
+            few += errors.square()
+        else:
+            assert 0 < errors[0] <= 1.5 * errors[1], name
         assert torch.equal(compiled[name], again[name]) or not all(layer.mixer.compiles for layer in model.layers), name
+    assert few[0] <= 9 * few[1]
 
 
 def test_a_pattern_repeats_over_the_depth() -> None:
