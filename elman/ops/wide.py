@@ -18,7 +18,7 @@ _GROUPS = 2
 _GROUP_THREADS = 128
 _RING_STEPS = 8
 _FLAG_BYTES = 128
-_PUBLISHERS = 2  # CTAs that publish a chunk
+_PUBLISHERS = 2  # CTAs that publish a chunk, and what the CTAs of a group are a multiple of
 _MAX_CHUNKS = 31
 
 #: Blocks of eight batch rows a tile: below two mma.sync does as well, above eight no tile is left to work on meanwhile.
@@ -27,8 +27,6 @@ _BLOCKS = range(2, 9)
 _REGISTERS = 216
 _MAX_REGISTER_CHUNKS = 5
 _CLOCKS_PER_MICROSECOND = 1900
-_L2_BYTES_PER_CLOCK = 4000
-_CLUSTERS = (1, 2, 4)
 
 
 @dataclass(frozen=True)
@@ -40,7 +38,6 @@ class WidePlan:
         blocks: blocks of 8 batch rows a tile.
         slots: chunks of the state in the ring of a warp group.
         split: 1 where each of two warp groups has tiles of its own, 2 where they share every tile.
-        cluster: CTAs that bring each other the state; 1, 2 or 4.
         columns: CTAs of a group, which share its batch rows and split the hidden units of a head.
         groups: of batch rows of every head, independent of each other.
         tiles: of a group, one after another in every step.
@@ -52,7 +49,6 @@ class WidePlan:
     blocks: int
     slots: int
     split: int
-    cluster: int
     columns: int
     groups: int
     tiles: int
@@ -60,16 +56,17 @@ class WidePlan:
 
     source = "wide.cuh"
     threads = (_GROUPS + 1) * _GROUP_THREADS
+    cluster = 1
     cooperative = True
 
     def kernel(self, task: Task, number: str) -> str:
         """Its C++ name, for the number type of this name."""
-        shape = (self.register_chunks, self.shared_chunks, self.blocks, self.slots, self.split, self.cluster)
+        shape = (self.register_chunks, self.shared_chunks, self.blocks, self.slots, self.split)
         return f"wide_{task.direction}<{number}, {task.cell.functor}, {', '.join(map(str, shape))}>"
 
     def ring_bytes(self, task: Task, hidden: int, heads: int) -> int:
         """The workspace in global memory: the exchanged state of some steps, and its flags."""
-        tiles, chunks = heads * self.groups * self.tiles, self.columns // _PUBLISHERS
+        tiles, chunks = heads * self.groups * self.tiles, math.ceil(hidden / _CHUNK_DEPTH)
         return tiles * (_RING_STEPS * chunks * _chunk_bytes(self.blocks) + self.columns * _FLAG_BYTES)
 
     def microseconds(self, task: Task) -> float:
@@ -87,9 +84,7 @@ class WidePlan:
         tile += self.split * 100 * max(0, self.blocks - 3)
         if self.slots < self.register_chunks + self.shared_chunks:
             tile *= 1.1
-        # All that the CTAs read of the state, and what L2 hands out.
-        traffic = self.groups * self.columns * self.tiles * state / self.cluster / _L2_BYTES_PER_CLOCK
-        return max(chain, self.tiles * tile, traffic) / _CLOCKS_PER_MICROSECOND
+        return max(chain, self.tiles * tile) / _CLOCKS_PER_MICROSECOND
 
 
 def _chunk_bytes(blocks: int) -> int:
@@ -98,27 +93,22 @@ def _chunk_bytes(blocks: int) -> int:
 
 def plans(chip: Chip, batch: int, hidden: int, task: Task, heads: int) -> Iterator[WidePlan]:
     """Every plan that fits."""
-    cell = task.cell
+    cell, columns = task.cell, _PUBLISHERS * math.ceil(hidden / (_PUBLISHERS * _ROWS))
     if chip.capability != (9, 0) or cell.gates != 1 or cell.products != 1 or cell.reads_memory or not cell.additive:
         return
-    for cluster in _CLUSTERS:
-        step = max(cluster, _PUBLISHERS)
-        columns = step * math.ceil(hidden / (step * _ROWS))
-        room = chip.clusters(cluster) * cluster // (columns * heads)
-        if room == 0 or columns // _PUBLISHERS > _MAX_CHUNKS:
-            continue
-        for blocks in _BLOCKS:
-            batch_tiles = math.ceil(batch / (_BLOCK_ROWS * blocks))
-            tiles = math.ceil(batch_tiles / min(room, batch_tiles))
-            for split in (1, 2):
-                plan = _fit(chip, task, columns, blocks, split, cluster, math.ceil(batch_tiles / tiles), tiles)
-                if plan is not None:
-                    yield plan
+    room = chip.multiprocessors // (columns * heads)
+    if room == 0 or columns // _PUBLISHERS > _MAX_CHUNKS:
+        return
+    for blocks in _BLOCKS:
+        batch_tiles = math.ceil(batch / (_BLOCK_ROWS * blocks))
+        tiles = math.ceil(batch_tiles / min(room, batch_tiles))
+        for split in (1, 2):
+            plan = _fit(chip, task, columns, blocks, split, math.ceil(batch_tiles / tiles), tiles)
+            if plan is not None:
+                yield plan
 
 
-def _fit(
-    chip: Chip, task: Task, columns: int, blocks: int, split: int, cluster: int, groups: int, tiles: int
-) -> WidePlan | None:
+def _fit(chip: Chip, task: Task, columns: int, blocks: int, split: int, groups: int, tiles: int) -> WidePlan | None:
     """Slots of the ring as many as find room; None where they are too few."""
     if blocks % split or columns < _PUBLISHERS * split:
         return None
@@ -133,4 +123,4 @@ def _fit(
     if in_registers < 1 or slots < min(chunks, 3):
         return None
     shared += _GROUPS * slots * (_chunk_bytes(blocks) + 16)
-    return WidePlan(in_registers, in_shared, blocks, slots, split, cluster, columns, groups, tiles, shared)
+    return WidePlan(in_registers, in_shared, blocks, slots, split, columns, groups, tiles, shared)

@@ -11,8 +11,7 @@
 //             many fit; they swap partial sums, and each applies the cell to half of the rows.
 //
 // Loader warps bring the state from L2 into a ring of slots in shared memory, chunk by chunk of the depth, when the
-// flags of those who publish a chunk are up. All CTAs of a group need the same state, and what L2 can hand out bounds a step
-// of large problems; so the CTAs of a cluster each bring a part of every chunk, for all of them. No fence stands between data and flag, since that would cost more than the
+// flags of those who publish a chunk are up. No fence stands between data and flag, since that would cost more than the
 // exchange itself: nearly always the data has come too, and what has not is a NaN (see RingSlots), which no product
 // hides. So a warp group whose sums hold a NaN looks for words that are missing, waits for them and multiplies once
 // more; only a NaN that is really there survives that.
@@ -40,16 +39,9 @@ __device__ __forceinline__ void repair(u32 to, const char* from, int bytes, bool
   ::barrier_sync(barrier, kGroupThreads);
 }
 
-// Gives back `count` slots, the first of which has this barrier: whoever fills them hears of it, a warp at a time.
 template <typename S>
-__device__ __forceinline__ void release(u32 empty, int count) {
-  if constexpr (S::kCluster == 1) {
-    if (threadIdx.x % 32 < count) barrier_arrive(empty + threadIdx.x % 32 * 8);
-  } else {
-#pragma unroll 1
-    for (int i = threadIdx.x % 32; i < count * S::kCluster; i += 32)
-      barrier_arrive(empty + i / S::kCluster * 8, i % S::kCluster);
-  }
+__device__ __forceinline__ void release(const Slots<S>& slots, u32 phase, int n, int all) {
+  if (threadIdx.x % 32 == 0) barrier_arrive(slots.empty + Place<S>(phase, n, all).slot * 8);
 }
 
 // The sums of a tile, 64 x kTileRows, over the chunks of a warp group. kAgain: of the state as it is once all of it has
@@ -97,7 +89,7 @@ __device__ __forceinline__ void multiply(float (&sum)[S::kBlocks * 4],
         wgmma_wait<0>();
       } else if (S::kRelease && n > 0) {
         wgmma_wait<1>();
-        release<S>(slots.empty + Place<S>(phase, n - 1, all).slot * 8, 1);
+        release(slots, phase, n - 1, all);
       }
       if (n == S::kChunks / 2 && passes) ::barrier_arrive(kTurn + (group ^ 1), kGroups * kGroupThreads);
     }
@@ -312,9 +304,9 @@ __device__ __forceinline__ void run_products(const Problem<T>& p, const Ring<S>&
         share();
       }
       if constexpr (S::kRelease)
-        release<S>(slots.empty + Place<S>(phase, all - 1, all).slot * 8, 1);
-      else
-        release<S>(slots.empty, all);
+        release(slots, phase, all - 1, all);
+      else if (lane < all)
+        barrier_arrive(slots.empty + lane * 8);
       if constexpr (S::kSplit == 2) {
 #pragma unroll
         for (int block = 0; block < S::kCellBlocks; ++block) {
@@ -386,16 +378,13 @@ template <typename S>
 __device__ __forceinline__ void run_loader(const Ring<S>& ring, char* shared, const Part& part, int group, int loader,
                                            int all, int products) {
   constexpr int kMost = (S::kChunks + kLoaders - 1) / kLoaders;
-  // Of a chunk each lane looks after four warps, of whose flags a CTA of a cluster awaits those of what it copies.
-  constexpr int kLanes = S::kCluster == 1 ? 2 * S::kSplit : S::kSplit;
+  constexpr int kLanes = 2 * S::kSplit;                           // of a chunk: each looks after four warps
   constexpr u32 kStride = kLoaders * S::kSplit * S::kChunkBytes;  // from one chunk of this loader to the next
   constexpr int kPolls = 3;                                       // on the way at a time
   static_assert(kMost * kLanes <= 32, "a lane for every four warps");
   const int lane = threadIdx.x & 31, mine = (all - loader + kLoaders - 1) / kLoaders;
   const Slots<S> slots(shared, group);
-  const int rank = S::kCluster == 1 ? 0 : cluster_rank();
-  const int publisher = chunk_of<S>(loader + lane / kLanes * kLoaders, group) * 2 +
-                        (S::kCluster == 1 ? lane % kLanes / S::kSplit : rank * 2 / S::kCluster);
+  const int publisher = chunk_of<S>(loader + lane / kLanes * kLoaders, group) * 2 + lane % kLanes / S::kSplit;
   const u32 flag = publisher * Ring<S>::kFlagBytes + lane % S::kSplit * 16;
   const u32 wiped = Ring<S>::core(part.first_unit / 8, 0);
   const bool wipes = loader == 0 && (S::kSplit == 1 || group == 0);
@@ -403,7 +392,7 @@ __device__ __forceinline__ void run_loader(const Ring<S>& ring, char* shared, co
   u32 phase = 0;
   for (int step = 0; step < products; ++step)
     for (int tile = S::kSplit == 2 ? 0 : group; tile < part.tiles; tile += S::kTileGroups, ++phase) {
-      const char* from = ring.at(step, tile) + chunk_of<S>(loader, group) * S::kChunkBytes + rank * S::kCopyBytes;
+      const char* from = ring.at(step, tile) + chunk_of<S>(loader, group) * S::kChunkBytes;
       const char* flags = ring.flags + tile * ring.flag_bytes + flag;
       auto poll = [&]() { return lane < mine * kLanes ? load_strong(flags) : Words4{}; };
       auto arm = [&](int n) {
@@ -421,10 +410,9 @@ __device__ __forceinline__ void run_loader(const Ring<S>& ring, char* shared, co
       for (int i = 0; i + 1 < kPolls; ++i) seen[i] = poll();
       for (u32 polls = 0; missing; ++polls) {
         seen[kPolls - 1] = poll();
-        const int first = min(static_cast<int>(seen[0].x), static_cast<int>(seen[0].y)),
-                  second = min(static_cast<int>(seen[0].z), static_cast<int>(seen[0].w));
-        const int oldest = S::kCluster < 4 ? min(first, second) : rank % 2 ? second : first;
-        const u32 votes = __ballot_sync(~0u, oldest >= step);
+        const u32 votes =
+            __ballot_sync(~0u, min(min(static_cast<int>(seen[0].x), static_cast<int>(seen[0].y)),
+                                   min(static_cast<int>(seen[0].z), static_cast<int>(seen[0].w))) >= step);
         u32 fresh = 0;
 #pragma unroll
         for (int n = 0; n < kMost; ++n) {
@@ -439,8 +427,7 @@ __device__ __forceinline__ void run_loader(const Ring<S>& ring, char* shared, co
             if constexpr (!Place<S>::kFixed) arm(n);
             const u32 slot = Place<S>(phase, loader + n * kLoaders, all).slot;
             if (lane == 0)
-              copy_bulk_to_all<S::kCluster>(slots.data + slot * S::kChunkBytes + rank * S::kCopyBytes,
-                                            from + n * kStride, S::kCopyBytes, slots.full + slot * 8);
+              copy_bulk(slots.data + slot * S::kChunkBytes, from + n * kStride, S::kChunkBytes, slots.full + slot * 8);
             missing &= ~(1u << n);
           }
         __syncwarp();
@@ -463,14 +450,14 @@ template <typename S, typename Cell, typename T>
 __device__ __forceinline__ void run(const Problem<T>& p) {
   extern __shared__ __align__(128) char shared[];
   const Part part = persistent::part_of<S>(p);
-  const int chunks = part.peers / 2;
+  const int chunks = (p.hidden + kChunkDepth - 1) / kChunkDepth;
   // Backwards, the gradient of h0 is one more product, with no cell behind it.
   const int products = p.steps + (S::kBackward && p.initial_gradient ? 1 : 0);
   const Ring<S> ring(p.ring, part, gridDim.x / part.peers * p.tiles, chunks);
   if (threadIdx.x < kGroups * S::kSlots) {
     const Slots<S> slots(shared, threadIdx.x / S::kSlots);
     const u32 slot = threadIdx.x % S::kSlots * 8;
-    barrier_init(slots.full + slot, 1), barrier_init(slots.empty + slot, kGroupWarps * S::kCluster);
+    barrier_init(slots.full + slot, 1), barrier_init(slots.empty + slot, kGroupWarps);
     asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
   }
   if constexpr (S::kSharedChunks > 0) fill_shared_weights<S>(p, part, shared);
@@ -478,7 +465,6 @@ __device__ __forceinline__ void run(const Problem<T>& p) {
     store_shared(shared_address(shared) + S::kEmptyOffset + i, {~0u, ~0u, ~0u, ~0u});
   fence_async_shared();
   __syncthreads();
-  if constexpr (S::kCluster > 1) cluster_barrier();
   if (threadIdx.x < kGroups * kGroupThreads) {
     take_registers<S::kProductRegisters>();
     run_products<S, Cell>(p, ring, shared, part, chunks, products);
@@ -488,28 +474,21 @@ __device__ __forceinline__ void run(const Problem<T>& p) {
     run_loader<S>(ring, shared, part, group, warp % kLoaders, S::kSplit == 2 ? (chunks - group + 1) / 2 : chunks,
                   products);
   }
-  // Nobody leaves while a peer may still copy to it, or tell it of a slot.
-  if constexpr (S::kCluster > 1) {
-    __syncwarp();
-    cluster_barrier();
-  }
 }
 
 }  // namespace wide
 
-template <typename T, typename Cell, int kRegisterChunks, int kSharedChunks, int kBlocks, int kSlots, int kSplit,
-          int kCluster>
+template <typename T, typename Cell, int kRegisterChunks, int kSharedChunks, int kBlocks, int kSlots, int kSplit>
 __global__ void __launch_bounds__(wide::kThreads, 1)
     wide_forward(const T* pre, const T* weight, const T*, const T* h0, const T*, const u8* reset, T* h, T* saved, T*,
                  T*, char* ring, int steps, int batch, int hidden, int pitch, int tiles) {
   wide::Problem<T> p{};
   p.input = pre, p.weight = weight, p.initial = h0, p.reset = reset, p.output = h, p.saved = saved;
   p.ring = ring, p.steps = steps, p.batch = batch, p.hidden = hidden, p.pitch = pitch, p.tiles = tiles;
-  wide::run<wide::Shape<Cell, false, kRegisterChunks, kSharedChunks, kBlocks, kSlots, kSplit, kCluster>, Cell>(p);
+  wide::run<wide::Shape<Cell, false, kRegisterChunks, kSharedChunks, kBlocks, kSlots, kSplit>, Cell>(p);
 }
 
-template <typename T, typename Cell, int kRegisterChunks, int kSharedChunks, int kBlocks, int kSlots, int kSplit,
-          int kCluster>
+template <typename T, typename Cell, int kRegisterChunks, int kSharedChunks, int kBlocks, int kSlots, int kSplit>
 __global__ void __launch_bounds__(wide::kThreads, 1)
     wide_backward(const T* dh, const T* weight, const T* dh_last, T*, const u8* reset, T* saved, const T*, T*, T* dpre,
                   T*, T* dh0, T*, char* ring, int steps, int batch, int hidden, int pitch, int tiles) {
@@ -517,5 +496,5 @@ __global__ void __launch_bounds__(wide::kThreads, 1)
   p.input = dh, p.weight = weight, p.last_gradient = dh_last, p.reset = reset, p.output = dpre, p.saved = saved;
   p.initial_gradient = dh0;
   p.ring = ring, p.steps = steps, p.batch = batch, p.hidden = hidden, p.pitch = pitch, p.tiles = tiles;
-  wide::run<wide::Shape<Cell, true, kRegisterChunks, kSharedChunks, kBlocks, kSlots, kSplit, kCluster>, Cell>(p);
+  wide::run<wide::Shape<Cell, true, kRegisterChunks, kSharedChunks, kBlocks, kSlots, kSplit>, Cell>(p);
 }

@@ -23,15 +23,14 @@ constexpr int kStepBytes = kRows * 16 * 2;           // of W, one wgmma deep
 constexpr int kSumsReady = 1, kTurn = 2, kVote = 4;  // named barriers; of the last two one a warp group
 
 // kRegisterChunks + kSharedChunks: chunks of the depth whose weights a warp group holds, in registers and in shared
-// memory; kBlocks: blocks of eight batch rows a tile; kSlots: chunks of the state in the ring of a warp group; kCluster:
-// CTAs that bring each other the state.
+// memory; kBlocks: blocks of eight batch rows a tile; kSlots: chunks of the state in the ring of a warp group.
 template <typename Cell, bool kBackward_, int kRegisterChunks_, int kSharedChunks_, int kBlocks_, int kSlots_,
-          int kSplit_, int kCluster_>
+          int kSplit_>
 struct Shape {
   static constexpr bool kBackward = kBackward_;
   static constexpr int kRegisterChunks = kRegisterChunks_, kSharedChunks = kSharedChunks_;
   static constexpr int kChunks = kRegisterChunks + kSharedChunks, kBlocks = kBlocks_, kSlots = kSlots_,
-                       kSplit = kSplit_, kCluster = kCluster_;
+                       kSplit = kSplit_;
   static constexpr bool kRelease = kSlots < kChunks;  // slots are given back chunk by chunk
   // Chunks of weights in shared memory and in registers take turns, the former first, until one kind is used up.
   static constexpr int kTurns = kRegisterChunks < kSharedChunks ? kRegisterChunks : kSharedChunks;
@@ -44,12 +43,12 @@ struct Shape {
   }  // index's inverse
   static __device__ constexpr int of_shared(int i) { return i < kTurns ? 2 * i : i + kTurns; }
   static constexpr int kColumns = kRows, kTileRows = kBlocks * kBlockRows;
-  static constexpr int kPeerStep = kCluster > 2 ? kCluster : 2;  // two CTAs publish a chunk
+  static constexpr int kPeerStep = 2;  // CTAs that publish a chunk
   static constexpr int kCellBlocks = kBlocks / kSplit, kCellRows = kCellBlocks * kBlockRows;
   static constexpr int kTileGroups = kGroups / kSplit;  // tiles are dealt to so many in turn
   static constexpr int kOutputs = kBackward ? Cell::kGates : 1;
   static constexpr int kInputs = kBackward ? 1 + Cell::kSaved : Cell::kGates;  // values a unit that the cell reads
-  static constexpr int kChunkBytes = kBlocks * kChunkDepth * kBlockRows * 2, kCopyBytes = kChunkBytes / kCluster;
+  static constexpr int kChunkBytes = kBlocks * kChunkDepth * kBlockRows * 2;
   static constexpr int kOwnBytes = kBlocks * kRows * kBlockRows * 2;  // of a tile, what a CTA publishes
   static constexpr int kStageBytes = kCellRows * kWarpRows * 2;       // a warp's part of a tile of any tensor
   static constexpr int kSwapBytes = kSplit == 2 ? 2 * kGroups * kCellBlocks * kGroupThreads * 16 : 0;
@@ -89,11 +88,6 @@ __device__ __forceinline__ void copy_async16_if(u32 to, const void* from, bool w
 __device__ __forceinline__ void barrier_init(u32 barrier, u32 count) {
   asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(barrier), "r"(count) : "memory");
 }
-// At the barrier that the CTA of this rank in the cluster has at the same address.
-__device__ __forceinline__ void barrier_arrive(u32 barrier, int rank) {
-  asm volatile("mbarrier.arrive.release.cluster.shared::cluster.b64 _, [%0];" ::"r"(peer_address(barrier, rank))
-               : "memory");
-}
 __device__ __forceinline__ void barrier_arrive(u32 barrier) {
   asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(barrier) : "memory");
 }
@@ -110,7 +104,7 @@ __device__ __forceinline__ bool any_of(int barrier, int threads, bool mine) {
 __device__ __forceinline__ void barrier_wait(u32 barrier, u32 parity) {
   asm volatile(
       "{.reg .pred p; .reg .u32 polls; mov.u32 polls, 0;\n"
-      "WAIT: mbarrier.try_wait.parity.acquire.cluster.shared::cta.b64 p, [%0], %1;\n"
+      "WAIT: mbarrier.try_wait.parity.shared::cta.b64 p, [%0], %1;\n"
       "@p bra DONE; add.u32 polls, polls, 1; setp.lt.u32 p, polls, %2; @p bra WAIT; trap; DONE:}" ::"r"(barrier),
       "r"(parity), "n"(kSpinLimit)
       : "memory");
@@ -119,23 +113,6 @@ __device__ __forceinline__ void copy_bulk(u32 to, const void* from, u32 bytes, u
   asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(to),
                "l"(from), "r"(bytes), "r"(barrier)
                : "memory");
-}
-// To the same place in every CTA of the cluster, and counted on the same barrier there.
-template <int kCluster>
-__device__ __forceinline__ void copy_bulk_to_all(u32 to, const void* from, u32 bytes, u32 barrier) {
-  if constexpr (kCluster == 1)
-    copy_bulk(to, from, bytes, barrier);
-  else
-    asm volatile(
-        "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.multicast::cluster [%0], [%1], %2, [%3], "
-        "%4;" ::"r"(to),
-        "l"(from), "r"(bytes), "r"(barrier), "h"(static_cast<u16>((1 << kCluster) - 1))
-        : "memory");
-}
-__device__ __forceinline__ int cluster_rank() {
-  u32 rank;
-  asm("mov.u32 %0, %%cluster_ctarank;" : "=r"(rank));
-  return rank;
 }
 __device__ __forceinline__ void store_bulk(void* to, u32 from, u32 bytes) {
   asm volatile("cp.async.bulk.global.shared::cta.bulk_group [%0], [%1], %2;\n cp.async.bulk.commit_group;" ::"l"(to),
