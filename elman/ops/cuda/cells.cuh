@@ -30,24 +30,44 @@ struct Precise {
   static __device__ __forceinline__ Real tanh(Real x) { return ::tanh(x); }
 };
 
+// Single instructions, to 2^-22 of their result or, log2 near 1, of 1; what is subnormal counts as 0.
+namespace hardware {
+#ifdef __CUDA_ARCH__
+#define ELMAN_INSTRUCTION(name, instruction, host)                    \
+  __device__ __forceinline__ float name(float x) {                    \
+    float y;                                                          \
+    asm(instruction ".approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));    \
+    return y;                                                         \
+  }
+#else
+#define ELMAN_INSTRUCTION(name, instruction, host) \
+  inline float name(float x) { return host; }
+#endif
+ELMAN_INSTRUCTION(exp2, "ex2", ::exp2f(x))
+ELMAN_INSTRUCTION(log2, "lg2", ::log2f(x))
+ELMAN_INSTRUCTION(reciprocal, "rcp", 1.0f / x)
+#undef ELMAN_INSTRUCTION
+}  // namespace hardware
+
 struct Fast {
   using Real = float;
-  static __device__ __forceinline__ float exp(float x) { return __expf(x); }
-  static __device__ __forceinline__ float log(float x) { return __logf(x); }
+  static constexpr float kLog2E = 1.44269504f, kLn2 = 0.693147181f;
+  static __device__ __forceinline__ float exp(float x) { return hardware::exp2(x * kLog2E); }
+  static __device__ __forceinline__ float log(float x) { return hardware::log2(x) * kLn2; }
   // A small x is lost beside 1: there, series.
   static __device__ __forceinline__ float log1p(float x) {
-    return fabsf(x) < 1e-3f ? x - x * x * 0.5f : __logf(1.0f + x);
+    return fabsf(x) < 1e-3f ? x - x * x * 0.5f : log(1.0f + x);
   }
   static __device__ __forceinline__ float expm1(float x) {
-    return fabsf(x) < 0.05f ? x * (1.0f + x * (0.5f + x * (1.0f / 6))) : __expf(x) - 1.0f;
+    return fabsf(x) < 0.05f ? x * (1.0f + x * (0.5f + x * (1.0f / 6))) : exp(x) - 1.0f;
   }
-  static __device__ __forceinline__ float divide(float x, float y) { return __fdividef(x, y); }
+  static __device__ __forceinline__ float divide(float x, float y) { return x * hardware::reciprocal(y); }
   // (1 − e) / (1 + e) loses its relative precision where e is near 1: there, a series.
   static __device__ __forceinline__ float tanh(float x) {
     const float square = x * x;
     const float series = x * (1.0f + square * (-1.0f / 3 + square * (2.0f / 15 + square * (-17.0f / 315))));
-    const float e = __expf(-2.0f * fabsf(x));
-    const float quotient = copysignf(__fdividef(1.0f - e, 1.0f + e), x);
+    const float e = exp(-2.0f * fabsf(x));
+    const float quotient = copysignf(divide(1.0f - e, 1.0f + e), x);
     return fabsf(x) < 0.25f ? series : quotient;
   }
 };
