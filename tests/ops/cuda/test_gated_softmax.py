@@ -102,7 +102,8 @@ def library(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
                 names = ", ".join(f"p{i}" for i in range(tensors))
                 exports.append(
                     f'extern "C" void {direction}_{number}_{lanes}_{values}(int blocks, int warps, '
-                    f"{', '.join(pointers)}, long long groups, int size, int tile, int pitch, int inverse, int turns) {{\n"
+                    f"{', '.join(pointers)}, long long groups, "
+                    f"int size, int tile, int pitch, int inverse, int turns) {{\n"
                     f"  launch(gated_softmax_{direction}<{number}, {lanes}, {values}>, blocks, warps, {names}, "
                     f"groups, size, tile, pitch, inverse, turns);\n}}"
                 )
