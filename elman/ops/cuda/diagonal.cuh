@@ -7,7 +7,7 @@
 // scoreboards only, and would otherwise wait for the youngest load of all when it needs the oldest.
 //
 // Tensors are (T, B, n, H) where a unit has n values, states (B, H), weight and bias (kProducts, H), and dweight (B,
-// kProducts, H): a row's sum over time. Only `pre` and `dh` may have steps, rows and gates that lie apart. A pointer
+// kProducts, H): a row's sum over time. Only `pre`, `kept` and `dh` may have steps, rows and gates that lie apart. A pointer
 // that is not needed is null. With kWidth > 1, hidden and those strides are its multiples, and all pointers are aligned
 // to packs. A step of any tensor has less than 4 GB. Every argument has 8 bytes.
 #pragma once
@@ -159,8 +159,8 @@ __device__ __forceinline__ void walk(u32 steps, const bool* reset, const Place& 
 
 }  // namespace diagonal
 
-// `h` takes the state h of every step, `saved` what the cell saves, `memories` the other state if there is one, and
-// `last_memory` its last.
+// `h` takes the state h of every step, `saved` what the cell saves if it is not additive, `memories` the other state if
+// there is one, and `last_memory` its last.
 template <class Cell, class T, int kWidth, class Memory = MemoryOf<Cell, T>>
 __global__ void __launch_bounds__(diagonal::kThreads, diagonal::kBlocks)
     diagonal_forward(const T* __restrict__ pre, long long pre_step, long long pre_row, long long pre_gate,
@@ -216,7 +216,7 @@ __global__ void __launch_bounds__(diagonal::kThreads, diagonal::kBlocks)
     const auto memory_word = diagonal::pack<Memory>(memory);
     diagonal::unpack<T, kWidth>(h_word, state), diagonal::unpack<Memory, kWidth>(memory_word, memory);
     diagonal::write<kWidth>(hs[t], h_word);
-    if (saved != nullptr) {
+    if (!Cell::kAdditive && saved != nullptr) {
 #pragma unroll
       for (int value = 0; value < kSaved; ++value)
         diagonal::write<kWidth>(saves[t] + value * hidden, diagonal::pack<T>(kept[value]));
@@ -227,13 +227,15 @@ __global__ void __launch_bounds__(diagonal::kThreads, diagonal::kBlocks)
   if (kTwoStates) diagonal::write<kWidth>(last_memory + place.at(), diagonal::pack<Memory>(memory));
 }
 
-// `drec` is written only where it is no part of `dpre`.
+// `kept` is pre where the cell is additive, for it saves pre + w ⊙ h, whose terms are there, and writing the sum would cost
+// more than adding again; else it is what the cell saved. `drec` is written only where it is no part of `dpre`.
 template <class Cell, class T, int kWidth, class Memory = MemoryOf<Cell, T>>
 __global__ void __launch_bounds__(diagonal::kThreads, diagonal::kBlocks)
-    diagonal_backward(const T* __restrict__ dh, long long dh_step, long long dh_row, const T* __restrict__ weight,
+    diagonal_backward(const T* __restrict__ dh, long long dh_step, long long dh_row, const T* __restrict__ kept,
+                      long long kept_step, long long kept_row, long long kept_value, const T* __restrict__ weight,
                       const T* __restrict__ h0, const Memory* __restrict__ memory0, const T* __restrict__ dh_last,
                       const Memory* __restrict__ dmemory_last, const bool* __restrict__ reset,
-                      const T* __restrict__ h, const T* __restrict__ saved, const Memory* __restrict__ memories,
+                      const T* __restrict__ h, const Memory* __restrict__ memories,
                       T* __restrict__ dpre, T* __restrict__ drec, T* __restrict__ dh0, Memory* __restrict__ dmemory0,
                       RealOf<T>* __restrict__ dweight, long long steps, long long batch, long long hidden) {
   using Real = RealOf<T>;
@@ -241,15 +243,16 @@ __global__ void __launch_bounds__(diagonal::kThreads, diagonal::kBlocks)
   using MemoryWord = diagonal::Word<Memory, kWidth>;
   constexpr int kGates = Cell::kGates, kProducts = Cell::kProducts, kSaved = Cell::kSaved, kSlopes = Cell::kSlopes;
   constexpr bool kTwoStates = Cell::kStates == 2, kOther = kTwoStates && Cell::kReadsMemory;
-  // What a step reads, in this order: dh, h of the step before, what the cell saved, the memory of the step before, which
-  // may be as wide as two of the others.
+  // What a step reads, in this order: dh, h of the step before, `kept`, the memory of the step before, which may be as
+  // wide as two of the others.
   constexpr int kFirstSaved = 2, kMemory = kFirstSaved + kSaved, kMemoryWords = sizeof(Memory) / sizeof(T);
   constexpr int kInputs = kMemory + (kOther ? kMemoryWords : 0);
   using Window = diagonal::Window<T, kWidth, kInputs>;
   const diagonal::Place place(kWidth, batch, hidden);
   if (!place.inside) return;
   const auto dhs = place.steps(dh, dh_step, dh_row);
-  const auto hs = place.steps(h), saves = place.steps(saved, 0, kSaved);
+  const auto keeps = place.steps(kept, kept_step, kept_row);
+  const auto hs = place.steps(h);
   const auto others = place.steps(memories);
   const auto dpres = place.steps(dpre, 0, kGates), drecs = place.steps(drec, 0, kProducts);
   // Without h0 the state before step 0 is zero, as after a reset; what is loaded in its place does not matter.
@@ -268,7 +271,7 @@ __global__ void __launch_bounds__(diagonal::kThreads, diagonal::kBlocks)
     words[1] = diagonal::fetch<kWidth>(t > 0 ? hs[t - 1] : first_h);
 #pragma unroll
     for (int value = 0; value < kSaved; ++value)
-      words[kFirstSaved + value] = diagonal::fetch<kWidth>(saves[t] + value * hidden);
+      words[kFirstSaved + value] = diagonal::fetch<kWidth>(keeps[t] + value * kept_value);
     if constexpr (kOther) {
       const MemoryWord word = diagonal::fetch<kWidth>(t > 0 ? others[t - 1] : first_memory);
       words[kMemory] = static_cast<Word>(word);
@@ -292,7 +295,10 @@ __global__ void __launch_bounds__(diagonal::kThreads, diagonal::kBlocks)
     for (int j = 0; j < kWidth; ++j) {
       Real unit_saved[kSaved], slope[kSlopes], unit_dpre[kGates], unit_drec[kProducts];
 #pragma unroll
-      for (int value = 0; value < kSaved; ++value) unit_saved[value] = values[kFirstSaved + value][j];
+      for (int value = 0; value < kSaved; ++value) {
+        unit_saved[value] = values[kFirstSaved + value][j];
+        if (Cell::kAdditive && value < kProducts) unit_saved[value] += fresh ? Real(0) : w[value % kProducts][j] * values[1][j];
+      }
       Cell::template slopes<MathOf<T>>(unit_saved, fresh ? Real(0) : before[j], slope);
       Cell::backward(slope, values[0][j] + carried[j], dmemory[j], unit_dpre, unit_drec);
       Real sum = 0;
