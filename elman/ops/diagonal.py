@@ -46,7 +46,10 @@ def why_not(problem: Problem) -> str | None:
 
 
 def saves_pre(cell: Cell) -> bool:
-    """Whether backward wants pre in place of what the cell saves, which then is pre + w ⊙ h or pre."""
+    """Whether backward wants pre in place of what the cell saves, which then is pre + w ⊙ h or pre.
+
+    It then takes h for the number that a memory in log space stands for, too.
+    """
     return cell.additive
 
 
@@ -65,7 +68,7 @@ def forward(
     h = pre.new_empty(seq_len, batch, hidden)
     saved = pre.new_empty(seq_len, batch, cell.saved, hidden) if save and not saves_pre(cell) else None
     dtypes = cell.dtypes(h.dtype)[1:]
-    others = [torch.empty_like(h, dtype=dtype) for dtype in dtypes] if save else []
+    others = [torch.empty_like(h, dtype=dtype) for dtype in dtypes] if save and not cell.logarithmic else []
     last = [torch.empty_like(h[0], dtype=dtype) for dtype in dtypes]
     arguments = (
         *(pre, pre.stride(0), pre.stride(1), pre.stride(2)),

@@ -25,7 +25,7 @@ class Walk(Protocol):
     """
 
     def saves_pre(self, operator: str, cell: Cell) -> bool:
-        """Whether pre itself stands for what the cell saves, which backward then has again from it."""
+        """Whether pre itself stands for what the cell saves, and h for a memory in log space."""
         ...
 
     def forward(
@@ -42,7 +42,7 @@ class Walk(Protocol):
 
         Returns:
             h (T, B, H); the last states but h; and, where they are to be saved, what the cell saves (T, B, saved, H),
-            or ``pre``, and then the states but h of every step (T, B, H).
+            or ``pre``, and then the states but h of every step (T, B, H), unless ``saves_pre`` does without.
         """
         ...
 
@@ -126,6 +126,8 @@ def _fake_forward(
     saved = [pre.new_empty(seq_len, batch, hidden, dtype=dtype) for dtype in dtypes[1:]]
     if not _WALKS[backend].saves_pre(operator, rule):
         saved = [pre.new_empty(seq_len, batch, rule.saved, hidden), *saved]
+    elif rule.logarithmic:
+        saved = []
     return pre.new_empty(seq_len, batch, hidden), last, saved if save else []
 
 

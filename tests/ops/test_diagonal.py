@@ -11,6 +11,7 @@ from torch import Tensor
 from elman.ops import diagonal, fused, loop
 from elman.ops.cells import CELLS, FUSED_CELLS, Cell
 from elman.ops.cuda.compiler import flatten
+from elman.ops.log_space import join, to_log_space
 from elman.ops.operators import Diagonal
 from tests.ops.problems import Problem, draw, parts
 
@@ -49,7 +50,8 @@ def run_like_the_kernels(
             previous = previous.masked_fill(x["reset"][:, :, None], 0)
         if cell.additive:
             kept = kept + F.pad(previous[:, :, None] * x["weight"], (0, 0, 0, cell.gates - cell.products))
-        saved = [kept, *(y for y in (x["memories"],) if y is not None)]
+        memories = join(*to_log_space(x["h"])) if cell.logarithmic else x["memories"]
+        saved = [kept] if memories is None else [kept, memories]
         given = (x["dh"], dlast, x["h"], saved, operator, states, x["reset"], cell, x["dh0"] is not None)
         dpre, drec, _, dstates = loop.backward(*given)
         made = {"dpre": dpre, **dict(zip(("dh0", "dmemory0"), dstates, strict=False))}
@@ -69,7 +71,7 @@ def results(p: Problem, walk: object) -> list[Tensor]:
     given = (p.dh, parts(p.dh_last), h, saved, operator, states, p.reset, cell, p.h0 is not None)
     dpre, drec, _, dstates = walk.backward(*given)
     assert (saved[0] is pre) == (walk is diagonal and cell.additive)
-    return [h, *last, *saved[1:], dpre, drec, *dstates]
+    return [h, *last, dpre, drec, *dstates]
 
 
 @pytest.mark.parametrize("cell", FUSED_CELLS)

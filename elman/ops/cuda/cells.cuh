@@ -411,6 +411,7 @@ struct BoundedPower {
 // or, by rounding, more. It is mixed as logarithms; the number is the same, and so is its derivative, that of `Leaky`.
 template <class Leaky>
 struct Logarithmic : Leaky {
+  using Linear = Leaky;
   static constexpr int kGates = Leaky::kGates, kProducts = Leaky::kProducts, kStates = 2, kSaved = Leaky::kSaved;
   static constexpr bool kLogarithmic = true;
 
