@@ -315,6 +315,11 @@ def _fit(
     return Plan(row_tiles, register_units, units - register_units, blocks, exchange, columns, groups, tiles, shared)
 
 
+def saves_pre(operator: str, cell: Cell) -> bool:
+    """See ``fused.Walk``."""
+    return operator == Diagonal.name and diagonal.saves_pre(cell)
+
+
 def forward(
     pre: Tensor,
     operator: Operator,
