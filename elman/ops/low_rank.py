@@ -1,0 +1,198 @@
+"""Plans for the kernels of low rank, ``cuda/low_rank.cuh``: which instantiation and grid suit a problem, and how fast.
+
+A step is two thin products with an exchange after each, where a composed W = U V has one of either. That pays where W
+is so wide that its product, or its place on the chip, costs more than an exchange.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch.nn.functional as F
+from torch import Tensor
+
+from elman.ops.operators import LowRank
+from elman.ops.planning import Chip, Task
+
+# What persistent.cuh and exchange.cuh fix; a warp a row tile applies the cell, or sums up ranks, and one fences.
+_THREADS = 512
+_PRODUCT_WARPS = 8
+_OTHER_WARPS = 7
+_BLOCK_ROWS = 8
+_UNIT_DEPTH = 32
+_DEPTH = _UNIT_DEPTH * _PRODUCT_WARPS
+_UNIT_BYTES = _BLOCK_ROWS * _UNIT_DEPTH * 2
+_RING_SLOTS = 8
+_CLOCKS_PER_MICROSECOND = 950
+
+#: Of the registers of a product thread, beside weights, state and sums.
+_OTHER_REGISTERS = 36
+#: More tiles than that a product would rather have its state staged, which these kernels do not do.
+_PLAIN_REGISTERS = 128
+
+
+@dataclass(frozen=True)
+class LowRankPlan:
+    """One instantiation and its grid; cuda/README.md has the meaning of the numbers.
+
+    Attributes:
+        row_tiles, rank_tiles: tiles of 16 rows that a CTA keeps: of the matrix (H, r) and of the one (r, H).
+        register_units, shared_units: how many 256 columns of the former lie in registers and in shared memory.
+        rank_register_units, rank_shared_units: likewise of the latter.
+        blocks: blocks of 8 batch rows a tile.
+        columns: CTAs of a group, which share its batch rows and split the hidden units and the ranks.
+        groups: of batch rows, independent of each other.
+        tiles: of a group, one after another in every step.
+        shared_bytes: dynamic shared memory a CTA.
+        rank: r, a multiple of 8.
+    """
+
+    row_tiles: int
+    register_units: int
+    shared_units: int
+    rank_tiles: int
+    rank_register_units: int
+    rank_shared_units: int
+    blocks: int
+    columns: int
+    groups: int
+    tiles: int
+    shared_bytes: int
+    rank: int
+
+    source = "low_rank.cuh"
+    threads = _THREADS
+    clustered = False
+
+    def kernel(self, task: Task, number: str) -> str:
+        """Its C++ name, for the number type of this name."""
+        shape = (
+            self.row_tiles,
+            self.register_units,
+            self.shared_units,
+            self.rank_tiles,
+            self.rank_register_units,
+            self.rank_shared_units,
+            self.blocks,
+        )
+        return f"low_rank_{task.direction}<{number}, {task.cell.functor}, {', '.join(map(str, shape))}>"
+
+    def ring_bytes(self, task: Task, hidden: int, heads: int) -> int:
+        """The workspace in global memory: the exchanged states and ranks of some steps."""
+        units = math.ceil(hidden / _UNIT_DEPTH) + math.ceil(self.rank / _UNIT_DEPTH)
+        return _RING_SLOTS * self.groups * self.tiles * self.blocks * units * _UNIT_BYTES
+
+    def microseconds(self, task: Task) -> float:
+        """About how long a step takes on an H100: all tiles one after another, or the two products of one and what
+        their results take to reach the group, if that is longer. A prediction, not yet measured.
+        """
+        down = _product(self.rank_register_units, self.rank_shared_units, self.rank_tiles, self.blocks)
+        up = _product(self.register_units, self.shared_units, self.row_tiles, self.blocks)
+        latency = down + up + 2 * (0.7 + 0.3 * self.blocks) + 0.1 * task.cell.gates
+        # A product waits for its state to come, 55 bytes a clock, behind a round trip to L2.
+        state = (self._units + self._rank_units) * self.blocks * _PRODUCT_WARPS * _UNIT_BYTES
+        tile = down + up + 2 * 0.35 + state / 55 / (2 * _CLOCKS_PER_MICROSECOND)
+        return max(latency + 0.2 * (self.tiles - 1), self.tiles * tile)
+
+    @property
+    def _units(self) -> int:
+        return self.register_units + self.shared_units
+
+    @property
+    def _rank_units(self) -> int:
+        return self.rank_register_units + self.rank_shared_units
+
+
+def _product(register_units: int, shared_units: int, row_tiles: int, blocks: int) -> float:
+    """Microseconds of one product of a tile: its mma, or its reads of shared memory."""
+    mma = (register_units + shared_units) * row_tiles * blocks * 26
+    return max(mma, 64 * shared_units * row_tiles) / _CLOCKS_PER_MICROSECOND
+
+
+def factors(operator: LowRank, task: Task, hidden: int) -> list[Tensor]:
+    """The matrices (r, H) and (H, r) that a step multiplies by in turn, filled up with zeros to multiples of 8."""
+    u, v = (x.squeeze(0) if x.ndim == 3 else x for x in operator.weights)
+    first, second = (v, u) if task.direction == "forward" else (u.mT, v.mT)
+    rank = filled(operator.rank)
+    sizes = ((first, rank, hidden), (second, hidden, rank))
+    return [F.pad(x, (0, columns - x.shape[1], 0, rows - x.shape[0])).contiguous() for x, rows, columns in sizes]
+
+
+def filled(rank: int) -> int:
+    """The rank with those that fill it up to what the kernels take."""
+    return rank + -rank % 8
+
+
+def plans(chip: Chip, batch: int, hidden: int, rank: int, task: Task) -> Iterator[LowRankPlan]:
+    """Every plan that fits, of the splits between registers and shared memory the one with most in registers."""
+    if task.cell.products != 1:
+        return
+    for row_tiles, rank_tiles, blocks in itertools.product(range(1, _OTHER_WARPS), range(1, _OTHER_WARPS), (1, 2)):
+        if blocks == 1 or batch > _BLOCK_ROWS:
+            plan = _fit(chip, batch, hidden, rank, task, row_tiles, rank_tiles, blocks)
+            if plan is not None:
+                yield plan
+
+
+def _fit(
+    chip: Chip, batch: int, hidden: int, rank: int, task: Task, row_tiles: int, rank_tiles: int, blocks: int
+) -> LowRankPlan | None:
+    cell, rows = task.cell, _BLOCK_ROWS * blocks
+    # A thread a quad of units and a row, of which cells without memory take eight at a time.
+    cell_warps = row_tiles * (blocks if cell.reads_memory else 1)
+    columns = max(math.ceil(hidden / (16 * row_tiles)), math.ceil(rank / (16 * rank_tiles)))
+    room = chip.multiprocessors // columns
+    if cell_warps + rank_tiles > _OTHER_WARPS or room == 0:
+        return None
+    units, rank_units = math.ceil(rank / _DEPTH), math.ceil(hidden / _DEPTH)
+
+    # setmaxnreg gives Hopper's product warps more registers than the others; elsewhere all warps have 128.
+    registers = _PLAIN_REGISTERS
+    if chip.capability == (9, 0):
+        registers = {"forward": 160, "backward": 176}[task.direction] if cell.reads_memory else 216 - 8 * blocks
+    chains = {1: 4, 2: 2, 3: 2}.get(rank_tiles * blocks, 1)
+    down = 4 * blocks * (rank_units + chains * rank_tiles)
+    up = 4 * blocks * (row_tiles + units)
+    budget = (registers - _OTHER_REGISTERS - max(down, up)) // 8
+    splits = (
+        (register_units, min(rank_units, (budget - row_tiles * register_units) // rank_tiles))
+        for register_units in range(1, units + 1)
+    )
+    split = max(
+        (split for split in splits if split[1] >= 1),
+        key=lambda split: row_tiles * split[0] + rank_tiles * split[1],
+        default=None,
+    )
+    if split is None:
+        return None
+    register_units, rank_register_units = split
+
+    batch_tiles = math.ceil(batch / rows)
+    tiles = math.ceil(batch_tiles / min(room, batch_tiles))
+    cell_threads = 32 * cell_warps
+    cell_groups = 2 if 2 * cell_warps + rank_tiles + 1 <= _OTHER_WARPS + 1 else 1
+    # Sums of both products, weights, inputs, and what is carried from step to step.
+    shared = 2 * _PRODUCT_WARPS * rows * (16 * (row_tiles + rank_tiles) + 8) * 4
+    in_shared = (units - register_units) * row_tiles + (rank_units - rank_register_units) * rank_tiles
+    shared += _PRODUCT_WARPS * in_shared * 1024
+    shared += (32 * cell_groups if cell.reads_memory else 64) * task.inputs * cell_threads
+    shared += 16 * tiles * cell_threads * cell.reads_memory
+    if shared > chip.shared_bytes:
+        return None
+    return LowRankPlan(
+        row_tiles,
+        register_units,
+        units - register_units,
+        rank_tiles,
+        rank_register_units,
+        rank_units - rank_register_units,
+        blocks,
+        columns,
+        math.ceil(batch_tiles / tiles),
+        tiles,
+        shared,
+        rank,
+    )
