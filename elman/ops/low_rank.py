@@ -15,23 +15,22 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from elman.ops.operators import LowRank
-from elman.ops.planning import Chip, Task
+from elman.ops.planning import (
+    BLOCK_ROWS,
+    CLOCKS_PER_MICROSECOND,
+    PRODUCT_WARPS,
+    RING_SLOTS,
+    THREADS,
+    UNIT_BYTES,
+    UNIT_DEPTH,
+    Chip,
+    Task,
+)
 
-# What persistent.cuh and exchange.cuh fix; a warp a row tile applies the cell, or sums up ranks, and one fences.
-_THREADS = 512
-_PRODUCT_WARPS = 8
-_OTHER_WARPS = 7
-_BLOCK_ROWS = 8
-_UNIT_DEPTH = 32
-_DEPTH = _UNIT_DEPTH * _PRODUCT_WARPS
-_UNIT_BYTES = _BLOCK_ROWS * _UNIT_DEPTH * 2
-_RING_SLOTS = 8
-_CLOCKS_PER_MICROSECOND = 950
-
-#: Of the registers of a product thread, beside weights, state and sums.
-_OTHER_REGISTERS = 36
-#: More tiles than that a product would rather have its state staged, which these kernels do not do.
-_PLAIN_REGISTERS = 128
+#: A warp a row tile applies the cell, or sums up ranks, and one more fences.
+_OTHER_WARPS = THREADS // 32 - PRODUCT_WARPS - 1
+#: Of the registers of a product thread, beside weights, state and sums, for one block of batch rows; and for another.
+_OTHER_REGISTERS, _BLOCK_REGISTERS = 40, 8
 
 
 @dataclass(frozen=True)
@@ -64,7 +63,7 @@ class LowRankPlan:
     rank: int
 
     source = "low_rank.cuh"
-    threads = _THREADS
+    threads = THREADS
     clustered = False
 
     def kernel(self, task: Task, number: str) -> str:
@@ -82,8 +81,8 @@ class LowRankPlan:
 
     def ring_bytes(self, task: Task, hidden: int, heads: int) -> int:
         """The workspace in global memory: the exchanged states and ranks of some steps."""
-        units = math.ceil(hidden / _UNIT_DEPTH) + math.ceil(self.rank / _UNIT_DEPTH)
-        return _RING_SLOTS * self.groups * self.tiles * self.blocks * units * _UNIT_BYTES
+        units = math.ceil(hidden / UNIT_DEPTH) + math.ceil(self.rank / UNIT_DEPTH)
+        return RING_SLOTS * self.groups * self.tiles * self.blocks * units * UNIT_BYTES
 
     def microseconds(self, task: Task) -> float:
         """About how long a step takes on an H100: all tiles one after another, or the two products of one and what
@@ -93,8 +92,8 @@ class LowRankPlan:
         up = _product(self.register_units, self.shared_units, self.row_tiles, self.blocks)
         latency = down + up + 2 * (0.7 + 0.3 * self.blocks) + 0.1 * task.cell.gates
         # A product waits for its state to come, 55 bytes a clock, behind a round trip to L2.
-        state = (self._units + self._rank_units) * self.blocks * _PRODUCT_WARPS * _UNIT_BYTES
-        tile = down + up + 2 * 0.35 + state / 55 / (2 * _CLOCKS_PER_MICROSECOND)
+        state = (self._units + self._rank_units) * self.blocks * PRODUCT_WARPS * UNIT_BYTES
+        tile = down + up + 2 * 0.35 + state / 55 / (2 * CLOCKS_PER_MICROSECOND)
         return max(latency + 0.2 * (self.tiles - 1), self.tiles * tile)
 
     @property
@@ -109,7 +108,7 @@ class LowRankPlan:
 def _product(register_units: int, shared_units: int, row_tiles: int, blocks: int) -> float:
     """Microseconds of one product of a tile: its mma, or its reads of shared memory."""
     mma = (register_units + shared_units) * row_tiles * blocks * 26
-    return max(mma, 64 * shared_units * row_tiles) / _CLOCKS_PER_MICROSECOND
+    return max(mma, 64 * shared_units * row_tiles) / CLOCKS_PER_MICROSECOND
 
 
 def factors(operator: LowRank, task: Task, hidden: int) -> list[Tensor]:
@@ -127,57 +126,66 @@ def filled(rank: int) -> int:
 
 
 def plans(chip: Chip, batch: int, hidden: int, rank: int, task: Task) -> Iterator[LowRankPlan]:
-    """Every plan that fits, of the splits between registers and shared memory the one with most in registers."""
+    """Every plan that fits, of the splits between registers and shared memory the fastest."""
     if task.cell.products != 1:
         return
     for row_tiles, rank_tiles, blocks in itertools.product(range(1, _OTHER_WARPS), range(1, _OTHER_WARPS), (1, 2)):
-        if blocks == 1 or batch > _BLOCK_ROWS:
+        if blocks == 1 or batch > BLOCK_ROWS:
             plan = _fit(chip, batch, hidden, rank, task, row_tiles, rank_tiles, blocks)
             if plan is not None:
                 yield plan
 
 
+def typical_plans(chip: Chip, task: Task) -> list[LowRankPlan]:
+    """The best plans of a wide, a middling and a narrow problem, where they fit, each once."""
+    found = (
+        min(plans(chip, *sizes, task), key=lambda plan: plan.microseconds(task), default=None)
+        for sizes in ((64, 2816, 496), (256, 1280, 320), (64, 512, 128))
+    )
+    return list(dict.fromkeys(plan for plan in found if plan is not None))
+
+
 def _fit(
     chip: Chip, batch: int, hidden: int, rank: int, task: Task, row_tiles: int, rank_tiles: int, blocks: int
 ) -> LowRankPlan | None:
-    cell, rows = task.cell, _BLOCK_ROWS * blocks
+    cell, rows = task.cell, BLOCK_ROWS * blocks
     # A thread a quad of units and a row, of which cells without memory take eight at a time.
     cell_warps = row_tiles * (blocks if cell.reads_memory else 1)
     columns = max(math.ceil(hidden / (16 * row_tiles)), math.ceil(rank / (16 * rank_tiles)))
     room = chip.multiprocessors // columns
     if cell_warps + rank_tiles > _OTHER_WARPS or room == 0:
         return None
-    units, rank_units = math.ceil(rank / _DEPTH), math.ceil(hidden / _DEPTH)
+    units, rank_units = (math.ceil(depth / (UNIT_DEPTH * PRODUCT_WARPS)) for depth in (rank, hidden))
 
     # setmaxnreg gives Hopper's product warps more registers than the others; elsewhere all warps have 128.
-    registers = _PLAIN_REGISTERS
+    registers = 128
     if chip.capability == (9, 0):
         registers = {"forward": 160, "backward": 176}[task.direction] if cell.reads_memory else 216 - 8 * blocks
     chains = {1: 4, 2: 2, 3: 2}.get(rank_tiles * blocks, 1)
     down = 4 * blocks * (rank_units + chains * rank_tiles)
     up = 4 * blocks * (row_tiles + units)
-    budget = (registers - _OTHER_REGISTERS - max(down, up)) // 8
-    splits = (
-        (register_units, min(rank_units, (budget - row_tiles * register_units) // rank_tiles))
-        for register_units in range(1, units + 1)
-    )
-    split = max(
-        (split for split in splits if split[1] >= 1),
-        key=lambda split: row_tiles * split[0] + rank_tiles * split[1],
-        default=None,
-    )
-    if split is None:
+    registers -= _OTHER_REGISTERS + _BLOCK_REGISTERS * (blocks - 1) + max(down, up)
+    splits = [
+        (kept, units - kept, rank_kept, rank_units - rank_kept)
+        for kept in range(1, units + 1)
+        for rank_kept in [min(rank_units, (registers // 8 - row_tiles * kept) // rank_tiles)]
+        if rank_kept >= 1
+    ]
+    if not splits:
         return None
-    register_units, rank_register_units = split
+
+    def time_of(split: tuple[int, int, int, int]) -> float:
+        return _product(*split[:2], row_tiles, blocks) + _product(*split[2:], rank_tiles, blocks)
+
+    register_units, shared_units, rank_register_units, rank_shared_units = min(splits, key=time_of)
 
     batch_tiles = math.ceil(batch / rows)
     tiles = math.ceil(batch_tiles / min(room, batch_tiles))
     cell_threads = 32 * cell_warps
     cell_groups = 2 if 2 * cell_warps + rank_tiles + 1 <= _OTHER_WARPS + 1 else 1
     # Sums of both products, weights, inputs, and what is carried from step to step.
-    shared = 2 * _PRODUCT_WARPS * rows * (16 * (row_tiles + rank_tiles) + 8) * 4
-    in_shared = (units - register_units) * row_tiles + (rank_units - rank_register_units) * rank_tiles
-    shared += _PRODUCT_WARPS * in_shared * 1024
+    shared = 2 * PRODUCT_WARPS * rows * (16 * (row_tiles + rank_tiles) + 8) * 4
+    shared += PRODUCT_WARPS * (shared_units * row_tiles + rank_shared_units * rank_tiles) * 1024
     shared += (32 * cell_groups if cell.reads_memory else 64) * task.inputs * cell_threads
     shared += 16 * tiles * cell_threads * cell.reads_memory
     if shared > chip.shared_bytes:
@@ -185,10 +193,10 @@ def _fit(
     return LowRankPlan(
         row_tiles,
         register_units,
-        units - register_units,
+        shared_units,
         rank_tiles,
         rank_register_units,
-        rank_units - rank_register_units,
+        rank_shared_units,
         blocks,
         columns,
         math.ceil(batch_tiles / tiles),

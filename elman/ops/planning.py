@@ -8,6 +8,16 @@ from elman.ops.cells import Cell
 
 DIRECTIONS = ("forward", "backward")
 
+# What persistent.cuh and exchange.cuh fix.
+THREADS = 512
+PRODUCT_WARPS = 8
+BLOCK_ROWS = 8
+UNIT_DEPTH = 32
+UNIT_BYTES = BLOCK_ROWS * UNIT_DEPTH * 2
+RING_SLOTS = 8
+#: Half the clock: nothing takes as few clocks as it might.
+CLOCKS_PER_MICROSECOND = 950
+
 
 @dataclass(frozen=True)
 class Chip:
@@ -16,6 +26,15 @@ class Chip:
     capability: tuple[int, int]
     multiprocessors: int
     shared_bytes: int
+
+
+#: A GPU of each architecture: A100, RTX A6000, RTX 4090, H200.
+TYPICAL_CHIPS = {
+    "sm_80": Chip((8, 0), 108, 163 * 1024),
+    "sm_86": Chip((8, 6), 84, 99 * 1024),
+    "sm_89": Chip((8, 9), 128, 99 * 1024),
+    "sm_90a": Chip((9, 0), 132, 227 * 1024),
+}
 
 
 @dataclass(frozen=True)
