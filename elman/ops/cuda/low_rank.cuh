@@ -8,8 +8,8 @@
 //   up    v = second s    sums of the units; the cell warps do with them as with those of a dense matrix
 //
 // Roles of the 16 warps: 0-7 both products; then one a row tile of the second matrix applies the cell; then one a row
-// tile of the first sums up ranks; the last one fences. All tiles go down before the first goes up, so that what one
-// waits for travels while the others are worked on.
+// tile of the first sums up ranks; the last one fences. The tiles of a group go down and up by turns, each as long after
+// its other product as before it, so that what one waits for travels while the others are worked on.
 //
 // Slots of both rings are used again as those of one are (see RingSlots), for a CTA publishes states of step t + 1 only
 // after it has received all ranks of step t, and ranks of step t after all states of step t. Some CTAs have units but no
@@ -61,6 +61,13 @@ __device__ __forceinline__ Words4 load_row(const T* matrix, int rows, int depth,
   return *reinterpret_cast<const Words4*>(matrix + static_cast<size_t>(row) * depth + k);
 }
 
+// The ranks of a tile, which the product warps ask for before they take the one that is to go down.
+template <typename T, int kUnits, int kBlocks>
+struct AskedRing : persistent::PolledRing<T, kUnits, kBlocks> {
+  using persistent::PolledRing<T, kUnits, kBlocks>::PolledRing;
+  __device__ void await(int, int) { this->settle(); }
+};
+
 // The rank warps: a thread looks after four ranks of one row of every block.
 template <typename S, typename T, typename Exchange>
 __device__ __forceinline__ void run_ranks(const Exchange& exchange, char* shared, const Part& part, int first, int ranks,
@@ -97,12 +104,20 @@ __device__ __forceinline__ void run_ranks(const Exchange& exchange, char* shared
   }
 }
 
+// The tile whose turn it is.
+struct Turn {
+  int step = 0, tile = 0;
+  __device__ __forceinline__ void pass(int tiles) {
+    if (++tile == tiles) tile = 0, ++step;
+  }
+};
+
 template <typename S, typename Cell, typename T, typename M>
 __device__ __forceinline__ void run(const Problem<T, M>& p, const T* first, const T* second, int ranks) {
   extern __shared__ __align__(128) char shared[];
   using D = typename S::Down;
   using States = persistent::PolledRing<T, D::kUnits, S::kBlocks>;
-  using Inner = persistent::PolledRing<T, S::kUnits, S::kBlocks>;
+  using Inner = AskedRing<T, S::kUnits, S::kBlocks>;
   const int peers = max((p.hidden + S::kColumns - 1) / S::kColumns, (ranks + D::kColumns - 1) / D::kColumns);
   const Part part = persistent::part_of<S>(p, peers);
   const int first_rank = blockIdx.x % peers * D::kColumns;
@@ -120,9 +135,21 @@ __device__ __forceinline__ void run(const Problem<T, M>& p, const T* first, cons
         shared, [&](int row, int k) { return load_row(second, p.hidden, ranks, part.first_unit + row, k); });
     persistent::Product<D, kRankBarriers> down(
         rank_shared, [&](int row, int k) { return load_row(first, ranks, p.hidden, first_rank + row, k); });
-    for (int step = 0; step < products; ++step) {
-      for (int tile = 0; tile < part.tiles; ++tile) down.template run<T>(states, step, tile);
-      for (int tile = 0; tile < part.tiles; ++tile) up.template run<T>(inner, step, tile);
+    // Half of the tiles are between the two products of one; a single one takes its turns alone.
+    const int behind = part.tiles / 2, last = products * part.tiles + behind;
+    Turn lower, upper;
+#pragma unroll 1
+    for (int turn = 0; turn < last; ++turn) {
+      if (behind > 0 && turn >= behind) inner.ask(upper.step, upper.tile);
+      if (lower.step < products) {
+        down.template run<T>(states, lower.step, lower.tile);
+        lower.pass(part.tiles);
+      }
+      if (turn >= behind) {
+        if (behind == 0) inner.ask(upper.step, upper.tile);
+        up.template run<T>(inner, upper.step, upper.tile);
+        upper.pass(part.tiles);
+      }
     }
     down.close(part.tiles);
     up.close(part.tiles);
