@@ -426,6 +426,7 @@ def _low_rank_cases() -> list[Case]:
     shapes = (
         shape("h0 and resets"),
         shape("neither h0 nor resets", seq_len=4, tiles=1, bare=True),
+        shape("states asked for ahead", tiles=4),
         shape("two blocks", blocks=2),
         shape("one step", seq_len=1, tiles=1),
         shape("weights in shared memory", seq_len=2, hidden=840, rank=520, tiles=1, in_shared=True),
@@ -458,7 +459,7 @@ def small_low_rank_plan(
 
     def dislike(plan: LowRankPlan) -> tuple[bool | int, ...]:
         both = plan.shared_units > 0 and plan.rank_shared_units > 0
-        wrong = plan.columns == 1, plan.tiles != tiles, both != in_shared
+        wrong = plan.columns == 1, plan.tiles != tiles, both != in_shared, plan.ahead != (tiles > 2)
         return *wrong, plan.groups * plan.columns, plan.row_tiles
 
     return min(found, key=dislike)

@@ -31,6 +31,8 @@ from elman.ops.planning import (
 _OTHER_WARPS = THREADS // 32 - PRODUCT_WARPS - 1
 #: Of the registers of a product thread, beside weights, state and sums, for one block of batch rows; and for another.
 _OTHER_REGISTERS, _BLOCK_REGISTERS = 40, 8
+#: A group of fewer tiles would ask for states that are not there yet.
+_TILES_AHEAD = 3
 
 
 @dataclass(frozen=True)
@@ -42,6 +44,7 @@ class LowRankPlan:
         register_units, shared_units: how many 256 columns of the former lie in registers and in shared memory.
         rank_register_units, rank_shared_units: likewise of the latter.
         blocks: blocks of 8 batch rows a tile.
+        ahead: whether the states of a tile are asked for before another's product, which takes registers.
         columns: CTAs of a group, which share its batch rows and split the hidden units and the ranks.
         groups: of batch rows, independent of each other.
         tiles: of a group, one after another in every step.
@@ -56,6 +59,7 @@ class LowRankPlan:
     rank_register_units: int
     rank_shared_units: int
     blocks: int
+    ahead: bool
     columns: int
     groups: int
     tiles: int
@@ -76,6 +80,7 @@ class LowRankPlan:
             self.rank_register_units,
             self.rank_shared_units,
             self.blocks,
+            str(self.ahead).lower(),
         )
         return f"low_rank_{task.direction}<{number}, {task.cell.functor}, {', '.join(map(str, shape))}>"
 
@@ -91,14 +96,11 @@ class LowRankPlan:
         down = _product(self.rank_register_units, self.rank_shared_units, self.rank_tiles, self.blocks)
         up = _product(self.register_units, self.shared_units, self.row_tiles, self.blocks)
         latency = down + up + 2 * (0.7 + 0.3 * self.blocks) + 0.1 * task.cell.gates
-        # A product waits for its state to come, 55 bytes a clock, behind a round trip to L2.
-        state = (self._units + self._rank_units) * self.blocks * PRODUCT_WARPS * UNIT_BYTES
-        tile = down + up + 2 * 0.35 + state / 55 / (2 * CLOCKS_PER_MICROSECOND)
+        # The product down waits for its state to come, 55 bytes a clock, behind a round trip to L2; or the product up
+        # before it does.
+        state = 0.35 + self._rank_units * self.blocks * PRODUCT_WARPS * UNIT_BYTES / 55 / (2 * CLOCKS_PER_MICROSECOND)
+        tile = down + 0.35 + (max(up, state) if self.ahead else up + state)
         return max(latency + 0.2 * (self.tiles - 1), self.tiles * tile)
-
-    @property
-    def _units(self) -> int:
-        return self.register_units + self.shared_units
 
     @property
     def _rank_units(self) -> int:
@@ -129,9 +131,10 @@ def plans(chip: Chip, batch: int, hidden: int, rank: int, task: Task) -> Iterato
     """Every plan that fits, of the splits between registers and shared memory the fastest."""
     if task.cell.products != 1:
         return
-    for row_tiles, rank_tiles, blocks in itertools.product(range(1, _OTHER_WARPS), range(1, _OTHER_WARPS), (1, 2)):
+    tiles = range(1, _OTHER_WARPS)
+    for row_tiles, rank_tiles, blocks, ahead in itertools.product(tiles, tiles, (1, 2), (False, True)):
         if blocks == 1 or batch > BLOCK_ROWS:
-            plan = _fit(chip, batch, hidden, rank, task, row_tiles, rank_tiles, blocks)
+            plan = _fit(chip, batch, hidden, rank, task, row_tiles, rank_tiles, blocks, ahead)
             if plan is not None:
                 yield plan
 
@@ -146,7 +149,15 @@ def typical_plans(chip: Chip, task: Task) -> list[LowRankPlan]:
 
 
 def _fit(
-    chip: Chip, batch: int, hidden: int, rank: int, task: Task, row_tiles: int, rank_tiles: int, blocks: int
+    chip: Chip,
+    batch: int,
+    hidden: int,
+    rank: int,
+    task: Task,
+    row_tiles: int,
+    rank_tiles: int,
+    blocks: int,
+    ahead: bool,
 ) -> LowRankPlan | None:
     cell, rows = task.cell, BLOCK_ROWS * blocks
     # A thread a quad of units and a row, of which cells without memory take eight at a time.
@@ -154,6 +165,10 @@ def _fit(
     columns = max(math.ceil(hidden / (16 * row_tiles)), math.ceil(rank / (16 * rank_tiles)))
     room = chip.multiprocessors // columns
     if cell_warps + rank_tiles > _OTHER_WARPS or room == 0:
+        return None
+    batch_tiles = math.ceil(batch / rows)
+    tiles = math.ceil(batch_tiles / min(room, batch_tiles))
+    if ahead and tiles < _TILES_AHEAD:
         return None
     units, rank_units = (math.ceil(depth / (UNIT_DEPTH * PRODUCT_WARPS)) for depth in (rank, hidden))
 
@@ -163,7 +178,7 @@ def _fit(
         registers = {"forward": 160, "backward": 176}[task.direction] if cell.reads_memory else 216 - 8 * blocks
     chains = {1: 4, 2: 2, 3: 2}.get(rank_tiles * blocks, 1)
     down = 4 * blocks * (rank_units + chains * rank_tiles)
-    up = 4 * blocks * (row_tiles + units)
+    up = 4 * blocks * (row_tiles + units + (rank_units if ahead else 0))
     registers -= _OTHER_REGISTERS + _BLOCK_REGISTERS * (blocks - 1) + max(down, up)
     splits = [
         (kept, units - kept, rank_kept, rank_units - rank_kept)
@@ -179,8 +194,6 @@ def _fit(
 
     register_units, shared_units, rank_register_units, rank_shared_units = min(splits, key=time_of)
 
-    batch_tiles = math.ceil(batch / rows)
-    tiles = math.ceil(batch_tiles / min(room, batch_tiles))
     cell_threads = 32 * cell_warps
     cell_groups = 2 if 2 * cell_warps + rank_tiles + 1 <= _OTHER_WARPS + 1 else 1
     # Sums of both products, weights, inputs, and what is carried from step to step.
@@ -198,6 +211,7 @@ def _fit(
         rank_register_units,
         rank_shared_units,
         blocks,
+        ahead,
         columns,
         math.ceil(batch_tiles / tiles),
         tiles,

@@ -152,17 +152,22 @@ def test_low_rank_has_more_than_one_cta_and_every_place_of_weights(recorded: rec
     for launch in recorded.launches:
         if launch.family == "low_rank":
             name, number, cell, *sizes = re.split(r"[<>, ]+", launch.symbol)[:-1]
-            _, _, in_shared, _, _, rank_in_shared, blocks = map(int, sizes)
+            _, _, in_shared, _, _, rank_in_shared, blocks = map(int, sizes[:-1])
             assert 2 <= launch.grid[0] <= 16
             assert launch.cooperative
             assert 0 < launch.shared_bytes <= H200.shared_bytes
             seen[name, number, cell] += 1
-            for what in ("blocks", blocks), ("tiles", launch.arguments[-2]), ("shared", in_shared and rank_in_shared):
+            for what in (
+                ("blocks", blocks),
+                ("tiles", launch.arguments[-2]),
+                ("shared", in_shared and rank_in_shared),
+                sizes[-1],
+            ):
                 seen[name, what] += 1
     for name in ("low_rank_forward", "low_rank_backward"):
         for cell in FUSED_CELLS.values():
             assert (seen[name, "fp16", cell.functor] > 0) == (cell.products == 1)
-        for what in (("blocks", 1), ("blocks", 2), ("tiles", 1), ("tiles", 2)):
+        for what in (("blocks", 1), ("blocks", 2), ("tiles", 1), ("tiles", 2), ("tiles", 4), "true", "false"):
             assert seen[name, what]
         assert any(seen[name, ("shared", number)] for number in range(1, 9))
 

@@ -35,6 +35,7 @@ class LowRankCase:
     with_h0: bool = True
     reset_rate: float | None = 0.2
     arch: str = "sm_90a"
+    ahead: bool = False
 
     def draw(self) -> Problem:
         return draw(
@@ -51,7 +52,8 @@ class LowRankCase:
         chip = replace(TYPICAL_CHIPS[self.arch], multiprocessors=self.multiprocessors)
         hidden, rank = self.hidden + -self.hidden % 8, low_rank.filled(self.rank)
         found = low_rank.plans(chip, self.batch, hidden, rank, task)
-        (plan,) = (plan for plan in found if (plan.row_tiles, plan.rank_tiles, plan.blocks) == self.tiles)
+        wanted = *self.tiles, self.ahead
+        (plan,) = (plan for plan in found if (plan.row_tiles, plan.rank_tiles, plan.blocks, plan.ahead) == wanted)
         return plan
 
     def emulate(self, patch: pytest.MonkeyPatch) -> emulator.Emulator:
@@ -63,7 +65,11 @@ CASES = {
     "one tile": LowRankCase(5, 3, 37, 10),
     "two tiles, the second of one row": LowRankCase(11, 9, 40, 10),
     "five tiles, more steps than slots": LowRankCase(19, 37, 24, 9, multiprocessors=2),
+    "three tiles, ahead": LowRankCase(12, 20, 40, 10, ahead=True),
+    "four tiles and three, ahead": LowRankCase(12, 49, 24, 8, ahead=True),
+    "three blocks and one, ahead, a memory": LowRankCase(5, 33, 40, 10, (1, 1, 2), 3, "delta", ahead=True),
     "one step": LowRankCase(1, 5, 40, 10),
+    "one step of four tiles, ahead": LowRankCase(1, 27, 40, 10, ahead=True),
     "neither h0 nor resets": LowRankCase(6, 9, 40, 10, with_h0=False, reset_rate=None),
     "two groups": LowRankCase(4, 18, 24, 8, multiprocessors=4),
     "two blocks": LowRankCase(5, 21, 40, 10, (1, 1, 2), 3),
@@ -87,7 +93,7 @@ def test_low_rank_errs_no_more_than_the_reference(monkeypatch: pytest.MonkeyPatc
 
 def test_the_cases_are_what_their_names_say() -> None:
     plans = {name: case.plan(Task("backward", persistent.CELLS[case.cell])) for name, case in CASES.items()}
-    assert [plan.tiles for plan in plans.values()] == [1, 2, 5, 1, 2, 2, 2, 2, 2, 2, 2, 1, 1]
+    assert [plan.tiles for plan in plans.values()] == [1, 2, 5, 3, 4, 3, 1, 4, 2, 2, 2, 2, 2, 2, 2, 1, 1]
     assert plans["two groups"].groups == 2
     for name, owned, of in (
         ("ranks without units", "row_tiles", "hidden"),

@@ -9,7 +9,8 @@
 //
 // Roles of the 16 warps: 0-7 both products; then one a row tile of the second matrix applies the cell; then one a row
 // tile of the first sums up ranks; the last one fences. The tiles of a group go down and up by turns, each as long after
-// its other product as before it, so that what one waits for travels while the others are worked on.
+// its other product as before it, so that what one waits for travels while the others are worked on. The ranks of a tile
+// are asked for before another's product; from three tiles on, the states are too (kAhead): two would not be there yet.
 //
 // Slots of both rings are used again as those of one are (see RingSlots), for a CTA publishes states of step t + 1 only
 // after it has received all ranks of step t, and ranks of step t after all states of step t. Some CTAs have units but no
@@ -45,13 +46,14 @@ struct Ranks : persistent::Shape<Linear, false, kRowTiles, kRegisterUnits, kShar
 
 // Sizes of the second matrix and of the first, each as persistent::Shape has them.
 template <typename Cell, bool kBackward, int kRowTiles, int kRegisterUnits, int kSharedUnits, int kRankTiles,
-          int kRankRegisterUnits, int kRankSharedUnits, int kBlocks>
+          int kRankRegisterUnits, int kRankSharedUnits, int kBlocks, bool kAhead_>
 struct Shape : persistent::Shape<Cell, kBackward, kRowTiles, kRegisterUnits, kSharedUnits, kBlocks, 32 * kRankTiles> {
   using Down = Ranks<kRankTiles, kRankRegisterUnits, kRankSharedUnits, kBlocks>;
   static_assert(Shape::kSpareWarp, "a warp that fences");
   static_assert(Shape::kProducts == 1, "one product of the cell");
   static_assert(Down::kCellThreads == 32 * kRankTiles, "a warp of ranks a row tile");
   static constexpr int kRankBytes = Down::kInputOffset;
+  static constexpr bool kAhead = kAhead_;
 };
 
 // Eight consecutive k of a row, zero outside the matrix.
@@ -61,11 +63,11 @@ __device__ __forceinline__ Words4 load_row(const T* matrix, int rows, int depth,
   return *reinterpret_cast<const Words4*>(matrix + static_cast<size_t>(row) * depth + k);
 }
 
-// The ranks of a tile, which the product warps ask for before they take the one that is to go down.
+// What is received is asked for, and settled, before the product that takes it.
 template <typename T, int kUnits, int kBlocks>
 struct AskedRing : persistent::PolledRing<T, kUnits, kBlocks> {
   using persistent::PolledRing<T, kUnits, kBlocks>::PolledRing;
-  __device__ void await(int, int) { this->settle(); }
+  __device__ void await(int, int) const {}
 };
 
 // The rank warps: a thread looks after four ranks of one row of every block.
@@ -116,7 +118,7 @@ template <typename S, typename Cell, typename T, typename M>
 __device__ __forceinline__ void run(const Problem<T, M>& p, const T* first, const T* second, int ranks) {
   extern __shared__ __align__(128) char shared[];
   using D = typename S::Down;
-  using States = persistent::PolledRing<T, D::kUnits, S::kBlocks>;
+  using States = AskedRing<T, D::kUnits, S::kBlocks>;
   using Inner = AskedRing<T, S::kUnits, S::kBlocks>;
   const int peers = max((p.hidden + S::kColumns - 1) / S::kColumns, (ranks + D::kColumns - 1) / D::kColumns);
   const Part part = persistent::part_of<S>(p, peers);
@@ -137,16 +139,26 @@ __device__ __forceinline__ void run(const Problem<T, M>& p, const T* first, cons
         rank_shared, [&](int row, int k) { return load_row(first, ranks, p.hidden, first_rank + row, k); });
     // Half of the tiles are between the two products of one; a single one takes its turns alone.
     const int behind = part.tiles / 2, last = products * part.tiles + behind;
+    const bool ahead = S::kAhead && part.tiles > behind + 1;
     Turn lower, upper;
+    if (ahead) states.ask(0, 0);
 #pragma unroll 1
     for (int turn = 0; turn < last; ++turn) {
-      if (behind > 0 && turn >= behind) inner.ask(upper.step, upper.tile);
+      const bool goes_up = turn >= behind;
+      if (goes_up && behind > 0) inner.ask(upper.step, upper.tile);
       if (lower.step < products) {
+        if (!ahead) states.ask(lower.step, lower.tile);
+        states.settle();
         down.template run<T>(states, lower.step, lower.tile);
         lower.pass(part.tiles);
       }
-      if (turn >= behind) {
+      if (goes_up) {
         if (behind == 0) inner.ask(upper.step, upper.tile);
+        inner.settle();
+      }
+      // The tile's last product up was in the turn before, or earlier.
+      if (ahead && lower.step < products) states.ask(lower.step, lower.tile);
+      if (goes_up) {
         up.template run<T>(inner, upper.step, upper.tile);
         upper.pass(part.tiles);
       }
@@ -167,13 +179,13 @@ __device__ __forceinline__ void run(const Problem<T, M>& p, const T* first, cons
 }  // namespace low_rank
 
 template <typename T, typename Cell, int kRowTiles, int kRegisterUnits, int kSharedUnits, int kRankTiles,
-          int kRankRegisterUnits, int kRankSharedUnits, int kBlocks, typename Memory = MemoryOf<Cell, T>>
+          int kRankRegisterUnits, int kRankSharedUnits, int kBlocks, bool kAhead, typename Memory = MemoryOf<Cell, T>>
 __global__ void __launch_bounds__(persistent::kThreads, 1)
     low_rank_forward(const T* pre, const T* first, const T* second, const T* bias, const T* h0, const Memory* c0,
                      const u8* reset, T* h, T* saved, Memory* c, Memory* c_last, char* ring, int steps, int batch,
                      int hidden, int pitch, int tiles, int ranks) {
   using S = low_rank::Shape<Cell, false, kRowTiles, kRegisterUnits, kSharedUnits, kRankTiles, kRankRegisterUnits,
-                            kRankSharedUnits, kBlocks>;
+                            kRankSharedUnits, kBlocks, kAhead>;
   persistent::Problem<T, Memory> p{};
   p.input = pre, p.bias = bias, p.initial = h0, p.reset = reset, p.output = h, p.saved = saved;
   p.memory = c, p.memory_last = c_last;
@@ -186,13 +198,13 @@ __global__ void __launch_bounds__(persistent::kThreads, 1)
 }
 
 template <typename T, typename Cell, int kRowTiles, int kRegisterUnits, int kSharedUnits, int kRankTiles,
-          int kRankRegisterUnits, int kRankSharedUnits, int kBlocks, typename Memory = MemoryOf<Cell, T>>
+          int kRankRegisterUnits, int kRankSharedUnits, int kBlocks, bool kAhead, typename Memory = MemoryOf<Cell, T>>
 __global__ void __launch_bounds__(persistent::kThreads, 1)
     low_rank_backward(const T* dh, const T* first, const T* second, const T* dh_last, Memory* dc_last, const u8* reset,
                       T* saved, const Memory* memory0, Memory* memory, T* dpre, T* drec, T* dh0, Memory* dc0,
                       char* ring, int steps, int batch, int hidden, int pitch, int tiles, int ranks) {
   using S = low_rank::Shape<Cell, true, kRowTiles, kRegisterUnits, kSharedUnits, kRankTiles, kRankRegisterUnits,
-                            kRankSharedUnits, kBlocks>;
+                            kRankSharedUnits, kBlocks, kAhead>;
   persistent::Problem<T, Memory> p{};
   p.input = dh, p.last_gradient = dh_last, p.reset = reset, p.output = dpre, p.saved = saved;
   p.initial_gradient = dh0, p.memory_before = memory0, p.memory = memory, p.memory_last = dc_last;
