@@ -29,8 +29,9 @@ from elman.ops.planning import (
 
 #: A warp a row tile applies the cell, or sums up ranks, and one more fences.
 _OTHER_WARPS = THREADS // 32 - PRODUCT_WARPS - 1
-#: Of the registers of a product thread, beside weights, state and sums, for one block of batch rows; and for another.
-_OTHER_REGISTERS, _BLOCK_REGISTERS = 40, 8
+#: Of the registers of a product thread, beside weights, state and sums; for a second block of batch rows; and where
+#: states are on their way during a product.
+_OTHER_REGISTERS, _BLOCK_REGISTERS, _AHEAD_REGISTERS = 28, 8, 12
 #: A group of fewer tiles would ask for states that are not there yet.
 _TILES_AHEAD = 3
 
@@ -140,12 +141,12 @@ def plans(chip: Chip, batch: int, hidden: int, rank: int, task: Task) -> Iterato
 
 
 def typical_plans(chip: Chip, task: Task) -> list[LowRankPlan]:
-    """The best plans of a wide, a middling and a narrow problem, where they fit, each once."""
+    """Plans that stand for all, each kernel once: of a wide state with few tiles and with many, and of a narrow one."""
     found = (
         min(plans(chip, *sizes, task), key=lambda plan: plan.microseconds(task), default=None)
-        for sizes in ((64, 2816, 496), (256, 1280, 320), (64, 512, 128))
+        for sizes in ((64, 2816, 496), (256, 2816, 496), (64, 512, 128))
     )
-    return list(dict.fromkeys(plan for plan in found if plan is not None))
+    return list({plan.kernel(task, ""): plan for plan in found if plan is not None}.values())
 
 
 def _fit(
@@ -179,7 +180,7 @@ def _fit(
     chains = {1: 4, 2: 2, 3: 2}.get(rank_tiles * blocks, 1)
     down = 4 * blocks * (rank_units + chains * rank_tiles)
     up = 4 * blocks * (row_tiles + units + (rank_units if ahead else 0))
-    registers -= _OTHER_REGISTERS + _BLOCK_REGISTERS * (blocks - 1) + max(down, up)
+    registers -= _OTHER_REGISTERS + _BLOCK_REGISTERS * (blocks - 1) + _AHEAD_REGISTERS * ahead + max(down, up)
     splits = [
         (kept, units - kept, rank_kept, rank_units - rank_kept)
         for kept in range(1, units + 1)

@@ -346,7 +346,7 @@ def shipped_modules() -> list[Module]:
         *(
             _module(task, torch.bfloat16, plan, (arch,))
             for arch, chip in TYPICAL_CHIPS.items()
-            for cell in FUSED_CELLS.values()
+            for cell in (FUSED_CELLS.values() if arch == newest else [CELLS["tanh"]])
             for task in _tasks(cell)
             for plan in low_rank.typical_plans(chip, task)
         ),
