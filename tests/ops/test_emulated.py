@@ -68,6 +68,8 @@ CASES = {
     "three tiles, ahead": LowRankCase(12, 20, 40, 10, ahead=True),
     "four tiles and three, ahead": LowRankCase(12, 49, 24, 8, ahead=True),
     "three blocks and one, ahead, a memory": LowRankCase(5, 33, 40, 10, (1, 1, 2), 3, "delta", ahead=True),
+    "nine tiles": LowRankCase(10, 65, 24, 8, multiprocessors=2),
+    "nine tiles, ahead": LowRankCase(10, 65, 24, 8, multiprocessors=2, ahead=True),
     "one step": LowRankCase(1, 5, 40, 10),
     "one step of four tiles, ahead": LowRankCase(1, 27, 40, 10, ahead=True),
     "neither h0 nor resets": LowRankCase(6, 9, 40, 10, with_h0=False, reset_rate=None),
@@ -93,7 +95,7 @@ def test_low_rank_errs_no_more_than_the_reference(monkeypatch: pytest.MonkeyPatc
 
 def test_the_cases_are_what_their_names_say() -> None:
     plans = {name: case.plan(Task("backward", persistent.CELLS[case.cell])) for name, case in CASES.items()}
-    assert [plan.tiles for plan in plans.values()] == [1, 2, 5, 3, 4, 3, 1, 4, 2, 2, 2, 2, 2, 2, 2, 1, 1]
+    assert [plan.tiles for plan in plans.values()] == [1, 2, 5, 3, 4, 3, 9, 9, 1, 4, 2, 2, 2, 2, 2, 2, 2, 1, 1]
     assert plans["two groups"].groups == 2
     for name, owned, of in (
         ("ranks without units", "row_tiles", "hidden"),

@@ -43,7 +43,7 @@ class Cta:
     has_units: bool
     has_ranks: bool
     sums: dict[tuple[str, int, int], bool] = field(default_factory=dict)  # whether they have been taken
-    arrived: dict[int, int] = field(default_factory=dict)  # at the end of a step
+    arrived: set[int] = field(default_factory=set)  # at the ends of which steps
     fenced: set[int] = field(default_factory=set)
     stores: list[tuple[Word, int]] = field(default_factory=list)
 
@@ -143,23 +143,25 @@ class Group:
         cta.sums[ring, step, tile] = True
 
     def finish_step(self, cta: Cta, step: int) -> Iterator[Callable[[], bool]]:
-        cta.arrived[step] = cta.arrived.get(step, 0) + 1
-        if step > 0 and self.protocol.fences:
+        """The cells pass a barrier with the warp that fences what they have done the step before."""
+        cta.arrived.add(step)
+        if step > 0:
             yield lambda: step - 1 in cta.fenced
 
     def fences(self, cta: Cta) -> Iterator[Callable[[], bool]]:
         for step in range(self.steps - 1):
-            yield lambda step=step: cta.arrived.get(step, 0) == 2
-            if self.protocol.fences:
-                pending = list(map(id, cta.stores))
-                kept = list(cta.stores)  # keeps the ids those of these stores
-                while any(id(store) in pending for store in cta.stores):
-                    at = min(range(len(cta.stores)), key=lambda at: id(cta.stores[at]) not in pending)
-                    word, value = cta.stores.pop(at)
-                    self.memory[word] = value
-                    yield lambda: True
-                del kept
+            yield lambda step=step: step in cta.arrived
+            yield from self.fence(cta)
             cta.fenced.add(step)
+
+    def fence(self, cta: Cta) -> Iterator[Callable[[], bool]]:
+        """All stores of the CTA that were before it become visible, in their order."""
+        if self.protocol.fences:
+            before = list(cta.stores)
+            while any(store is other for store in before for other in cta.stores):
+                word, value = cta.stores.pop(0)
+                self.memory[word] = value
+                yield lambda: True
 
     def cells(self, index: int, cta: Cta) -> Iterator[Callable[[], bool]]:
         if cta.has_units:
@@ -183,7 +185,8 @@ class Group:
                     wiped = step - self.protocol.wiped_ranks
                     if wiped >= 0:
                         cta.stores.append((self.word("ranks", wiped, tile, index), EMPTY))
-            yield from self.finish_step(cta, step)
+            if step % 4 == 3:
+                yield from self.fence(cta)
 
 
 @pytest.mark.parametrize("lazy_wipes", [False, True])

@@ -102,7 +102,10 @@ __device__ __forceinline__ void run_ranks(const Exchange& exchange, char* shared
 #pragma unroll
         for (int n = 0; n < D::kBlocks; ++n) exchange.wipe(step - 2, row + n * kBlockRows, rank);
     }
-    persistent::finish_steps<S, Exchange>(step, step + 1, products);
+    // The wipes of four steps are over before the next one's ranks are published, and so before anyone who has received
+    // those looks at the slots again. The warp has nothing else to do meanwhile, and must not wait for the cells: they are
+    // some tiles behind.
+    if (step % 4 == 3) fence_gpu();
   }
 }
 
@@ -169,7 +172,7 @@ __device__ __forceinline__ void run(const Problem<T, M>& p, const T* first, cons
     give_registers<S::kOtherRegisters>();
     if (warp < kProductWarps + S::kAllCells / 32)
       persistent::run_cells<S, Cell>(p, states, shared, part, products);
-    else if (warp < kProductWarps + S::kStepThreads / 32)
+    else if (warp < kProductWarps + S::kAllCells / 32 + D::kCellThreads / 32)
       run_ranks<S, T>(inner, rank_shared, part, first_rank, ranks, products);
     else if (warp == persistent::kLastWarp)
       persistent::run_fences<S, States>(products);

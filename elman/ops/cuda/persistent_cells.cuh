@@ -37,14 +37,14 @@ __device__ __forceinline__ void finish_steps(int from, int to, int products) {
     for (int step = from; step < to && step < products; ++step) {
       if (step + 1 < products) {
         if (S::kSpareWarp || threadIdx.x >= kProductThreads + 32) {
-          barrier_arrive(kStepDone + (step & 1), S::kStepThreads + (S::kSpareWarp ? 32 : 0));
+          barrier_arrive(kStepDone + (step & 1), S::kAllCells + (S::kSpareWarp ? 32 : 0));
         } else {
-          barrier_sync(kStepDone + (step & 1), S::kStepThreads);
+          barrier_sync(kStepDone + (step & 1), S::kAllCells);
           fence_gpu();
-          barrier_arrive(kStepFenced + (step & 1), S::kStepThreads + 32);
+          barrier_arrive(kStepFenced + (step & 1), S::kAllCells + 32);
         }
       }
-      if (step > 0) barrier_sync(kStepFenced + (step - 1 & 1), S::kStepThreads + 32);
+      if (step > 0) barrier_sync(kStepFenced + (step - 1 & 1), S::kAllCells + 32);
     }
   }
 }
@@ -382,9 +382,9 @@ template <typename S, typename Exchange>
 __device__ __forceinline__ void run_fences(int products) {
   if constexpr (Exchange::kWipes) {
     for (int step = 0; step + 1 < products; ++step) {
-      barrier_sync(kStepDone + (step & 1), S::kStepThreads + 32);
+      barrier_sync(kStepDone + (step & 1), S::kAllCells + 32);
       fence_gpu();
-      barrier_arrive(kStepFenced + (step & 1), S::kStepThreads + 32);
+      barrier_arrive(kStepFenced + (step & 1), S::kAllCells + 32);
     }
   }
 }

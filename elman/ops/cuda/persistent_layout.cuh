@@ -40,7 +40,7 @@ struct Problem {
 };
 
 // What the cell warps need to know of a kernel: kRows rows of W a CTA, tiles of kTileRows batch rows, of which the cell
-// threads take kPassRows at once, and kParts partial sums of every product. kOtherThreads more publish parts of a step.
+// threads take kPassRows at once, and kParts partial sums of every product. kOtherThreads more do other things.
 template <typename Cell, bool kBackward_, int kRows_, int kTileRows_, int kPassRows_, int kParts_, int kWeightBytes,
           int kOtherThreads = 0>
 struct Layout {
@@ -61,8 +61,7 @@ struct Layout {
   static constexpr int kReserved = kOtherThreads ? kOtherThreads + 32 : 0;
   static constexpr int kCellGroups = kProductThreads + 2 * kCellThreads + kReserved <= kThreads ? 2 : 1;
   static constexpr int kAllCells = kCellGroups * kCellThreads;
-  static constexpr int kStepThreads = kAllCells + kOtherThreads;  // those who publish
-  static constexpr bool kSpareWarp = kProductThreads + kStepThreads < kThreads;
+  static constexpr bool kSpareWarp = kProductThreads + kAllCells + kOtherThreads < kThreads;
   // +4 words: the lane quads of a fragment store fall on different banks.
   static constexpr int kSumPitch = kRows + 4;
   static constexpr int kPartSums = kTileRows * kSumPitch;

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import ctypes
 import functools
 import re
@@ -103,12 +104,9 @@ class Emulator:
 
 @functools.cache
 def _folder() -> str:
-    folder = tempfile.TemporaryDirectory(prefix="elman-emulator-")
-    _kept.append(folder)
-    return folder.name
-
-
-_kept: list[tempfile.TemporaryDirectory[str]] = []
+    folder = tempfile.mkdtemp(prefix="elman-emulator-")
+    atexit.register(shutil.rmtree, folder)
+    return folder
 
 
 def emulate(patch: pytest.MonkeyPatch, chip: Chip) -> Emulator:
