@@ -22,15 +22,14 @@ from unittest import mock
 import torch
 
 from benchmarks.compiling import compile_ahead
-from benchmarks.designs import EXCHANGES, WIDE, best_plan
+from benchmarks.designs import EXCHANGES, LOW_RANK, WIDE, best_plan
 from elman.errors import UsageError
-from elman.ops import BACKENDS, diagonal, loop, persistent
+from elman.ops import BACKENDS, diagonal, loop, low_rank, persistent
 from elman.ops.cells import CELLS, FUSED_CELLS, Cell
 from elman.ops.cuda.compiler import Module, architecture
-from elman.ops.persistent import Plan
+from elman.ops.persistent import AnyPlan
 from elman.ops.planning import Chip, Task
-from elman.ops.wide import WidePlan
-from tests.ops.problems import Answers, Problem, answers, draw, errors, solve
+from tests.ops.problems import Answers, Problem, answers, draw, errors, low_rank_of, solve
 
 NAMES = ["h", "h_last", "c_last", "dpre", "dweight", "du", "dv", "dbias", "dh0", "dc0"]
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
@@ -75,15 +74,17 @@ class Case:
         return str(self.options.get("operator", "dense"))
 
     @property
-    def make_plan(self) -> Callable[..., Plan | WidePlan]:
+    def make_plan(self) -> Callable[..., AnyPlan]:
         return functools.partial(best_plan, *self.design) if self.design else persistent.make_plan
 
-    def plans(self, chip: Chip) -> dict[Task, Plan | WidePlan]:
+    def plans(self, chip: Chip) -> dict[Task, AnyPlan]:
         """What the persistent kernels run, the diagonal ones aside; empty where that does not fit the GPU."""
         heads = math.gcd(self.options["heads"], self.hidden) if self.operator == "block_diagonal" else 1
         width = persistent._Layout(heads, self.hidden // heads).width
+        rank = low_rank.filled(low_rank_of(self.hidden)) if self.operator == "low_rank" else 0
+        given = self.batch, width
         try:
-            return {task: self.make_plan(chip, self.batch, width, task, heads) for task in persistent._tasks(self.cell)}
+            return {task: self.make_plan(chip, *given, task, heads, rank) for task in persistent._tasks(self.cell)}
         except ValueError:
             return {}
 
@@ -129,6 +130,11 @@ def designs(chip: Chip) -> list[Case]:
         options = {"cell": cell, "with_bias": not CELLS[cell].additive}
         batch = 501 if CELLS[cell].reads_memory else 1001  # a memory takes shared memory of every tile
         case = Case(11, batch, hidden, words, options, design=(design, blocks))
+        if case.plans(chip):
+            found.append(case)
+    for cell, blocks in (("tanh", 1), ("tanh", 2), ("delta", 1)):
+        words = f"{cell}, {LOW_RANK}, {blocks} block{'s' * (blocks > 1)}"
+        case = Case(11, 501, 640, words, {"cell": cell, "operator": "low_rank"}, design=(LOW_RANK, blocks))
         if case.plans(chip):
             found.append(case)
     return found

@@ -4,22 +4,25 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from elman.ops import persistent, wide
-from elman.ops.persistent import Plan
+from elman.ops import low_rank, narrow, wide
+from elman.ops.low_rank import LowRankPlan
+from elman.ops.narrow import Plan
 from elman.ops.planning import Chip, Task
 from elman.ops.wide import WidePlan
 
-EXCHANGES = tuple(persistent._EXCHANGES)
+EXCHANGES = tuple(narrow.EXCHANGES)
 #: The designs of the wide kernels, and their split.
 WIDE = {"wide, own tiles": 1, "wide, shared tiles": 2}
+#: Of a weight of low rank, two thin products a step.
+LOW_RANK = "low rank"
 
 
 def plans(
     exchange: str, blocks: int, chip: Chip, batch: int, hidden: int, task: Task, heads: int = 1
 ) -> Iterator[Plan]:
     """All that fit, those that are known to be slow too."""
-    for row_tiles in range(1, persistent._MAX_ROW_TILES + 1):
-        plan = persistent._fit(chip, batch, hidden, task, heads, exchange, row_tiles, blocks)
+    for row_tiles in range(1, narrow.MAX_ROW_TILES + 1):
+        plan = narrow.fit(chip, batch, hidden, task, heads, exchange, row_tiles, blocks)
         if plan is not None:
             yield plan
 
@@ -33,10 +36,25 @@ def wide_plans(
             yield plan
 
 
+def low_rank_plans(blocks: int, chip: Chip, batch: int, hidden: int, task: Task, rank: int) -> Iterator[LowRankPlan]:
+    """All of so many blocks a tile."""
+    for plan in low_rank.plans(chip, batch, hidden, rank, task):
+        if plan.blocks == blocks:
+            yield plan
+
+
 def best_plan(
-    design: str, blocks: int, chip: Chip, batch: int, hidden: int, task: Task, heads: int = 1
-) -> Plan | WidePlan:
-    """The one that the model of a step's time likes best, of an exchange or of ``WIDE``; a ValueError if none fits."""
-    of_design = wide_plans if design in WIDE else plans
-    found = of_design(design, blocks, chip, batch, hidden, task, heads)
+    design: str, blocks: int, chip: Chip, batch: int, hidden: int, task: Task, heads: int = 1, rank: int = 0
+) -> Plan | WidePlan | LowRankPlan:
+    """The one that the model of a step's time likes best, of an exchange, of ``WIDE`` or ``LOW_RANK``.
+
+    Raises:
+        ValueError: none fits.
+    """
+    found: Iterator[Plan | WidePlan | LowRankPlan]
+    if design == LOW_RANK:
+        found = low_rank_plans(blocks, chip, batch, hidden, task, rank)
+    else:
+        of_design = wide_plans if design in WIDE else plans
+        found = of_design(design, blocks, chip, batch, hidden, task, heads)
     return min(found, key=lambda plan: plan.microseconds(task))

@@ -48,7 +48,7 @@ _DATA_BYTES = 1 << 24
 _SLOW_STEP = 1000.0
 #: Kernels that run a recurrence or a rival of one, by a part of their names.
 _RECURRENT = re.compile(
-    r"(persistent|wide|diagonal|banks|scan|step)_(forward|backward)|rnn|lstm|gru|chunk_|state_passing|causal_conv1d|flash|fmha",
+    r"(persistent|wide|low_rank|diagonal|banks|scan|step)_(forward|backward)|rnn|lstm|gru|chunk_|state_passing|causal_conv1d|flash|fmha",
     re.IGNORECASE,
 )
 #: Rungs whose W_h is a diagonal.

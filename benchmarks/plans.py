@@ -21,18 +21,21 @@ from benchmarks.recurrence import RESULTS, SHAPES, median_ms
 from elman.ops import persistent
 from elman.ops.cells import CELLS
 from elman.ops.cuda.compiler import architecture
-from elman.ops.operators import Dense
+from elman.ops.low_rank import LowRankPlan
+from elman.ops.narrow import Plan
+from elman.ops.operators import Dense, LowRank
 from elman.ops.planning import Chip, Task
 from elman.ops.wide import WidePlan
 
 
-def best_of_each(chip: Chip, batch: int, hidden: int, task: Task, most: int) -> list[persistent.Plan | WidePlan]:
+def best_of_each(chip: Chip, batch: int, hidden: int, task: Task, most: int, rank: int) -> list[persistent.AnyPlan]:
     """At most so many plans a design, the best of its kind by the model first."""
-    found = sorted(persistent._plans(chip, batch, hidden, task, 1), key=lambda plan: plan.microseconds(task))
-    return [plan for kind in (persistent.Plan, WidePlan) for plan in [p for p in found if isinstance(p, kind)][:most]]
+    found = sorted(persistent._plans(chip, batch, hidden, task, 1, rank), key=lambda plan: plan.microseconds(task))
+    kinds = (Plan, WidePlan, LowRankPlan)
+    return [plan for kind in kinds for plan in [p for p in found if isinstance(p, kind)][:most]]
 
 
-def words(plan: persistent.Plan | WidePlan) -> str:
+def words(plan: persistent.AnyPlan) -> str:
     """A plan in short: its template's numbers, then groups × columns × tiles."""
     kind = (
         plan.kernel(Task("forward", CELLS["tanh"]), "bf16").split("Tanh, ")[1].rstrip(">").replace("persistent::", "")
@@ -41,13 +44,17 @@ def words(plan: persistent.Plan | WidePlan) -> str:
 
 
 def milliseconds(
-    plan: persistent.Plan | WidePlan, task: Task, batch: int, hidden: int, repeats: int, flush: Tensor
+    plan: persistent.AnyPlan, task: Task, batch: int, hidden: int, rank: int, repeats: int, flush: Tensor
 ) -> float:
     """One direction of 512 steps by this plan, without h0 or resets."""
     cell = task.cell
     pre = torch.randn(512, batch, cell.gates, hidden, device="cuda", dtype=torch.bfloat16)
     products = () if cell.products == 1 else (cell.products,)
-    operator = Dense((torch.randn(*products, hidden, hidden, device="cuda") / hidden**0.5).bfloat16())
+
+    def weight(rows: int, columns: int) -> Tensor:
+        return (torch.randn(*products, rows, columns, device="cuda") / columns**0.5).bfloat16()
+
+    operator = LowRank(weight(hidden, rank), weight(rank, hidden)) if rank else Dense(weight(hidden, hidden))
 
     def forward() -> tuple[Tensor, list[Tensor], list[Tensor]]:
         return persistent.forward(pre, operator, None, [], None, cell, True)
@@ -66,6 +73,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--cell", default="tanh")
     parser.add_argument("--shapes", nargs="+", metavar="B×H", help="default: those of benchmarks.recurrence")
+    parser.add_argument("--rank", type=int, default=0, help="of the weight, a multiple of 8; dense if absent")
     parser.add_argument("--most", type=int, default=2, help="plans a design")
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--commit", help="where the sources are no git checkout")
@@ -77,14 +85,14 @@ def main() -> None:
         (batch, hidden, task, plan)
         for batch, hidden in shapes
         for task in persistent._tasks(cell)
-        for plan in best_of_each(chip, batch, hidden, task, args.most)
+        for plan in best_of_each(chip, batch, hidden, task, args.most, args.rank)
     ]
     compile_ahead([persistent._module(task, bf16, plan) for *_, task, plan in cases], architecture(chip.capability))
     flush, rows = torch.empty(2**28, dtype=torch.uint8, device="cuda"), []
     print(f"| B × H | direction | plan | model | measured |\n{'|---' * 5}|", flush=True)
     for batch, hidden, task, plan in cases:
-        ms = milliseconds(plan, task, batch, hidden, args.repeats, flush)
-        chosen = plan == persistent.make_plan(chip, batch, hidden, task)
+        ms = milliseconds(plan, task, batch, hidden, args.rank, args.repeats, flush)
+        chosen = plan == persistent.make_plan(chip, batch, hidden, task, 1, args.rank)
         model, measured = plan.microseconds(task), ms * 1000 / 512
         rows.append((batch, hidden, task.direction, words(plan), chosen, model, measured))
         mark = " (chosen)" if chosen else ""
@@ -98,6 +106,7 @@ def main() -> None:
     facts = {
         "machine": machine(device, args.commit),
         "cell": args.cell,
+        "rank": args.rank,
         "rows": [dict(zip(names, row, strict=True)) for row in rows],
     }
     path.write_text(json.dumps(facts, indent=1) + "\n")

@@ -40,6 +40,7 @@ _HANDED_OVER, _RACING = CONTROLS = "control, handed over", "control, racing"
 #: Of the name of a kernel, and its family.
 _FAMILIES = {
     **{f"control_{name[9:].replace(' ', '_')}": name for name in CONTROLS},
+    "low_rank": "low_rank",  # whose messages may name an exchange, too
     **{name: f"persistent {name}" for name in ("PolledRing", "StagedRing2", "StagedRing3", "ClusterPush")},
     **{
         f"{name}_{way}": name
@@ -63,14 +64,18 @@ _OPTIONS = {
 _HANDOVER = (
     (
         "Read",
-        "run_cells",
+        "persistent::run_cells",
         "persistent_cells.cuh",
         "barrier_sync(kSumsFull + buffer",
         "barrier_arrive(kSumsEmpty + buffer",
     ),
     (
-        *("Write", "run_products", "persistent_products.cuh"),
-        *("barrier_sync(kSumsEmpty + buffer", "barrier_arrive(kSumsFull + buffer"),
+        *("Read", "low_rank::run_ranks", "low_rank.cuh"),
+        *("kSumsFull + kRankBarriers + buffer", "kSumsEmpty + kRankBarriers + buffer"),
+    ),
+    (
+        *("Write", "persistent::Product", "persistent_products.cuh"),
+        *("barrier_sync(kSumsEmpty + kBarriers + buffer", "barrier_arrive(kSumsFull + kBarriers + buffer"),
     ),
 )
 _SHOWN_LINES, _SHOWN_KINDS, _SHOWN_COLUMNS = 4, 12, 300
@@ -228,17 +233,16 @@ def _lines_between(file: str, first: str, last: str) -> range:
 
 def _is_handover(accesses: Sequence[_Access]) -> bool:
     """Whether both sides of the persistent kernels' handover of sums are there, and nothing else."""
-    sides = [
-        {
+    found: dict[str, set[_Access]] = {kind: set() for kind, *_ in _HANDOVER}
+    for kind, function, file, *marks in _HANDOVER:
+        found[kind] |= {
             access
             for access in accesses
             if (access.kind, access.file) == (kind, file)
-            and re.match(rf"(void )?persistent::{function}<", access.function)
+            and re.match(rf"(void )?{function}<", access.function)
             and access.line in _lines_between(file, *marks)
         }
-        for kind, function, file, *marks in _HANDOVER
-    ]
-    return all(sides) and set().union(*sides) == set(accesses)
+    return all(found.values()) and set().union(*found.values()) == set(accesses)
 
 
 def _family_of(message: str) -> str:

@@ -25,16 +25,18 @@ import torch
 from torch import Tensor
 
 from benchmarks.compiling import compile_ahead
-from benchmarks.designs import EXCHANGES, WIDE, plans, wide_plans
+from benchmarks.designs import EXCHANGES, WIDE, low_rank_plans, plans, wide_plans
 from benchmarks.sanitize import control
 from benchmarks.sanitize.launches import Buffer, Launch, Place, save
 from elman.ops import diagonal, gated_softmax, loop, norm, persistent, scan
 from elman.ops.cells import CELLS, FUSED_CELLS
 from elman.ops.cuda.compiler import Binary, Module, architecture, compile_module
 from elman.ops.cuda.launch import launch as launch_on_gpu
+from elman.ops.low_rank import LowRankPlan
+from elman.ops.narrow import Plan
 from elman.ops.operators import OPERATORS
-from elman.ops.persistent import Plan
-from elman.ops.planning import Chip, Task
+from elman.ops.persistent import AnyPlan
+from elman.ops.planning import BLOCK_ROWS, Chip, Task
 from elman.ops.wide import WidePlan
 from tests.ops.problems import Problem, draw, parts
 
@@ -44,7 +46,6 @@ HALVES = (torch.bfloat16, torch.float16)
 DTYPES = (*HALVES, torch.float32, torch.float64)
 #: Tiles of a group with which each exchange is run: enough for its buffers to come round again.
 _TILES = {"PolledRing": 2, "StagedRing2": 3, "StagedRing3": 5, "ClusterPush": 2}
-_BLOCK_ROWS = 8
 #: Shared memory in which a wide kernel of two blocks and four chunks has three slots a warp group.
 _FEW_SLOTS_BYTES = 42 * 1024
 
@@ -234,8 +235,16 @@ def cases(chip: Chip) -> list[Case]:
     """All of them, families by turns, each family's most telling first; before all others the controls."""
     families = [_control_cases("handed over"), _control_cases("racing")]
     families += [_persistent_cases(exchange, chip) for exchange in EXCHANGES]
-    families += [_wide_cases(chip), _diagonal_cases(), _loop_cases(), _banks_cases(), _norm_cases(), _scan_cases()]
-    families += [_gated_softmax_cases()]
+    families += [
+        _wide_cases(chip),
+        _low_rank_cases(),
+        _diagonal_cases(),
+        _loop_cases(),
+        _banks_cases(),
+        _norm_cases(),
+        _scan_cases(),
+        _gated_softmax_cases(),
+    ]
     return [case for turn in itertools.zip_longest(*families) for case in turn if case is not None]
 
 
@@ -271,18 +280,17 @@ class _Shape:
     in_shared: bool = False
     few_slots: bool = False
     bare: bool = False
+    rank: int | None = None
 
     def batch(self, tiles: int) -> int:
         """For so many tiles a group; for one there are two groups."""
-        return _BLOCK_ROWS * self.blocks * max(1, tiles - 1) + self.rows_beyond
+        return BLOCK_ROWS * self.blocks * max(1, tiles - 1) + self.rows_beyond
 
-    def case(
-        self, family: str, cell: str, dtype: torch.dtype, batch: int, plan: Callable[..., Plan | WidePlan]
-    ) -> Case:
+    def case(self, family: str, cell: str, dtype: torch.dtype, batch: int, plan: Callable[..., AnyPlan]) -> Case:
         options: dict[str, Any] = {"with_h0": False, "reset_rate": None} if self.bare else {}
 
         def run(device: str) -> None:
-            operator = "dense" if self.heads == 1 else "block_diagonal"
+            operator = "low_rank" if self.rank else "dense" if self.heads == 1 else "block_diagonal"
             problem = draw(
                 self.seq_len,
                 batch,
@@ -292,6 +300,7 @@ class _Shape:
                 cell=cell,
                 operator=operator,
                 heads=self.heads,
+                rank=self.rank,
                 with_bias=not CELLS[cell].additive,
                 **options,
             )
@@ -340,6 +349,7 @@ def small_plan(
     hidden: int,
     task: Task,
     heads: int = 1,
+    rank: int = 0,
 ) -> Plan:
     """A plan of this exchange with few CTAs, more than one a group, as if the GPU were a small one."""
     smaller = [replace(chip, multiprocessors=number) for number in range(1, 17)]
@@ -403,12 +413,57 @@ def small_wide_plan(
     hidden: int,
     task: Task,
     heads: int = 1,
+    rank: int = 0,
 ) -> WidePlan:
     """A plan of this design with few CTAs, as if the GPU were a small one, and had little memory if slots are few."""
     memory = _FEW_SLOTS_BYTES if few_slots else chip.shared_bytes
     smaller = [replace(chip, multiprocessors=number, shared_bytes=memory) for number in range(1, 19)]
     found = [plan for of in smaller for plan in wide_plans(design, blocks, of, batch, hidden, task, heads)]
     return min(found, key=lambda plan: (plan.tiles != tiles, plan.groups))
+
+
+def _low_rank_cases() -> list[Case]:
+    shape = functools.partial(_Shape, tiles=2, rank=19)
+    shapes = (
+        shape("h0 and resets"),
+        shape("neither h0 nor resets", seq_len=4, tiles=1, bare=True),
+        shape("states asked for ahead", tiles=4),
+        shape("two blocks", blocks=2),
+        shape("one step", seq_len=1, tiles=1),
+        shape("weights in shared memory", seq_len=2, hidden=840, rank=520, tiles=1, in_shared=True),
+    )
+    cells = [name for name, cell in FUSED_CELLS.items() if cell.products == 1]
+    wanted = [("tanh", torch.bfloat16, shape) for shape in shapes]
+    wanted += [(cell, dtype, shapes[0]) for dtype in HALVES for cell in cells if (cell, dtype) != wanted[0][:2]]
+
+    def case(cell: str, dtype: torch.dtype, shape: _Shape) -> Case:
+        plan = functools.partial(small_low_rank_plan, shape.tiles, shape.blocks, shape.in_shared)
+        return shape.case("low_rank", cell, dtype, shape.batch(shape.tiles or 1), plan)
+
+    return [case(*one) for one in wanted]
+
+
+def small_low_rank_plan(
+    tiles: int,
+    blocks: int,
+    in_shared: bool,
+    chip: Chip,
+    batch: int,
+    hidden: int,
+    task: Task,
+    heads: int = 1,
+    rank: int = 0,
+) -> LowRankPlan:
+    """A plan with few CTAs, more than one a group, as if the GPU were a small one."""
+    smaller = [replace(chip, multiprocessors=number) for number in range(1, 17)]
+    found = [plan for of in smaller for plan in low_rank_plans(blocks, of, batch, hidden, task, rank)]
+
+    def dislike(plan: LowRankPlan) -> tuple[bool | int, ...]:
+        both = plan.shared_units > 0 and plan.rank_shared_units > 0
+        wrong = plan.columns == 1, plan.tiles != tiles, both != in_shared, plan.ahead != (tiles > 2)
+        return *wrong, plan.groups * plan.columns, plan.row_tiles
+
+    return min(found, key=dislike)
 
 
 def _diagonal_cases() -> list[Case]:

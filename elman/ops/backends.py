@@ -18,7 +18,7 @@ from elman.ops.operators import Operator
 
 @dataclass(frozen=True)
 class Problem:
-    """What decides whether a backend can run a recurrence; ``heads`` is its operator's."""
+    """What decides whether a backend can run a recurrence; ``heads`` and ``rank`` are its operator's."""
 
     seq_len: int
     batch_size: int
@@ -28,6 +28,7 @@ class Problem:
     operator: type[Operator]
     cell: Cell
     heads: int = 1
+    rank: int = 0
 
 
 @dataclass(frozen=True)

@@ -24,6 +24,7 @@ class Operator(Protocol):
         name: its name in ``OPERATORS``, which makes it again from its weights.
         weights: its tensors, all of them differentiable.
         heads: into how many runs of H/heads units the state falls that do not see each other.
+        rank: r, where every map is a product of two thin matrices, else 0.
     """
 
     name: ClassVar[str]
@@ -33,6 +34,9 @@ class Operator(Protocol):
 
     @property
     def heads(self) -> int: ...
+
+    @property
+    def rank(self) -> int: ...
 
     def __call__(self, h: Tensor) -> Tensor:
         """Rec, for autograd to differentiate."""
@@ -59,6 +63,7 @@ class Dense:
 
     name: ClassVar[str] = "dense"
     heads: ClassVar[int] = 1
+    rank: ClassVar[int] = 0
 
     @property
     def weights(self) -> list[Tensor]:
@@ -94,6 +99,7 @@ class BlockDiagonal:
     weight: Tensor
 
     name: ClassVar[str] = "block_diagonal"
+    rank: ClassVar[int] = 0
 
     @property
     def weights(self) -> list[Tensor]:
@@ -151,6 +157,7 @@ class Diagonal:
     weight: Tensor
 
     name: ClassVar[str] = "diagonal"
+    rank: ClassVar[int] = 0
 
     @property
     def weights(self) -> list[Tensor]:
@@ -203,6 +210,10 @@ class LowRank:
         return [self.u, self.v]
 
     @property
+    def rank(self) -> int:
+        return self.u.shape[-1]
+
+    @property
     def _factors(self) -> tuple[Tensor, Tensor]:
         """(P, H, r) and (P, r, H)."""
         return (self.u, self.v) if self.u.ndim == 3 else (self.u.unsqueeze(0), self.v.unsqueeze(0))
@@ -212,6 +223,8 @@ class LowRank:
         return torch.stack([F.linear(F.linear(h, v), u) for u, v in zip(us, vs, strict=True)], 1).flatten(1)
 
     def product_into(self, rec: Tensor) -> Callable[[Tensor], object]:
+        if not self._pays(rec):
+            return self.dense().product_into(rec)
         us, vs = self._factors
         inner, outs = self._inner(rec), rec.view(rec.shape[0], *us.shape[:2]).unbind(1)
         steps = list(zip(inner.unbind(1), us.mT, outs, strict=True))
@@ -225,6 +238,8 @@ class LowRank:
         return multiply
 
     def transposed_into(self, dh: Tensor) -> Callable[[Tensor], object]:
+        if not self._pays(dh):
+            return self.dense().transposed_into(dh)
         us, vs = self._factors
         inner = self._inner(dh)
         steps = list(zip(us, inner.unbind(1), strict=True))
@@ -238,14 +253,30 @@ class LowRank:
         return multiply
 
     def weight_gradients(self, drec: Tensor, h: Tensor) -> list[Tensor]:
-        """These are dW Vᵀ and Uᵀ dW: the sum over rows is taken before anything is rounded."""
-        dweight = sum_of_outer_products(drec, h).view(*self.u.shape[:-1], -1)
-        u, v = (x.to(dweight.dtype) for x in self.weights)
-        return [dweight @ v.mT, u.mT @ dweight]
+        """These are Σ drec (V h)ᵀ and Σ (Uᵀ drec) hᵀ, or dW Vᵀ and Uᵀ dW where dW = Σ drec hᵀ takes fewer products."""
+        if 4 * self.rank >= h.shape[-1]:
+            dweight = sum_of_outer_products(drec, h).view(*self.u.shape[:-1], -1)
+            u, v = (x.to(dweight.dtype) for x in self.weights)
+            return [dweight @ v.mT, u.mT @ dweight]
+        us, vs = self._factors
+        found = [
+            (sum_of_outer_products(of_product, F.linear(h, v)), sum_of_outer_products(of_product @ u, h))
+            for of_product, u, v in zip(drec.view(len(drec), *us.shape[:2]).unbind(1), us, vs, strict=True)
+        ]
+        return [torch.stack(x).view(like.shape) for x, like in zip(zip(*found, strict=True), self.weights, strict=True)]
 
     def dense(self) -> Dense:
         """The same maps by one product, its weight rounded once."""
         return Dense(sum_of_outer_products(self.u.mT, self.v).to(self.u.dtype))
+
+    def _pays(self, like: Tensor) -> bool:
+        """Whether a step is faster by two thin products a map than by one of the composed matrix.
+
+        A half type's product is so fast on a GPU that it costs as much to launch one more, some 3 µs, as to multiply by
+        2,100 more units (benchmarks/NOTES.md, sections 6 and 10).
+        """
+        launch = 2100 if like.is_cuda and like.dtype.itemsize == 2 else 0
+        return self.u.shape[-2] - 2 * self.rank > launch
 
     def _inner(self, like: Tensor) -> Tensor:
         """Room for the product between the two, (B, P, r)."""

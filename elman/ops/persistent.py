@@ -7,8 +7,6 @@ problem, and why there may be none.
 from __future__ import annotations
 
 import functools
-import itertools
-import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from operator import index as as_int  # unlike int, it makes a constant of a symbolic size under torch.compile
@@ -18,12 +16,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from elman.ops import diagonal, wide
+from elman.ops import diagonal, low_rank, narrow, wide
 from elman.ops.cells import CELLS, FUSED_CELLS, Cell
 from elman.ops.cuda.compiler import CompilerUnavailableError, Module, compiler_version
 from elman.ops.cuda.launch import launch
+from elman.ops.low_rank import LowRankPlan
+from elman.ops.narrow import Plan
 from elman.ops.operators import Diagonal, LowRank, Operator
-from elman.ops.planning import DIRECTIONS, Chip, Task
+from elman.ops.planning import DIRECTIONS, TYPICAL_CHIPS, Chip, Task
 from elman.ops.registration import constant_when_traced
 from elman.ops.wide import WidePlan
 
@@ -32,102 +32,17 @@ if TYPE_CHECKING:
 
 _NUMBERS = {torch.bfloat16: "bf16", torch.float16: "fp16"}
 
-# What persistent.cuh and exchange.cuh fix.
-_THREADS = 512
-_PRODUCT_WARPS = 8
-_BLOCK_ROWS = 8
-_UNIT_DEPTH = 32
-_UNIT_BYTES = _BLOCK_ROWS * _UNIT_DEPTH * 2
-_RING_SLOTS = 8
-
 #: Bytes a thread. Weights take all registers that are left, and ptxas does not place the last few of them perfectly.
 _SPILL_LIMIT = 64
 #: Of a cell with memory, whose own warps are the slower ones: what registers they have saves more than the spills cost.
 _SPILL_LIMIT_WITH_MEMORY = 144
-#: Half the clock: nothing takes as few clocks as it might.
-_CLOCKS_PER_MICROSECOND = 950
-_MAX_ROW_TILES = 12
-#: Warps 8 to 14 apply the cell; the last one fences.
-_MAX_CELL_THREADS = 7 * 32
-_MAX_CLUSTER = 16
-#: How CTAs hand each other the state, by the name in exchange.cuh, and the copies of a tile that each stages.
-_EXCHANGES = {"PolledRing": 0, "StagedRing2": 2, "StagedRing3": 3, "ClusterPush": 0}
 
 
 def _tasks(cell: Cell) -> list[Task]:
     return [Task(direction, cell) for direction in DIRECTIONS]
 
 
-@dataclass(frozen=True)
-class Plan:
-    """One instantiation of a kernel and its grid; cuda/README.md has the meaning of the numbers.
-
-    Attributes:
-        row_tiles: tiles of 16 rows of the weight that a CTA keeps.
-        register_units, shared_units: how many 256 columns of it lie in registers and in shared memory.
-        blocks: blocks of 8 batch rows a tile.
-        exchange: how CTAs hand each other the state, one of ``_EXCHANGES``.
-        columns: CTAs of a group, which share its batch rows and split the hidden units of a head.
-        groups: of batch rows of every head, independent of each other.
-        tiles: of a group, one after another in every step.
-        shared_bytes: dynamic shared memory a CTA.
-    """
-
-    row_tiles: int
-    register_units: int
-    shared_units: int
-    blocks: int
-    exchange: str
-    columns: int
-    groups: int
-    tiles: int
-    shared_bytes: int
-
-    source = "persistent.cuh"
-    threads = _THREADS
-
-    @property
-    def cluster(self) -> int:
-        """CTAs of a cluster; 1 where there are none."""
-        return self.columns if self.exchange == "ClusterPush" else 1
-
-    @property
-    def cooperative(self) -> bool:
-        """Whether all CTAs wait for each other, and so must run at a time."""
-        return self.exchange != "ClusterPush"
-
-    def kernel(self, task: Task, number: str) -> str:
-        """Its C++ name, for the number type of this name."""
-        shape = (
-            f"{self.row_tiles}, {self.register_units}, {self.shared_units}, {self.blocks}, persistent::{self.exchange}"
-        )
-        return f"persistent_{task.direction}<{number}, {task.cell.functor}, {shape}>"
-
-    def ring_bytes(self, task: Task, hidden: int, heads: int) -> int:
-        """The workspace in global memory: the exchanged state of some steps; none where a cluster exchanges it."""
-        units = heads * self.groups * self.tiles * self.blocks * math.ceil(task.depth * hidden / _UNIT_DEPTH)
-        return _RING_SLOTS * units * _UNIT_BYTES if self.cooperative else 0
-
-    def microseconds(self, task: Task) -> float:
-        """About how long a step takes on an H200: all tiles, or one and the exchange's latency if that is longer.
-
-        Three in four of the plans timed for benchmarks/NOTES.md took within a quarter of it.
-        """
-        units, rows = self.register_units + self.shared_units, _BLOCK_ROWS * self.blocks
-        product = units * self.row_tiles * self.blocks * 26 / _CLOCKS_PER_MICROSECOND
-        shared = (
-            64 * (self.shared_units * self.row_tiles + self.blocks * (self.row_tiles + units)) / _CLOCKS_PER_MICROSECOND
-        )
-        shared *= 1 if self.blocks == 1 else 0.93
-        cell = (350 + 100 * self.blocks * task.cell.gates) / _CLOCKS_PER_MICROSECOND
-        tile = max(product + 0.06, shared, cell)
-        latency = 0.7 + 0.3 * self.blocks + 0.1 * task.cell.gates + product
-        if self.exchange == "PolledRing":
-            return max(latency + 0.1 * (self.tiles - 1), 1.1 * self.tiles * tile)
-        if not self.cooperative:
-            pushed = rows * units * _UNIT_DEPTH * _PRODUCT_WARPS * 2 / 16 / (2 * _CLOCKS_PER_MICROSECOND)
-            return latency - 0.25 + max(0, pushed - 0.27) + (self.tiles - 1) * max(tile, pushed)
-        return max(self.tiles * tile, latency + 0.2 * units + 0.5 * tile)
+AnyPlan = Plan | WidePlan | LowRankPlan
 
 
 def why_not(problem: Problem) -> str | None:
@@ -155,8 +70,9 @@ def _width(problem: Problem) -> int:
     return units + -units % 8
 
 
-def _shape(problem: Problem) -> tuple[int, int, str, int]:
-    return as_int(problem.batch_size), as_int(_width(problem)), problem.cell.name, as_int(problem.heads)
+def _shape(problem: Problem) -> tuple[int, int, str, int, int]:
+    sizes = as_int(problem.heads), as_int(low_rank.filled(problem.rank))
+    return as_int(problem.batch_size), as_int(_width(problem)), problem.cell.name, *sizes
 
 
 @constant_when_traced
@@ -171,7 +87,9 @@ def _why_no_kernels() -> str | None:
 
 
 @constant_when_traced
-def _why_not_on_device(index: int | None, batch: int, hidden: int, cell: str, heads: int = 1) -> str | None:
+def _why_not_on_device(
+    index: int | None, batch: int, hidden: int, cell: str, heads: int = 1, rank: int = 0
+) -> str | None:
     reason = _why_no_kernels()
     if reason is not None:
         return reason
@@ -179,10 +97,11 @@ def _why_not_on_device(index: int | None, batch: int, hidden: int, cell: str, he
     if chip.capability < (8, 0):
         return f"it needs a GPU of compute capability 8.0 or newer, not {'.'.join(map(str, chip.capability))}"
     what = f"H = {hidden}" if heads == 1 else f"N = {heads} heads of {hidden} units"
-    if not _has_plans(chip, 1, hidden, cell, heads):
-        limit = largest_hidden(chip, cell, heads)
+    what += f" of rank {rank}" if rank else ""
+    if not _has_plans(chip, 1, hidden, cell, heads, rank):
+        limit = largest_hidden(chip, cell, heads, rank)
         return f"{what} is over its limit {limit} for cell={cell!r} on this GPU: use backend='loop'"
-    if not _has_plans(chip, batch, hidden, cell, heads):
+    if not _has_plans(chip, batch, hidden, cell, heads, rank):
         return f"B = {batch} is too large beside {what} on this GPU: split the batch, or use backend='loop'"
     return None
 
@@ -201,9 +120,11 @@ def _is_captured() -> bool:
 
 
 @constant_when_traced
-def _pays_on_device(index: int | None, batch: int, hidden: int, cell: str, heads: int, captured: bool) -> bool:
+def _pays_on_device(
+    index: int | None, batch: int, hidden: int, cell: str, heads: int, rank: int, captured: bool
+) -> bool:
     chip = chip_of(torch.cuda.current_device() if index is None else index)
-    both = [make_plan(chip, batch, hidden, task, heads).microseconds(task) for task in _tasks(CELLS[cell])]
+    both = [make_plan(chip, batch, hidden, task, heads, rank).microseconds(task) for task in _tasks(CELLS[cell])]
     return sum(both) / len(both) < _loop_microseconds(batch, heads * hidden, CELLS[cell].products, captured)
 
 
@@ -237,82 +158,31 @@ def chip_of(index: int) -> Chip:
 
 
 @functools.cache
-def largest_hidden(chip: Chip, cell: str, heads: int = 1) -> int:
+def largest_hidden(chip: Chip, cell: str, heads: int = 1, rank: int = 0) -> int:
     """The widest state, or the widest heads, whose weights the GPU holds."""
-    return max((hidden for hidden in range(8, 8192, 8) if _has_plans(chip, 1, hidden, cell, heads)), default=0)
+    return max((hidden for hidden in range(8, 8192, 8) if _has_plans(chip, 1, hidden, cell, heads, rank)), default=0)
 
 
 @functools.cache
-def _has_plans(chip: Chip, batch: int, hidden: int, cell: str, heads: int = 1) -> bool:
-    return all(any(_plans(chip, batch, hidden, task, heads)) for task in _tasks(CELLS[cell]))
+def _has_plans(chip: Chip, batch: int, hidden: int, cell: str, heads: int = 1, rank: int = 0) -> bool:
+    return all(any(_plans(chip, batch, hidden, task, heads, rank)) for task in _tasks(CELLS[cell]))
 
 
 @functools.cache
-def make_plan(chip: Chip, batch: int, hidden: int, task: Task, heads: int = 1) -> Plan | WidePlan:
-    """The plan for ``heads`` times ``hidden`` units that the model of a step's time likes best."""
-    return min(_plans(chip, batch, hidden, task, heads), key=lambda plan: plan.microseconds(task))
+def make_plan(chip: Chip, batch: int, hidden: int, task: Task, heads: int = 1, rank: int = 0) -> AnyPlan:
+    """The plan for ``heads`` times ``hidden`` units that the model of a step's time likes best.
+
+    Of a weight of low rank ``rank`` is r, and both plans for its factors and for their product are there.
+    """
+    return min(_plans(chip, batch, hidden, task, heads, rank), key=lambda plan: plan.microseconds(task))
 
 
-def _plans(chip: Chip, batch: int, hidden: int, task: Task, heads: int) -> Iterator[Plan | WidePlan]:
+def _plans(chip: Chip, batch: int, hidden: int, task: Task, heads: int, rank: int = 0) -> Iterator[AnyPlan]:
     """Every plan that fits, but for those that are known to be slow."""
+    if rank:
+        yield from low_rank.plans(chip, batch, hidden, rank, task)
     yield from wide.plans(chip, batch, hidden, task, heads)
-    for exchange, row_tiles, blocks in itertools.product(_EXCHANGES, range(1, _MAX_ROW_TILES + 1), (1, 2)):
-        plan = _fit(chip, batch, hidden, task, heads, exchange, row_tiles, blocks)
-        if plan is None or (blocks == 2 and batch <= _BLOCK_ROWS):
-            continue
-        # Polling pays while tiles are few, staging while there is another tile to work on; its third copy later still.
-        fewest, most = {"PolledRing": (1, 2), "StagedRing2": (2, math.inf), "StagedRing3": (4, math.inf)}.get(
-            exchange, (1, math.inf)
-        )
-        if fewest <= plan.tiles <= most:
-            yield plan
-
-
-def _fit(
-    chip: Chip, batch: int, hidden: int, task: Task, heads: int, exchange: str, row_tiles: int, blocks: int
-) -> Plan | None:
-    """CTAs of 16 × row_tiles rows of the weight on this problem; None where they do not fit."""
-    clustered = exchange == "ClusterPush"
-    if clustered and chip.capability < (9, 0):
-        return None
-    rows = _BLOCK_ROWS * blocks
-    owned = 16 * row_tiles // task.rows // 8 * 8  # hidden units
-    cell_threads = 32 * math.ceil((rows if task.cell.reads_memory else _BLOCK_ROWS) * owned / 128)
-    if not 0 < cell_threads <= _MAX_CELL_THREADS:
-        return None
-    columns = math.ceil(hidden / owned)
-    # All that wait for each other must run at a time: of clusters one, of rings every CTA.
-    if columns > (_MAX_CLUSTER if clustered else chip.multiprocessors // heads):
-        return None
-    depth = task.depth * hidden
-    units = math.ceil(depth / (_UNIT_DEPTH * _PRODUCT_WARPS))
-    received = units if exchange == "PolledRing" else math.ceil(units / math.ceil(units / (5 if blocks == 1 else 3)))
-    # setmaxnreg gives Hopper's product warps more registers than the cell's; elsewhere all warps have 128.
-    budget = {"forward": 140, "backward": 156}[task.direction] if task.cell.reads_memory else 196
-    budget = (budget if chip.capability == (9, 0) else 100) - 12 * (blocks - 1)
-    budget -= 4 * blocks * (received + row_tiles)
-    register_units = min(units, budget // (8 * row_tiles))
-    if register_units < 1:
-        return None
-
-    room = chip.multiprocessors // (columns * heads)
-    if clustered:
-        room = max(1, chip.clusters(columns) // heads)
-    batch_tiles = math.ceil(batch / rows)
-    tiles = math.ceil(batch_tiles / min(room, batch_tiles))
-
-    shared = 2 * _PRODUCT_WARPS * rows * (16 * row_tiles + 4) * 4  # sums
-    shared += _PRODUCT_WARPS * (units - register_units) * row_tiles * 1024  # weights
-    cell_groups = 2 if 2 * cell_threads <= _THREADS - 32 * _PRODUCT_WARPS else 1
-    shared += (32 * cell_groups if task.cell.reads_memory else 64) * task.inputs * cell_threads
-    shared += 16 * tiles * cell_threads * task.cell.reads_memory  # carried from step to step
-    shared += _EXCHANGES[exchange] * units * blocks * _PRODUCT_WARPS * _UNIT_BYTES
-    if clustered:
-        shared += 128 * math.ceil(16 * tiles / 128) + 2 * tiles * blocks * math.ceil(depth / _UNIT_DEPTH) * _UNIT_BYTES
-    if shared > chip.shared_bytes:
-        return None
-    groups = math.ceil(batch_tiles / tiles)
-    return Plan(row_tiles, register_units, units - register_units, blocks, exchange, columns, groups, tiles, shared)
+    yield from narrow.plans(chip, batch, hidden, task, heads)
 
 
 def saves_pre(operator: str, cell: Cell) -> bool:
@@ -340,8 +210,8 @@ def forward(
     memory_dtype = cell.dtypes(h.dtype)[-1]
     c = torch.empty_like(h, dtype=memory_dtype) if save and cell.states == 2 else None
     c_last = torch.empty_like(h[0], dtype=memory_dtype) if cell.states == 2 else None
-    tensors = (layout.widen(pre), layout.matrices(operator), *given, _dense(reset), h, saved, c, c_last)
-    _launch(Task("forward", cell), tensors, h, layout)
+    tensors = (layout.widen(pre), *given, _dense(reset), h, saved, c, c_last)
+    _launch(Task("forward", cell), operator, tensors, h, layout)
     return layout.crop(h), layout.crop_all(c_last), layout.crop_all(saved, c)
 
 
@@ -370,8 +240,7 @@ def backward(
     drec = None if cell.additive else h.new_empty(seq_len, batch, cell.products, hidden)
     dstates = [h.new_empty(batch, hidden, dtype=dtype) for dtype in cell.dtypes(h.dtype)] if need_states else []
     made = (dpre, drec, *(*dstates, None, None)[:2])
-    tensors = (given[0], layout.matrices(operator), *given[1:], _dense(reset), *kept, *made)
-    _launch(Task("backward", cell), tensors, dpre, layout)
+    _launch(Task("backward", cell), operator, (*given, _dense(reset), *kept, *made), dpre, layout)
     dpre = layout.crop(dpre)
     drec = dpre[:, :, : cell.products] if drec is None else layout.crop(drec)
     return dpre, drec, None, layout.crop_all(*dstates)
@@ -413,7 +282,7 @@ class _Layout:
         return [self.crop(x) for x in tensors if x is not None]
 
     def matrices(self, operator: Operator) -> Tensor | None:
-        """One matrix a product and head; of low rank too, since a second exchange costs more than the product saved."""
+        """One matrix a product and head, of low rank too."""
         (weight,) = (operator.dense() if isinstance(operator, LowRank) else operator).weights
         return _dense(F.pad(weight, (0, self._excess) * 2) if self._excess else weight)
 
@@ -426,9 +295,17 @@ def _dense(x: Tensor | None) -> Tensor | None:
     return x if x.data_ptr() % 16 == 0 else x.clone()
 
 
-def _launch(task: Task, tensors: tuple[Tensor | None, ...], like: Tensor, layout: _Layout) -> None:
+def _launch(task: Task, operator: Operator, tensors: tuple[Tensor | None, ...], like: Tensor, layout: _Layout) -> None:
+    """Runs a kernel on tensors in its order, but for the weights, which come second and depend on the plan."""
     seq_len, batch, heads, hidden = *like.shape[:2], layout.heads, layout.width
-    plan = make_plan(chip_of(like.device.index), batch, hidden, task, heads)
+    plan = make_plan(chip_of(like.device.index), batch, hidden, task, heads, low_rank.filled(operator.rank))
+    sizes = [seq_len, batch, hidden, heads * hidden, plan.tiles]
+    if isinstance(plan, LowRankPlan):
+        assert isinstance(operator, LowRank)
+        weights = [_dense(x) for x in low_rank.factors(operator, task, hidden)]
+        sizes.append(plan.rank)
+    else:
+        weights = [layout.matrices(operator)]
     # No published value has all bits set, so this marks every slot as empty.
     room = plan.ring_bytes(task, hidden, heads)
     ring = torch.full((room,), 0xFF, dtype=torch.uint8, device=like.device) if room else None
@@ -438,29 +315,20 @@ def _launch(task: Task, tensors: tuple[Tensor | None, ...], like: Tensor, layout
         module.kernels[0],
         heads * plan.groups * plan.columns,
         plan.threads,
-        (*tensors, ring, seq_len, batch, hidden, heads * hidden, plan.tiles),
+        (tensors[0], *weights, *tensors[1:], ring, *sizes),
         like.device,
         shared_bytes=plan.shared_bytes,
-        cluster=plan.cluster if plan.cluster > 1 else None,
-        cooperative=plan.cooperative,
+        cluster=plan.columns if plan.clustered else None,
+        cooperative=not plan.clustered,
     )
 
 
 @functools.cache
-def _module(task: Task, dtype: torch.dtype, plan: Plan | WidePlan, architectures: tuple[str, ...] = ()) -> Module:
+def _module(task: Task, dtype: torch.dtype, plan: AnyPlan, architectures: tuple[str, ...] = ()) -> Module:
     spill_limit = _SPILL_LIMIT_WITH_MEMORY if task.cell.reads_memory else _SPILL_LIMIT
     return Module(
         plan.source, (plan.kernel(task, _NUMBERS[dtype]),), architectures=architectures, spill_limit=spill_limit
     )
-
-
-#: A GPU of each architecture: A100, RTX A6000, RTX 4090, H200.
-_TYPICAL_CHIPS = {
-    "sm_80": Chip((8, 0), 108, 163 * 1024),
-    "sm_86": Chip((8, 6), 84, 99 * 1024),
-    "sm_89": Chip((8, 9), 128, 99 * 1024),
-    "sm_90a": Chip((9, 0), 132, 227 * 1024),
-}
 
 
 def shipped_modules() -> list[Module]:
@@ -470,7 +338,7 @@ def shipped_modules() -> list[Module]:
     newest = "sm_90a"
     return [
         _module(task, dtype, make_plan(chip, batch, hidden, task), (arch,))
-        for arch, chip in _TYPICAL_CHIPS.items()
+        for arch, chip in TYPICAL_CHIPS.items()
         for cell in FUSED_CELLS.values()
         for task in _tasks(cell)
         for (batch, hidden), dtype in (
@@ -480,12 +348,19 @@ def shipped_modules() -> list[Module]:
         if _has_plans(chip, batch, hidden, cell.name)
     ] + [
         *diagonal.shipped_modules(),
+        *(
+            _module(task, torch.bfloat16, plan, (arch,))
+            for arch, chip in TYPICAL_CHIPS.items()
+            for cell in (FUSED_CELLS.values() if arch == newest else [CELLS["tanh"]])
+            for task in _tasks(cell)
+            for plan in low_rank.typical_plans(chip, task)
+        ),
         # The designs of wide.cuh that no cell of these shapes takes.
         *(
             _module(task, torch.bfloat16, plan, (newest,))
             for task in _tasks(CELLS["tanh"])
             for plan in dict.fromkeys(
-                make_plan(_TYPICAL_CHIPS[newest], batch, hidden, task) for batch, hidden in ((512, 1280), (256, 2048))
+                make_plan(TYPICAL_CHIPS[newest], batch, hidden, task) for batch, hidden in ((512, 1280), (256, 2048))
             )
         ),
     ]

@@ -98,7 +98,8 @@ def recurrence(
     if pre.ndim == 3:
         pre = pre.unsqueeze(2)
     seq_len, batch, gates, hidden = pre.shape
-    problem = Problem(seq_len, batch, hidden, pre.dtype, pre.device, type(operator), rule, operator.heads)
+    kind, heads, rank = type(operator), operator.heads, operator.rank
+    problem = Problem(seq_len, batch, hidden, pre.dtype, pre.device, kind, rule, heads, rank)
     chosen = choose(backend, problem)
     note_backend(chosen)
     with torch.autocast(pre.device.type, enabled=False):

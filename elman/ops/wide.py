@@ -56,8 +56,7 @@ class WidePlan:
 
     source = "wide.cuh"
     threads = (_GROUPS + 1) * _GROUP_THREADS
-    cluster = 1
-    cooperative = True
+    clustered = False
 
     def kernel(self, task: Task, number: str) -> str:
         """Its C++ name, for the number type of this name."""

@@ -8,8 +8,9 @@ from torch import Tensor
 
 from benchmarks import correctness
 from benchmarks.correctness import Case, cases, designs, rows
-from benchmarks.designs import WIDE
+from benchmarks.designs import LOW_RANK, WIDE
 from elman.ops.cells import FUSED_CELLS
+from elman.ops.low_rank import LowRankPlan
 from elman.ops.wide import WidePlan
 from tests.ops.problems import Problem, draw, solve
 from tests.ops.test_persistent import CHIPS, H200
@@ -17,7 +18,7 @@ from tests.ops.test_persistent import CHIPS, H200
 
 def test_every_design_is_there_with_several_tiles() -> None:
     found = designs(H200)
-    assert len(found) == len(set(map(str, found))) == 20
+    assert len(found) == len(set(map(str, found))) == 23
     for case in found:
         plans = case.plans(H200)
         assert {task.direction for task in plans} == {"forward", "backward"}
@@ -28,6 +29,8 @@ def test_every_design_is_there_with_several_tiles() -> None:
                 assert plan.split == WIDE[design]
                 few = blocks == 8 and plan.split == 1
                 assert few == (plan.slots < plan.register_chunks + plan.shared_chunks) == (plan.shared_chunks > 0)
+            elif isinstance(plan, LowRankPlan):
+                assert design == LOW_RANK
             else:
                 assert plan.exchange == design
             assert plan.blocks == blocks

@@ -54,7 +54,7 @@ def recorded() -> record.Recorder:
 
 def test_every_family_is_recorded_and_comes_early(recorded: record.Recorder) -> None:
     families = [launch.family for launch in recorded.launches]
-    assert set(families[:26]) == set(families) == set(driver_mode._FAMILIES.values())
+    assert set(families[:28]) == set(families) == set(driver_mode._FAMILIES.values())
     assert tuple(families[:2]) == driver_mode.CONTROLS
     assert min(number for family, number in Counter(families).items() if family not in driver_mode.CONTROLS) >= 10
     for launch in recorded.launches:
@@ -146,6 +146,31 @@ def test_every_design_of_the_wide_kernels_is_there(recorded: record.Recorder) ->
         assert seen[name, split, "bf16", "Tanh", False, False]
         for what in (*(f"T = {n}" for n in (1, 3, 4, 5)), "bare True", "bare False", "heads 2", "in shared True"):
             assert seen[name, split, what]
+
+
+def test_low_rank_has_more_than_one_cta_and_every_place_of_weights(recorded: record.Recorder) -> None:
+    seen = Counter()
+    for launch in recorded.launches:
+        if launch.family == "low_rank":
+            name, number, cell, *sizes = re.split(r"[<>, ]+", launch.symbol)[:-1]
+            _, _, in_shared, _, _, rank_in_shared, blocks = map(int, sizes[:-1])
+            assert 2 <= launch.grid[0] <= 16
+            assert launch.cooperative
+            assert 0 < launch.shared_bytes <= H200.shared_bytes
+            seen[name, number, cell] += 1
+            for what in (
+                ("blocks", blocks),
+                ("tiles", launch.arguments[-2]),
+                ("shared", in_shared and rank_in_shared),
+                sizes[-1],
+            ):
+                seen[name, what] += 1
+    for name in ("low_rank_forward", "low_rank_backward"):
+        for cell in FUSED_CELLS.values():
+            assert (seen[name, "fp16", cell.functor] > 0) == (cell.products == 1)
+        for what in (("blocks", 1), ("blocks", 2), ("tiles", 1), ("tiles", 2), ("tiles", 4), "true", "false"):
+            assert seen[name, what]
+        assert any(seen[name, ("shared", number)] for number in range(1, 9))
 
 
 def test_memory_is_recorded_in_its_exact_size(recorded: record.Recorder) -> None:
@@ -277,7 +302,7 @@ def test_errors_count_for_the_family_of_their_kernel() -> None:
 
 
 def access(kind: str, function: str, exchange: str, line: int, start: str = "    and") -> str:
-    file = {"run_cells": "cells", "run_products": "products"}.get(function, "step")
+    file = {"run_cells": "cells", "Product": "products"}.get(function, "step")
     shape = "persistent::Shape<Lstm, (bool)0, (int)10, (int)1, (int)0, (int)1>"
     return (
         f"========= {start} {kind} access at void persistent::{function}<{shape}, bf16, persistent::{exchange}>"
@@ -300,14 +325,14 @@ def racecheck(*controls: str) -> driver_mode.Report:
     start = "Error: Race reported between"
     messages = [
         access("Read", "run_cells", exchange, read, start)
-        + access("Write", "run_products", exchange, write)
-        + access("Write", "run_products", exchange, write + 1)
+        + access("Write", "Product", exchange, write)
+        + access("Write", "Product", exchange, write + 1)
         for exchange in (
             "ClusterPush<bf16, (int)1, (int)1>",
             *(f"StagedRing<bf16, (int)1, (int)1, (int){n}>" for n in (2, 3)),
         )
     ]
-    other = access("Write", "run_products", "PolledRing<bf16, (int)1, (int)1>", write)
+    other = access("Write", "Product", "PolledRing<bf16, (int)1, (int)1>", write)
     messages.append(access("Read", "run_cells", "PolledRing<bf16, (int)1, (int)1>", read + 100, start) + other)
     messages += map(control_race, controls)
     number = len(messages)
@@ -342,20 +367,24 @@ def test_handovers_are_errors_where_the_tool_follows_the_control() -> None:
 
 
 def test_a_handover_is_of_its_two_sides_alone() -> None:
-    (_, _, cells, *reads), (_, _, products, *writes) = driver_mode._HANDOVER
+    (_, _, cells, *reads), (_, _, ranks, *others), (_, _, products, *writes) = driver_mode._HANDOVER
     read = driver_mode._Access("Read", "void persistent::run_cells<X>(int)", cells, 0)
-    write = driver_mode._Access("Write", "void persistent::run_products<X>(int)", products, 0)
+    write = driver_mode._Access("Write", "void persistent::Product<X>::run<Y>(int)", products, 0)
     read = read._replace(line=driver_mode._lines_between(cells, *reads)[0])
     write = write._replace(line=driver_mode._lines_between(products, *writes)[0])
+    of_ranks = driver_mode._Access(
+        "Read", "void low_rank::run_ranks<X>(int)", ranks, driver_mode._lines_between(ranks, *others)[0]
+    )
     assert driver_mode._is_handover([read, write, write])
+    assert driver_mode._is_handover([of_ranks, write])
     assert driver_mode._is_handover([write, read])
     wrong = [
         read._replace(kind="Write"),
         read._replace(line=1),
         write._replace(function="void persistent::run_cells<X>()"),
     ]
-    for others in ([], [write], [read], *([read, write, one] for one in wrong)):
-        assert not driver_mode._is_handover(others)
+    for accesses in ([], [write], [read], *([read, write, one] for one in wrong)):
+        assert not driver_mode._is_handover(accesses)
 
 
 def test_racecheck_has_to_report_the_race() -> None:

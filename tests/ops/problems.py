@@ -104,10 +104,11 @@ def draw(
     cell: str = "tanh",
     operator: str = "dense",
     heads: int = 2,
+    rank: int | None = None,
 ) -> Problem:
     """Standard normal inputs times ``scale``, weights of spectral radius near 1; ``reset_rate`` None: no resets.
 
-    Block-diagonal are at most ``heads`` heads, as many as divide the units; low rank is a quarter of them.
+    Block-diagonal are at most ``heads`` heads, as many as divide the units; ``low_rank_of`` has the rank unless given.
     """
     generator = torch.Generator().manual_seed(seed)
     rule = CELLS[cell]
@@ -122,8 +123,8 @@ def draw(
     def weights() -> State:
         front = () if rule.products == 1 else (rule.products,)
         if operator == "low_rank":
-            rank = max(1, hidden // 4)
-            return normal(*front, hidden, rank) / rank**0.5, normal(*front, rank, hidden) / hidden**0.5
+            r = rank or low_rank_of(hidden)
+            return normal(*front, hidden, r) / r**0.5, normal(*front, r, hidden) / hidden**0.5
         if operator == "diagonal":
             return normal(*front, hidden).tanh()
         number = math.gcd(heads, hidden) if operator == "block_diagonal" else 1
@@ -141,6 +142,11 @@ def draw(
         cell=cell,
         bias=normal(rule.products, hidden) if with_bias else None,
     )
+
+
+def low_rank_of(hidden: int) -> int:
+    """A quarter of the units."""
+    return max(1, hidden // 4)
 
 
 def solve(problem: Problem, backend: str) -> dict[str, Tensor]:

@@ -14,7 +14,7 @@ from elman.ops import backends, loop, persistent, wide
 from elman.ops.cells import CELLS, FUSED_CELLS, Cell
 from elman.ops.cuda import launch
 from elman.ops.cuda.compiler import CompilerUnavailableError, Module, flatten
-from elman.ops.operators import OPERATORS, BlockDiagonal, Dense, Diagonal
+from elman.ops.operators import OPERATORS, BlockDiagonal, Dense, Diagonal, Operator
 from elman.ops.persistent import Chip, Plan, Task
 from elman.ops.wide import WidePlan
 from tests.ops.cuda.test_compiler import check_static_claims, needs_nvrtc
@@ -262,22 +262,26 @@ def test_arguments_are_in_the_kernels_order() -> None:
 
 
 def run_like_the_kernels(
-    task: Task, tensors: tuple[Tensor | None, ...], like: Tensor, layout: persistent._Layout
+    task: Task,
+    operator: Operator,
+    tensors: tuple[Tensor | None, ...],
+    like: Tensor,
+    layout: persistent._Layout,
 ) -> None:
     """The launch of a kernel by the loop on the same tensors: what the kernels take, every width a multiple of 8."""
-    cell, weight = task.cell, tensors[1]
+    cell, weight = task.cell, layout.matrices(operator)
     assert weight is not None
     assert layout.width % 8 == 0
     assert all(x is None or x.is_contiguous() for x in tensors)
     operator = Dense(weight) if layout.heads == 1 else BlockDiagonal(weight)
     if task.direction == "forward":
-        pre, _, bias, h0, c0, reset, *outputs = tensors
+        pre, bias, h0, c0, reset, *outputs = tensors
         states = [x for x in (h0, c0) if x is not None]
         h, last, kept = loop.forward(pre, operator, bias, states, reset, cell, outputs[1] is not None)
         saved, c = (*kept, None, None)[:2]
         made = [h, saved, c, *last]
     else:
-        dh, _, dh_last, dc_last, reset, saved, memory0, memory, *outputs = tensors
+        dh, dh_last, dc_last, reset, saved, memory0, memory, *outputs = tensors
         states = [] if memory0 is None else [memory0] * cell.states
         dlast = [x for x in (dh_last, dc_last) if x is not None]
         h = dh if memory is None else memory

@@ -113,7 +113,7 @@ def test_arguments_are_in_the_order_of_the_other_kernels() -> None:
 def design(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     """The persistent backend takes this design, whatever its model of time says."""
 
-    def make_plan(chip: Chip, batch: int, hidden: int, task: Task, heads: int = 1) -> WidePlan:
+    def make_plan(chip: Chip, batch: int, hidden: int, task: Task, heads: int = 1, rank: int = 0) -> WidePlan:
         found = plans_of(request.param, batch, hidden, task, heads) or list(
             wide.plans(chip, batch, hidden, task, heads)
         )

@@ -98,12 +98,19 @@ struct PolledRing : RingSlots<T, kUnits, kBlocks> {
 
   __device__ void start() {}
   __device__ void await(int step, int tile) {
-    const u32 from = this->source(step, tile);
+    ask(step, tile);
+    settle();
+  }
+  // The two halves of it: what is asked for early is on its way while other things are done.
+  __device__ void ask(int step, int tile) {
+    this->awaited = this->source(step, tile);
 #pragma unroll
     for (int u = 0; u < kUnits; ++u)
 #pragma unroll
       for (int n = 0; n < kBlocks; ++n)
-        state[u][n] = this->inside(u) ? load_strong(this->word(from, u, n)) : Words4{0, 0, 0, 0};
+        state[u][n] = this->inside(u) ? load_strong(this->word(this->awaited, u, n)) : Words4{0, 0, 0, 0};
+  }
+  __device__ void settle() {
     for (u32 polls = 0;; ++polls) {
       u32 most = 0;
 #pragma unroll
@@ -115,7 +122,7 @@ struct PolledRing : RingSlots<T, kUnits, kBlocks> {
       for (int u = 0; u < kUnits; ++u)
 #pragma unroll
         for (int n = 0; n < kBlocks; ++n)
-          if (Base::stale(state[u][n])) state[u][n] = load_strong(this->word(from, u, n));
+          if (Base::stale(state[u][n])) state[u][n] = load_strong(this->word(this->awaited, u, n));
       if (polls > kSpinLimit) __trap();
     }
     __syncwarp();

@@ -27,6 +27,28 @@ __device__ __forceinline__ void write4(char* to, const float (&values)[4]) {
   }
 }
 
+// A step's wipes are fenced while the next one runs, and over before anything after that is published: several steps
+// before anyone looks at a wiped slot again. The fence takes about half a step, so a warp of its own does it, or the
+// first cell warp where none is left.
+template <typename S, typename Exchange>
+__device__ __forceinline__ void finish_steps(int from, int to, int products) {
+  if constexpr (Exchange::kWipes) {
+#pragma unroll 1
+    for (int step = from; step < to && step < products; ++step) {
+      if (step + 1 < products) {
+        if (S::kSpareWarp || threadIdx.x >= kProductThreads + 32) {
+          barrier_arrive(kStepDone + (step & 1), S::kAllCells + (S::kSpareWarp ? 32 : 0));
+        } else {
+          barrier_sync(kStepDone + (step & 1), S::kAllCells);
+          fence_gpu();
+          barrier_arrive(kStepFenced + (step & 1), S::kAllCells + 32);
+        }
+      }
+      if (step > 0) barrier_sync(kStepFenced + (step - 1 & 1), S::kAllCells + 32);
+    }
+  }
+}
+
 // A cell thread looks after four hidden units of one row of every pass. Where the cell has a memory, the thread carries
 // it from step to step in shared memory, and backwards its gradient in fp32. The memory itself is rounded to M, so
 // that a sequence in chunks gives what it gives in one piece.
@@ -159,27 +181,6 @@ __device__ __forceinline__ void run_cells(const Problem<T, M>& p, const Exchange
                             part.first_row + group_row(tile, n)];
   };
 
-  // A step's wipes are fenced while the next one runs, and over before anything after that is published: several steps
-  // before anyone looks at a wiped slot again. The fence takes about half a step, so a warp of its own does it, or the
-  // first cell warp where none is left.
-  auto finish_steps = [&](int from, int to) {
-    if constexpr (Exchange::kWipes) {
-#pragma unroll 1
-      for (int step = from; step < to && step < products; ++step) {
-        if (step + 1 < products) {
-          if (S::kSpareWarp || group > 0 || thread >= 32) {
-            barrier_arrive(kStepDone + (step & 1), S::kAllCells + (S::kSpareWarp ? 32 : 0));
-          } else {
-            barrier_sync(kStepDone + (step & 1), S::kAllCells);
-            fence_gpu();
-            barrier_arrive(kStepFenced + (step & 1), S::kAllCells + 32);
-          }
-        }
-        if (step > 0) barrier_sync(kStepFenced + (step - 1 & 1), S::kAllCells + 32);
-      }
-    }
-  };
-
   Words2 bias[S::kOut] = {};
   if constexpr (!S::kBackward && !Cell::kAdditive) {
     if (p.bias && working) {
@@ -191,7 +192,7 @@ __device__ __forceinline__ void run_cells(const Problem<T, M>& p, const Exchange
 
   const float* sums = reinterpret_cast<const float*>(shared) + pass_row * S::kSumPitch + thread % S::kQuads * 4;
   Place here = first_place();
-  finish_steps(0, here.step);
+  finish_steps<S, Exchange>(0, here.step, products);
   fetch_masks(here.step, here.tile);
   Place next = here;
   for (int turn = 0; here.step < products; ++turn, here = next) {
@@ -287,7 +288,7 @@ __device__ __forceinline__ void run_cells(const Problem<T, M>& p, const Exchange
             if constexpr (S::kOtherState) write4<M>(at_memory(p.memory_gradient, row), memory[n]);
           }
         fetch_ahead();
-        finish_steps(step, next.step);
+        finish_steps<S, Exchange>(step, next.step, products);
         continue;
       }
 
@@ -371,7 +372,7 @@ __device__ __forceinline__ void run_cells(const Problem<T, M>& p, const Exchange
       }
       fetch_masks(next.step, next.tile);
       fetch_ahead();
-      finish_steps(step, next.step);
+      finish_steps<S, Exchange>(step, next.step, products);
     }
   }
 }

@@ -40,8 +40,9 @@ struct Problem {
 };
 
 // What the cell warps need to know of a kernel: kRows rows of W a CTA, tiles of kTileRows batch rows, of which the cell
-// threads take kPassRows at once, and kParts partial sums of every product.
-template <typename Cell, bool kBackward_, int kRows_, int kTileRows_, int kPassRows_, int kParts_, int kWeightBytes>
+// threads take kPassRows at once, and kParts partial sums of every product. kOtherThreads more do other things.
+template <typename Cell, bool kBackward_, int kRows_, int kTileRows_, int kPassRows_, int kParts_, int kWeightBytes,
+          int kOtherThreads = 0>
 struct Layout {
   static constexpr bool kBackward = kBackward_;
   static constexpr int kRows = kRows_, kTileRows = kTileRows_, kPassRows = kPassRows_, kParts = kParts_;
@@ -52,15 +53,15 @@ struct Layout {
   static constexpr int kIn = kBackward ? kProducts : 1;   // values that a hidden unit publishes
   static constexpr int kOut = kBackward ? 1 : kProducts;  // rows of the product that a hidden unit needs
   static constexpr int kColumns = kRows / kOut / 8 * 8;   // hidden units a CTA: pairs of threads publish eight
-  static constexpr int kPeerStep = 1;                     // what the CTAs of a group are a multiple of
   static constexpr int kQuads = kColumns / 4;
   static constexpr int kCellThreads = (kPassRows * kQuads + 31) / 32 * 32;
   static constexpr bool kExactThreads = kCellThreads == kPassRows * kQuads;
   static constexpr int kSumsThreads = kProductThreads + kCellThreads;
   // Where there are warps enough, two groups of cell threads take turns, each with a buffer of sums of its own.
-  static constexpr int kCellGroups = kProductThreads + 2 * kCellThreads <= kThreads ? 2 : 1;
+  static constexpr int kReserved = kOtherThreads ? kOtherThreads + 32 : 0;
+  static constexpr int kCellGroups = kProductThreads + 2 * kCellThreads + kReserved <= kThreads ? 2 : 1;
   static constexpr int kAllCells = kCellGroups * kCellThreads;
-  static constexpr bool kSpareWarp = kProductThreads + kAllCells < kThreads;
+  static constexpr bool kSpareWarp = kProductThreads + kAllCells + kOtherThreads < kThreads;
   // +4 words: the lane quads of a fragment store fall on different banks.
   static constexpr int kSumPitch = kRows + 4;
   static constexpr int kPartSums = kTileRows * kSumPitch;
@@ -87,28 +88,29 @@ struct Layout {
 // The shape of one instantiation for mma.sync: 16 x kRowTiles rows of W a CTA, of which a product warp holds
 // kRegisterUnits units of depth in registers and kSharedUnits in shared memory, against tiles of 8 x kBlocks batch rows.
 // A cell with memory has few hidden units a CTA and many values a unit: its threads take all rows of a tile at once.
-template <typename Cell, bool kBackward, int kRowTiles_, int kRegisterUnits_, int kSharedUnits_, int kBlocks_>
+template <typename Cell, bool kBackward, int kRowTiles_, int kRegisterUnits_, int kSharedUnits_, int kBlocks_,
+          int kOtherThreads = 0>
 struct Shape : Layout<Cell, kBackward, 16 * kRowTiles_, kBlocks_ * kBlockRows,
                       (Cell::kReadsMemory ? kBlocks_ : 1) * kBlockRows, kProductWarps,
-                      kProductWarps * kSharedUnits_ * kRowTiles_ * 1024> {
+                      kProductWarps * kSharedUnits_ * kRowTiles_ * 1024, kOtherThreads> {
   static constexpr int kRowTiles = kRowTiles_, kRegisterUnits = kRegisterUnits_, kSharedUnits = kSharedUnits_;
   static constexpr int kBlocks = kBlocks_, kUnits = kRegisterUnits + kSharedUnits;
   // Units whose fragments are received together: enough to keep the tensor cores busy, few enough for the registers.
   static constexpr int kGroupLimit = kBlocks == 1 ? 5 : 3;
   static constexpr int kGroups = (kUnits + kGroupLimit - 1) / kGroupLimit;
   static constexpr int kGroup = (kUnits + kGroups - 1) / kGroups;
+  static constexpr int kChains = 1;  // of sums that are added up at the end: one where row tiles keep the mma apart
   // Registers of a product thread and of the others: 512 threads share 65536.
   static constexpr int kProductRegisters =
       Cell::kReadsMemory ? (kBackward ? 176 : 160) : kBlocks == 1 ? 208 : 200;
   static constexpr int kOtherRegisters = 256 - kProductRegisters;
 };
 
-// What this CTA works on, in the order heads x groups x columns.
+// What this CTA works on, in the order heads x groups x columns, of which there are `peers`.
 template <typename S, typename T, typename M>
-__device__ __forceinline__ Part part_of(const Problem<T, M>& p) {
+__device__ __forceinline__ Part part_of(const Problem<T, M>& p, int peers) {
   Part part;
-  constexpr int kStep = S::kPeerStep * S::kColumns;
-  part.peers = (p.hidden + kStep - 1) / kStep * S::kPeerStep;
+  part.peers = peers;
   const int group = blockIdx.x / part.peers, groups = gridDim.x / part.peers / (p.pitch / p.hidden);
   part.head = group / groups;
   part.first_row = group % groups * p.tiles * S::kTileRows;
@@ -117,6 +119,11 @@ __device__ __forceinline__ Part part_of(const Problem<T, M>& p) {
   part.rows = min(p.tiles * S::kTileRows, p.batch - part.first_row);
   part.tiles = (part.rows + S::kTileRows - 1) / S::kTileRows;
   return part;
+}
+
+template <typename S, typename T, typename M>
+__device__ __forceinline__ Part part_of(const Problem<T, M>& p) {
+  return part_of<S>(p, (p.hidden + S::kColumns - 1) / S::kColumns);
 }
 
 }  // namespace persistent

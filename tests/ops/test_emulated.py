@@ -1,0 +1,162 @@
+"""The persistent kernels' own sources on an emulated GPU: every result, by few CTAs, threads in random orders."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from benchmarks.designs import best_plan
+from elman.ops import low_rank, persistent
+from elman.ops.low_rank import LowRankPlan
+from elman.ops.planning import TYPICAL_CHIPS, Chip, Task
+from tests.ops.cuda import emulator
+from tests.ops.cuda.emulator import emulate, needs_compiler
+from tests.ops.problems import Problem, assert_as_exact_as_reference, draw, solve
+
+pytestmark = needs_compiler
+
+
+@dataclass(frozen=True)
+class LowRankCase:
+    """A problem, and the plan for it: row tiles, rank tiles and blocks, on a GPU of so many multiprocessors."""
+
+    seq_len: int
+    batch: int
+    hidden: int
+    rank: int
+    tiles: tuple[int, int, int] = (1, 1, 1)
+    multiprocessors: int = 4
+    cell: str = "tanh"
+    with_h0: bool = True
+    reset_rate: float | None = 0.2
+    arch: str = "sm_90a"
+    ahead: bool = False
+
+    def draw(self) -> Problem:
+        return draw(
+            *(self.seq_len, self.batch, self.hidden),
+            dtype=torch.bfloat16,
+            operator="low_rank",
+            rank=self.rank,
+            cell=self.cell,
+            with_h0=self.with_h0,
+            reset_rate=self.reset_rate,
+        )
+
+    def plan(self, task: Task) -> LowRankPlan:
+        chip = replace(TYPICAL_CHIPS[self.arch], multiprocessors=self.multiprocessors)
+        hidden, rank = self.hidden + -self.hidden % 8, low_rank.filled(self.rank)
+        found = low_rank.plans(chip, self.batch, hidden, rank, task)
+        wanted = *self.tiles, self.ahead
+        (plan,) = (plan for plan in found if (plan.row_tiles, plan.rank_tiles, plan.blocks, plan.ahead) == wanted)
+        return plan
+
+    def emulate(self, patch: pytest.MonkeyPatch) -> emulator.Emulator:
+        patch.setattr(persistent, "make_plan", lambda chip, batch, hidden, task, heads, rank: self.plan(task))
+        return emulate(patch, TYPICAL_CHIPS[self.arch])
+
+
+CASES = {
+    "one tile": LowRankCase(5, 3, 37, 10),
+    "two tiles, the second of one row": LowRankCase(11, 9, 40, 10),
+    "five tiles, more steps than slots": LowRankCase(19, 37, 24, 9, multiprocessors=2),
+    "three tiles, ahead": LowRankCase(12, 20, 40, 10, ahead=True),
+    "four tiles and three, ahead": LowRankCase(12, 49, 24, 8, ahead=True),
+    "three blocks and one, ahead, a memory": LowRankCase(5, 33, 40, 10, (1, 1, 2), 3, "delta", ahead=True),
+    "nine tiles": LowRankCase(10, 65, 24, 8, multiprocessors=2),
+    "nine tiles, ahead": LowRankCase(10, 65, 24, 8, multiprocessors=2, ahead=True),
+    "one step": LowRankCase(1, 5, 40, 10),
+    "one step of four tiles, ahead": LowRankCase(1, 27, 40, 10, ahead=True),
+    "neither h0 nor resets": LowRankCase(6, 9, 40, 10, with_h0=False, reset_rate=None),
+    "two groups": LowRankCase(4, 18, 24, 8, multiprocessors=4),
+    "two blocks": LowRankCase(5, 21, 40, 10, (1, 1, 2), 3),
+    "ranks without units": LowRankCase(12, 9, 16, 40),
+    "units without ranks": LowRankCase(12, 9, 64, 8),
+    "several row tiles": LowRankCase(4, 9, 96, 40, (3, 2, 1), 2),
+    "a memory": LowRankCase(5, 9, 40, 10, cell="delta"),
+    "a memory in fp32": LowRankCase(5, 9, 40, 10, (1, 1, 2), 3, cell="log_polynomial"),
+    "weights in shared memory": LowRankCase(3, 3, 520, 280, (4, 2, 1), 9, arch="sm_80"),
+}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_low_rank_errs_no_more_than_the_reference(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    case = CASES[name]
+    gpu = case.emulate(monkeypatch)
+    assert_as_exact_as_reference(case.draw(), "persistent")
+    assert gpu.kernels == ["low_rank_forward", "low_rank_backward"]
+    assert gpu.blocks >= 2
+
+
+def test_the_cases_are_what_their_names_say() -> None:
+    plans = {name: case.plan(Task("backward", persistent.CELLS[case.cell])) for name, case in CASES.items()}
+    assert [plan.tiles for plan in plans.values()] == [1, 2, 5, 3, 4, 3, 9, 9, 1, 4, 2, 2, 2, 2, 2, 2, 2, 1, 1]
+    assert plans["two groups"].groups == 2
+    for name, owned, of in (
+        ("ranks without units", "row_tiles", "hidden"),
+        ("units without ranks", "rank_tiles", "rank"),
+    ):
+        assert 16 * getattr(plans[name], owned) * (plans[name].columns - 1) >= getattr(CASES[name], of)
+    both = plans["weights in shared memory"]
+    assert min(both.register_units, both.shared_units, both.rank_register_units, both.rank_shared_units) > 0
+
+
+def test_the_order_of_threads_changes_no_bit(monkeypatch: pytest.MonkeyPatch) -> None:
+    case = CASES["two tiles, the second of one row"]
+    gpu, problem = case.emulate(monkeypatch), case.draw()
+    first, *others = (solve(problem, "persistent") for _ in range(4))
+    assert gpu.seed == 8
+    assert all(torch.equal(value, other[name]) for other in others for name, value in first.items())
+
+
+@pytest.mark.parametrize(
+    ("file", "right", "wrong"),
+    [
+        ("low_rank.cuh", "rank = first + thread", "rank = thread"),
+        ("low_rank.cuh", "exchange.wipe(step - 2,", "exchange.wipe(step,"),
+        ("low_rank.cuh", "part.tiles / 2, last", "part.tiles, last"),
+        ("exchange.cuh", "kSlots = 8", "kSlots = 1"),
+        ("persistent_cells.cuh", "exchange.wipe(step - 1,", "exchange.wipe(step + 1,"),
+    ],
+)
+def test_a_broken_kernel_is_found_out(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, file: str, right: str, wrong: str
+) -> None:
+    original = emulator._source
+    assert right in original(file)
+    monkeypatch.setattr(
+        emulator, "_source", lambda name: original(name).replace(right, wrong) if name == file else original(name)
+    )
+    monkeypatch.setattr(emulator, "_folder", lambda: str(tmp_path))
+    case = CASES["two tiles, the second of one row"]
+    case.emulate(monkeypatch)
+    with pytest.raises(AssertionError):
+        assert_as_exact_as_reference(case.draw(), "persistent")
+
+
+@pytest.mark.parametrize(
+    ("exchange", "blocks", "cell", "batch", "heads"),
+    [
+        ("PolledRing", 1, "tanh", 9, 1),
+        ("PolledRing", 2, "triple_r", 21, 1),
+        ("StagedRing2", 1, "gru", 29, 1),
+        ("StagedRing2", 2, "lstm", 37, 2),
+        ("StagedRing3", 1, "softsign", 43, 2),
+    ],
+)
+def test_dense_and_heads_err_no_more_than_the_reference(
+    monkeypatch: pytest.MonkeyPatch, exchange: str, blocks: int, cell: str, batch: int, heads: int
+) -> None:
+    chip = replace(TYPICAL_CHIPS["sm_90a"], multiprocessors=3 * heads)
+    make_plan: Callable[..., object] = functools.partial(best_plan, exchange, blocks)
+    monkeypatch.setattr(persistent, "make_plan", make_plan)
+    gpu = emulate(monkeypatch, Chip(chip.capability, chip.multiprocessors, chip.shared_bytes))
+    operator = "dense" if heads == 1 else "block_diagonal"
+    options = {"operator": operator, "heads": heads, "cell": cell, "with_bias": cell == "gru"}
+    assert_as_exact_as_reference(draw(10, batch, 40 * heads, dtype=torch.bfloat16, **options), "persistent")
+    assert gpu.kernels == ["persistent_forward", "persistent_backward"]
