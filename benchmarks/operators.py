@@ -1,8 +1,8 @@
 """How fast are the operators beside dense? Prints one table: our kernels and our loop in a CUDA graph, bf16, tanh.
 
 For the diagonal, whose steps cost what their numbers cost to move, the rate is given too: forwards a step reads pre and
-writes h (4 bytes a unit); with its backward pass it writes v as well, and then reads dh, v and h and writes dpre (14
-bytes a unit in all). A copy on an H200 runs at 4.25 TB/s. Cells in log space stand beside their linear twins.
+writes h (4 bytes a unit); backwards it reads dh, pre and h and writes dpre (12 bytes a unit in all). A copy on an H200
+runs at 4.25 TB/s. Cells in log space stand beside their linear twins.
 
 A second table is of the linear recurrence in float32, our kernel and PyTorch's operations, both in a CUDA graph: 12
 bytes a unit forwards, 32 with the backward pass. Needs a GPU: ``python -m benchmarks.operators``.
@@ -84,7 +84,7 @@ def main() -> None:
         (forward, both), loop = (times(problem, backend, args) for backend in ("persistent", "loop"))
         units = args.seq_len * batch * hidden / 1e12
         rate = (
-            f"{4 * units / forward:.2f} / {14 * units / both:.2f}" if (operator, cell) == ("diagonal", "tanh") else ""
+            f"{4 * units / forward:.2f} / {12 * units / both:.2f}" if (operator, cell) == ("diagonal", "tanh") else ""
         )
         shape = " and ".join(str(tuple(x.shape)) for x in parts(problem.weight))
         columns = [

@@ -28,7 +28,7 @@ from benchmarks.compiling import compile_ahead
 from benchmarks.designs import EXCHANGES, WIDE, low_rank_plans, plans, wide_plans
 from benchmarks.sanitize import control
 from benchmarks.sanitize.launches import Buffer, Launch, Place, save
-from elman.ops import diagonal, loop, norm, persistent, scan
+from elman.ops import diagonal, gated_softmax, loop, norm, persistent, scan
 from elman.ops.cells import CELLS, FUSED_CELLS
 from elman.ops.cuda.compiler import Binary, Module, architecture, compile_module
 from elman.ops.cuda.launch import launch as launch_on_gpu
@@ -243,6 +243,7 @@ def cases(chip: Chip) -> list[Case]:
         _banks_cases(),
         _norm_cases(),
         _scan_cases(),
+        _gated_softmax_cases(),
     ]
     return [case for turn in itertools.zip_longest(*families) for case in turn if case is not None]
 
@@ -559,6 +560,23 @@ def _scan_cases() -> list[Case]:
     return [case(*one) for one in wanted]
 
 
+def _gated_softmax_cases() -> list[Case]:
+    def case(rows: int, groups: int, size: int, dtype: torch.dtype) -> Case:
+        def run(device: str) -> None:
+            generator = torch.Generator().manual_seed(0)
+            shape = rows, groups * size
+            x, s, dy = (torch.randn(*shape, generator=generator).to(device, dtype) for _ in range(3))
+            gated_softmax._forward(x, s, groups)
+            gated_softmax._backward(dy, x, s, groups)
+
+        return Case("gated_softmax", f"{rows} × {groups} groups of {size} {str(dtype)[6:]}", run)
+
+    wanted = [(7, 5, 37, torch.bfloat16), (9, 32, 64, torch.bfloat16), (3, 1, 1184, torch.float16)]
+    # Of the last there are more tiles than warps at a time, on an H200.
+    wanted += [(3, 3, 100, torch.float32), (5, 3, 1, torch.float16), (60000, 16, 8, torch.bfloat16)]
+    return [case(*one) for one in wanted]
+
+
 @contextlib.contextmanager
 def _poisoned() -> Iterator[None]:
     """New memory is full of NaN."""
@@ -573,9 +591,8 @@ def _poisoned() -> Iterator[None]:
 def record(wanted: Iterable[Case], recorder: Recorder, device: str) -> None:
     """Runs cases; what goes wrong with one is an error only after the others."""
     errors = []
-    hooks = [
-        mock.patch.object(module, "launch", recorder) for module in (control, persistent, diagonal, banks, norm, scan)
-    ]
+    launching = (control, persistent, diagonal, banks, norm, scan, gated_softmax)
+    hooks = [mock.patch.object(module, "launch", recorder) for module in launching]
     with contextlib.ExitStack() as stack, torch.no_grad():
         for hook in (*hooks, _poisoned(), _loop_recorded(recorder)):
             stack.enter_context(hook)

@@ -27,7 +27,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from elman.mixers.base import Mixer, State
@@ -36,6 +35,7 @@ from elman.mixers.elman_recurrence import ElmanConfig
 from elman.mixers.recurrent_weight import Structure, WeightConfig
 from elman.ops import recurrence
 from elman.ops.cells import CELLS, Cell
+from elman.ops.gated_softmax import gated_softmax
 from elman.options import check_at_least
 
 _DELTA_BIAS = -2.0
@@ -162,5 +162,4 @@ class Rung(Mixer):
         h, state = recurrence(pre, self.weight_h(), state, cell=self.cell, reset=reset)
         if self.show_proj is None:
             return self.out_proj(h), state
-        shares = h.view(*h.shape[:-1], self.groups, -1).softmax(-1).view(h.shape)
-        return self.out_proj(shares * F.silu(self.show_proj(h))), state
+        return self.out_proj(gated_softmax(h, self.show_proj(h), self.groups)), state

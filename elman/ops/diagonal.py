@@ -45,6 +45,14 @@ def why_not(problem: Problem) -> str | None:
     return None
 
 
+def saves_pre(cell: Cell) -> bool:
+    """Whether backward wants pre in place of what the cell saves, which then is pre + w ⊙ h or pre.
+
+    It then takes h for the number that a memory in log space stands for, too.
+    """
+    return cell.additive
+
+
 def forward(
     pre: Tensor,
     operator: Diagonal,
@@ -55,20 +63,20 @@ def forward(
     save: bool,
 ) -> tuple[Tensor, list[Tensor], list[Tensor]]:
     """All steps; see ``fused.Walk``."""
-    pre = _strided(pre)
+    kept, pre = pre, _strided(pre)
     seq_len, batch, _, hidden = pre.shape
     h = pre.new_empty(seq_len, batch, hidden)
-    saved = pre.new_empty(seq_len, batch, cell.saved, hidden) if save else None
+    saved = pre.new_empty(seq_len, batch, cell.saved, hidden) if save and not saves_pre(cell) else None
     dtypes = cell.dtypes(h.dtype)[1:]
-    others = [torch.empty_like(h, dtype=dtype) for dtype in dtypes] if save else []
+    others = [torch.empty_like(h, dtype=dtype) for dtype in dtypes] if save and not cell.logarithmic else []
     last = [torch.empty_like(h[0], dtype=dtype) for dtype in dtypes]
     arguments = (
         *(pre, pre.stride(0), pre.stride(1), pre.stride(2)),
         *(operator.weight, bias, *_pair(states), reset),
         *(h, saved, _only(others), _only(last)),
     )
-    _launch("forward", cell, h, arguments)
-    return h, last, [] if saved is None else [saved, *others]
+    _launch("forward", cell, h, [pre], arguments)
+    return h, last, [kept if saved is None else saved, *others] if save else []
 
 
 def backward(
@@ -83,7 +91,7 @@ def backward(
     need_states: bool,
 ) -> tuple[Tensor, Tensor, list[Tensor], list[Tensor]]:
     """All steps, the last one first; see ``fused.Walk``."""
-    dh = torch.zeros_like(h) if dh is None else _strided(dh)
+    dh, kept = torch.zeros_like(h) if dh is None else _strided(dh), _strided(saved[0])
     seq_len, batch, hidden = h.shape
     dpre = h.new_empty(seq_len, batch, cell.gates, hidden)
     drec = dpre[:, :, : cell.products] if cell.additive else h.new_empty(seq_len, batch, cell.products, hidden)
@@ -91,11 +99,12 @@ def backward(
     sums = h.new_empty(batch, cell.products, hidden, dtype=real_of(h.dtype))
     arguments = (
         *(dh, dh.stride(0), dh.stride(1)),
+        *(kept, kept.stride(0), kept.stride(1), kept.stride(2)),
         *(operator.weight, *_pair(states), *_pair(dlast), reset),
-        *(h, saved[0], _only(saved[1:])),
+        *(h, _only(saved[1:])),
         *(dpre, None if cell.additive else drec, *_pair(dstates), sums),
     )
-    _launch("backward", cell, h, arguments)
+    _launch("backward", cell, h, [dh, kept], arguments)
     return dpre, drec, [sums.sum(0).to(h.dtype).view(operator.weight.shape)], dstates
 
 
@@ -113,23 +122,22 @@ def _strided(x: Tensor) -> Tensor:
     return x if x.stride(-1) == 1 and x.stride(0) * x.itemsize < _STEP_BYTES else x.contiguous()
 
 
-def _launch(direction: str, cell: Cell, h: Tensor, arguments: Sequence[Tensor | int | None]) -> None:
-    """The first argument, a tensor, may have rows that lie apart; the other tensors are made contiguous."""
-    first, *others = arguments
-    given = [first, *(x.contiguous() if isinstance(x, Tensor) else x for x in others)]
-    width = _width(h, given)
+def _launch(
+    direction: str, cell: Cell, h: Tensor, strided: Sequence[Tensor], arguments: Sequence[Tensor | int | None]
+) -> None:
+    """Of the arguments, ``strided`` tensors may have rows that lie apart; the others are made contiguous."""
+    given = [x.contiguous() if isinstance(x, Tensor) and not any(x is y for y in strided) else x for x in arguments]
+    width = _width(h, strided, given)
     threads = h[0].numel() // width
     name = _name(direction, cell.name, h.dtype, width)
     arguments = (*given, *h.shape)
     launch(module(cell.name, h.dtype), name, -(-threads // _THREADS), _THREADS, arguments, h.device)
 
 
-def _width(h: Tensor, given: Sequence[Tensor | int | None]) -> int:
+def _width(h: Tensor, strided: Sequence[Tensor], given: Sequence[Tensor | int | None]) -> int:
     """Neighbouring units a thread: as many as fill a pack, where every row begins at one."""
     width = max(1, _PACK_BYTES // h.itemsize)
-    first = given[0]
-    assert isinstance(first, Tensor)
-    strides = [h.shape[-1], *first.stride()[:-1]]
+    strides = [h.shape[-1], *(stride for x in strided for stride in x.stride()[:-1])]
     tensors = [x for x in given if isinstance(x, Tensor) and x.is_floating_point()]
     whole = all(n % width == 0 for n in strides) and all(x.data_ptr() % (width * x.itemsize) == 0 for x in tensors)
     return width if whole else 1

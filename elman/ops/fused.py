@@ -24,6 +24,10 @@ class Walk(Protocol):
     States are of ``Cell.dtypes``, and the gradients of a memory in log space those of the number it stands for.
     """
 
+    def saves_pre(self, operator: str, cell: Cell) -> bool:
+        """Whether pre itself stands for what the cell saves, and h for a memory in log space."""
+        ...
+
     def forward(
         self,
         pre: Tensor,
@@ -37,8 +41,8 @@ class Walk(Protocol):
         """All steps, from ``states``, or from zeros if it is empty; ``bias`` (P, H) if the cell is not additive.
 
         Returns:
-            h (T, B, H); the last states but h; and, where they are to be saved, what the cell saves (T, B, saved, H)
-            and then the states but h of every step (T, B, H).
+            h (T, B, H); the last states but h; and, where they are to be saved, what the cell saves (T, B, saved, H),
+            or ``pre``, and then the states but h of every step (T, B, H), unless ``saves_pre`` does without.
         """
         ...
 
@@ -96,12 +100,12 @@ def _forward(
     backend: str,
     save: bool,
 ) -> tuple[Tensor, list[Tensor], list[Tensor]]:
-    """H of every step, the last states, and what backward needs beside h (nothing unless ``save``)."""
+    """H of every step, the last states, and what backward needs beside h, but for pre (nothing unless ``save``)."""
     with _on_device_of(pre), torch.autocast(pre.device.type, enabled=False):
         h, others, saved = _WALKS[backend].forward(
             pre, OPERATORS[operator](*weights), bias, states, reset, CELLS[cell], save
         )
-        return h, [h[-1].clone(), *others], saved
+        return h, [h[-1].clone(), *others], [x for x in saved if x is not pre]
 
 
 def _fake_forward(
@@ -111,17 +115,19 @@ def _fake_forward(
     states: list[Tensor],
     reset: Tensor | None,
     cell: str,
-    *choices: str | bool,
+    operator: str,
+    backend: str,
+    save: bool,
 ) -> tuple[Tensor, list[Tensor], list[Tensor]]:
     seq_len, batch, _, hidden = pre.shape
     rule = CELLS[cell]
     dtypes = rule.dtypes(pre.dtype)
     last = [pre.new_empty(batch, hidden, dtype=dtype) for dtype in dtypes]
-    saved = [
-        pre.new_empty(seq_len, batch, rule.saved, hidden),
-        *(pre.new_empty(seq_len, batch, hidden, dtype=dtype) for dtype in dtypes[1:]),
-    ]
-    *_, save = choices
+    saved = [pre.new_empty(seq_len, batch, hidden, dtype=dtype) for dtype in dtypes[1:]]
+    if not _WALKS[backend].saves_pre(operator, rule):
+        saved = [pre.new_empty(seq_len, batch, rule.saved, hidden), *saved]
+    elif rule.logarithmic:
+        saved = []
     return pre.new_empty(seq_len, batch, hidden), last, saved if save else []
 
 
@@ -175,10 +181,12 @@ def _fake_backward(
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, list[Tensor], list[Tensor]]) -> None:
-    _, weights, _, states, reset, ctx.cell, ctx.operator, ctx.backend, _ = inputs
+    pre, weights, _, states, reset, ctx.cell, ctx.operator, ctx.backend, save = inputs
     h, _, saved = output
     ctx.mark_non_differentiable(*saved)
     ctx.set_materialize_grads(False)
+    if save and _WALKS[ctx.backend].saves_pre(ctx.operator, CELLS[ctx.cell]):
+        saved = [pre, *saved]
     ctx.counts = len(saved), len(weights), len(states)
     ctx.save_for_backward(h, reset, *saved, *weights, *states)
 

@@ -185,6 +185,11 @@ def _plans(chip: Chip, batch: int, hidden: int, task: Task, heads: int, rank: in
     yield from narrow.plans(chip, batch, hidden, task, heads)
 
 
+def saves_pre(operator: str, cell: Cell) -> bool:
+    """See ``fused.Walk``."""
+    return operator == Diagonal.name and diagonal.saves_pre(cell)
+
+
 def forward(
     pre: Tensor,
     operator: Operator,
@@ -313,8 +318,8 @@ def _launch(task: Task, operator: Operator, tensors: tuple[Tensor | None, ...], 
         (tensors[0], *weights, *tensors[1:], ring, *sizes),
         like.device,
         shared_bytes=plan.shared_bytes,
-        cluster=plan.columns if plan.clustered else None,
-        cooperative=not plan.clustered,
+        cluster=plan.cluster if plan.cluster > 1 else None,
+        cooperative=plan.cooperative,
     )
 
 

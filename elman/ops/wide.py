@@ -18,6 +18,7 @@ _GROUPS = 2
 _GROUP_THREADS = 128
 _RING_STEPS = 8
 _FLAG_BYTES = 128
+_PUBLISHERS = 2  # CTAs that publish a chunk, and what the CTAs of a group are a multiple of
 _MAX_CHUNKS = 31
 
 #: Blocks of eight batch rows a tile: below two mma.sync does as well, above eight no tile is left to work on meanwhile.
@@ -55,7 +56,8 @@ class WidePlan:
 
     source = "wide.cuh"
     threads = (_GROUPS + 1) * _GROUP_THREADS
-    clustered = False
+    cluster = 1
+    cooperative = True
 
     def kernel(self, task: Task, number: str) -> str:
         """Its C++ name, for the number type of this name."""
@@ -91,12 +93,11 @@ def _chunk_bytes(blocks: int) -> int:
 
 def plans(chip: Chip, batch: int, hidden: int, task: Task, heads: int) -> Iterator[WidePlan]:
     """Every plan that fits."""
-    cell, columns = task.cell, math.ceil(hidden / _ROWS)
+    cell, columns = task.cell, _PUBLISHERS * math.ceil(hidden / (_PUBLISHERS * _ROWS))
     if chip.capability != (9, 0) or cell.gates != 1 or cell.products != 1 or cell.reads_memory or not cell.additive:
         return
     room = chip.multiprocessors // (columns * heads)
-    # A chunk is published by two CTAs.
-    if room == 0 or columns % 2 or columns // 2 > _MAX_CHUNKS:
+    if room == 0 or columns // _PUBLISHERS > _MAX_CHUNKS:
         return
     for blocks in _BLOCKS:
         batch_tiles = math.ceil(batch / (_BLOCK_ROWS * blocks))
@@ -109,9 +110,9 @@ def plans(chip: Chip, batch: int, hidden: int, task: Task, heads: int) -> Iterat
 
 def _fit(chip: Chip, task: Task, columns: int, blocks: int, split: int, groups: int, tiles: int) -> WidePlan | None:
     """Slots of the ring as many as find room; None where they are too few."""
-    if blocks % split or columns < 2 * split:
+    if blocks % split or columns < _PUBLISHERS * split:
         return None
-    chunks, cell_blocks = math.ceil(columns / 2 / split), blocks // split
+    chunks, cell_blocks = math.ceil(columns / _PUBLISHERS / split), blocks // split
     in_registers = min(chunks, _MAX_REGISTER_CHUNKS, (_REGISTERS - 4 * blocks - 8 * cell_blocks) // 32)
     in_shared = chunks - in_registers
     shared = split * in_shared * _CHUNK_STEPS * _STEP_BYTES

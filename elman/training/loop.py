@@ -180,8 +180,10 @@ class Trainer:
         return state
 
     def _compile(self) -> None:
-        # Kernels chosen by timing would sum in another order in another process, and resuming would not be exact.
-        options = {"deterministic": True} if "deterministic" in torch._inductor.list_options() else {}
+        # Kernels chosen by timing would sum in another order in another process, and resuming would not be exact. Rows
+        # of products padded to 128 bytes would be copied before each op of ours, and the bias not be fused.
+        wanted = {"deterministic": True, "comprehensive_padding": False}
+        options = {name: value for name, value in wanted.items() if name in torch._inductor.list_options()}
         # Each kind of layer is a compilation of the same function: none of a long pattern's may be refused.
         torch._dynamo.config.recompile_limit = 64
         wrap = functools.partial(torch.compile, fullgraph=True, options=options)

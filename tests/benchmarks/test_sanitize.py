@@ -17,7 +17,7 @@ from benchmarks.sanitize import __main__ as driver_mode
 from benchmarks.sanitize import control, record, replay
 from benchmarks.sanitize import launches as files
 from benchmarks.sanitize.launches import Buffer, Launch, Place
-from elman.ops import loop, norm, persistent, scan
+from elman.ops import gated_softmax, loop, norm, persistent, scan
 from elman.ops.cells import FUSED_CELLS
 from elman.ops.cuda.compiler import Binary, CompilerUnavailableError, compile_module, compiler_version
 from tests.ops.test_persistent import H200
@@ -41,6 +41,7 @@ def recorded() -> record.Recorder:
         patch.setattr(record.banks, "_has_kernel", lambda h, decay: True)
         patch.setattr(scan, "_has_kernel", lambda h: True)
         patch.setattr(norm, "_blocks", lambda direction, x: 2)
+        patch.setattr(gated_softmax, "_turns", lambda tiles, device: 2)
         patch.setattr(loop, "kernels", lambda module, capability: kernels)
         patch.setattr(loop, "_steps", loop._KernelSteps)
         patch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
@@ -53,7 +54,7 @@ def recorded() -> record.Recorder:
 
 def test_every_family_is_recorded_and_comes_early(recorded: record.Recorder) -> None:
     families = [launch.family for launch in recorded.launches]
-    assert set(families[:26]) == set(families) == set(driver_mode._FAMILIES.values())
+    assert set(families[:28]) == set(families) == set(driver_mode._FAMILIES.values())
     assert tuple(families[:2]) == driver_mode.CONTROLS
     assert min(number for family, number in Counter(families).items() if family not in driver_mode.CONTROLS) >= 10
     for launch in recorded.launches:

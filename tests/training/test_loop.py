@@ -159,6 +159,25 @@ def test_compiled_training_on_a_cpu(config: TrainConfig, tmp_path: Path) -> None
     assert list(compiled.values()) == pytest.approx(list(plain.values()), rel=1e-4)
 
 
+@pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs g++ on a CPU")
+def test_rows_of_compiled_products_are_not_filled_up(config: TrainConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As they would be for a GPU, had the compiler been left to it."""
+    import torch._inductor.ir
+
+    torch._dynamo.reset()  # or it may have compiled this before
+    monkeypatch.setattr(torch._inductor.config, "disable_padding_cpu", False)
+    monkeypatch.setattr(torch._inductor.config, "force_disable_caches", True)
+    asked, should_pad = [], torch._inductor.ir.Layout.should_pad_strides
+    monkeypatch.setattr(
+        torch._inductor.ir.Layout,
+        "should_pad_strides",
+        lambda layout: asked.append(should_pad(layout)) or asked[-1],  # type: ignore[func-returns-value]
+    )
+    start(replace(config, steps=1, compile="on"))
+    assert asked
+    assert not any(asked)
+
+
 def test_precision_is_the_one_asked_for(config: TrainConfig, tmp_path: Path) -> None:
     found: dict[Any, dict[int, float]] = {}
     for precision in ("fp32", "bf16", "fp16"):

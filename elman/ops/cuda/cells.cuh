@@ -16,38 +16,67 @@
 // kProducts of dpre.
 //
 // `Math` is the arithmetic: Precise<float> and Precise<double>, or in float32 what is exact enough for a result that is
-// rounded to 11 bits (Fast) or to 8 (Coarse).
+// rounded to 11 bits (Fast) or to 8 (Coarse). It takes logarithms to the base that it finds cheapest, e or 2: in_base
+// and in_nats turn those to the base e into them and back, and log1p is to that base too. Of a Fast one the absolute error
+// is 3e-7, which is the relative one of the number it stands for; so is that of a sum or difference of two such numbers,
+// over the larger.
 #pragma once
 
 template <class Number>
 struct Precise {
   using Real = Number;
   static __device__ __forceinline__ Real exp(Real x) { return ::exp(x); }
+  static __device__ __forceinline__ Real in_base(Real nats) { return nats; }
+  static __device__ __forceinline__ Real in_nats(Real log) { return log; }
+  static __device__ __forceinline__ Real power(Real log) { return ::exp(log); }
   static __device__ __forceinline__ Real log(Real x) { return ::log(x); }
   static __device__ __forceinline__ Real log1p(Real x) { return ::log1p(x); }
-  static __device__ __forceinline__ Real expm1(Real x) { return ::expm1(x); }
+  // log (1 + z) and, where the signs of a and b differ, log (1 - z), z being power(gap) and gap at most 0.
+  static __device__ __forceinline__ Real log_sum(Real gap, Real a, Real b) {
+    return (a < Real(0)) == (b < Real(0)) ? ::log1p(::exp(gap)) : ::log(-::expm1(gap));
+  }
   static __device__ __forceinline__ Real divide(Real x, Real y) { return x / y; }
   static __device__ __forceinline__ Real tanh(Real x) { return ::tanh(x); }
 };
 
+// Single instructions, to 2^-22 of their result or, log2 near 1, of 1; what is subnormal counts as 0.
+namespace hardware {
+#ifdef __CUDA_ARCH__
+#define ELMAN_INSTRUCTION(name, instruction, host)                    \
+  __device__ __forceinline__ float name(float x) {                    \
+    float y;                                                          \
+    asm(instruction ".approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));    \
+    return y;                                                         \
+  }
+#else
+#define ELMAN_INSTRUCTION(name, instruction, host) \
+  inline float name(float x) { return host; }
+#endif
+ELMAN_INSTRUCTION(exp2, "ex2", ::exp2f(x))
+ELMAN_INSTRUCTION(log2, "lg2", ::log2f(x))
+ELMAN_INSTRUCTION(reciprocal, "rcp", 1.0f / x)
+#undef ELMAN_INSTRUCTION
+}  // namespace hardware
+
 struct Fast {
   using Real = float;
-  static __device__ __forceinline__ float exp(float x) { return __expf(x); }
-  static __device__ __forceinline__ float log(float x) { return __logf(x); }
-  // A small x is lost beside 1: there, series.
-  static __device__ __forceinline__ float log1p(float x) {
-    return fabsf(x) < 1e-3f ? x - x * x * 0.5f : __logf(1.0f + x);
+  static constexpr float kLog2E = 1.44269504f, kLn2 = 0.693147181f;
+  static __device__ __forceinline__ float exp(float x) { return hardware::exp2(x * kLog2E); }
+  static __device__ __forceinline__ float in_base(float nats) { return nats * kLog2E; }
+  static __device__ __forceinline__ float in_nats(float log) { return log * kLn2; }
+  static __device__ __forceinline__ float power(float log) { return hardware::exp2(log); }
+  static __device__ __forceinline__ float log(float x) { return hardware::log2(x); }
+  static __device__ __forceinline__ float log1p(float x) { return hardware::log2(1.0f + x); }
+  static __device__ __forceinline__ float log_sum(float gap, float a, float b) {
+    return log1p(copysignf(power(gap), a * b));  // the product has a sign even where it is 0
   }
-  static __device__ __forceinline__ float expm1(float x) {
-    return fabsf(x) < 0.05f ? x * (1.0f + x * (0.5f + x * (1.0f / 6))) : __expf(x) - 1.0f;
-  }
-  static __device__ __forceinline__ float divide(float x, float y) { return __fdividef(x, y); }
+  static __device__ __forceinline__ float divide(float x, float y) { return x * hardware::reciprocal(y); }
   // (1 − e) / (1 + e) loses its relative precision where e is near 1: there, a series.
   static __device__ __forceinline__ float tanh(float x) {
     const float square = x * x;
     const float series = x * (1.0f + square * (-1.0f / 3 + square * (2.0f / 15 + square * (-17.0f / 315))));
-    const float e = __expf(-2.0f * fabsf(x));
-    const float quotient = copysignf(__fdividef(1.0f - e, 1.0f + e), x);
+    const float e = exp(-2.0f * fabsf(x));
+    const float quotient = copysignf(divide(1.0f - e, 1.0f + e), x);
     return fabsf(x) < 0.25f ? series : quotient;
   }
 };
@@ -72,10 +101,12 @@ __device__ __forceinline__ Real sigmoid(Real v) {
 // A sigmoid at v with what its derivative needs: e = exp(-|v|) never overflows, and nothing is taken from 1.
 template <class Math, class Real = typename Math::Real>
 struct Gate {
-  Real open, shut, slope;  // σ(v), σ(-v), σ'(v)
+  Real open, shut, slope, e;  // σ(v), σ(-v), σ'(v), exp(-|v|)
 
-  __device__ __forceinline__ explicit Gate(Real v) {
-    const Real e = Math::exp(-fabs(v)), high = Math::divide(Real(1), Real(1) + e), low = e * high;
+  __device__ __forceinline__ explicit Gate(Real v) : Gate(v, Math::exp(-fabs(v))) {}
+
+  __device__ __forceinline__ Gate(Real v, Real e) : e(e) {
+    const Real high = Math::divide(Real(1), Real(1) + e), low = e * high;
     open = v < Real(0) ? low : high, shut = v < Real(0) ? high : low, slope = high * low;
   }
 };
@@ -137,13 +168,30 @@ struct Softsign : Additive<Softsign> {
   }
 };
 
-// softplus(e), without the loss of a small exp(-|e|) beside 1.
+// The logarithm of 1 + power(x), 0 < power(-|x|) < 1 being given where it is known.
 template <class Math, class Real = typename Math::Real>
-__device__ __forceinline__ Real softplus(Real e) {
-  return (e < Real(0) ? Real(0) : e) + Math::log1p(Math::exp(-fabs(e)));
+__device__ __forceinline__ Real softplus(Real x, Real e) {
+  return fmax(x, Real(0)) + Math::log1p(e);
 }
 
-// A number by its logarithm: the sign is that of `sign`, and log is -infinity for a zero.
+template <class Math, class Real = typename Math::Real>
+__device__ __forceinline__ Real softplus(Real x) {
+  return softplus<Math>(x, Math::power(-fabs(x)));
+}
+
+// x, or 1 if that is less; NaN stays NaN.
+__device__ __forceinline__ double at_most_one(double x) { return x > 1 ? 1 : x; }
+__device__ __forceinline__ float at_most_one(float x) {
+#if __CUDA_ARCH__ >= 800
+  float y;
+  asm("min.NaN.f32 %0, %1, 0f3f800000;" : "=f"(y) : "f"(x));
+  return y;
+#else
+  return x > 1 ? 1 : x;
+#endif
+}
+
+// A number by its logarithm, to the base of Math: the sign is that of `sign`, and log is -infinity for a zero.
 template <class Real>
 struct Signed {
   Real log, sign;
@@ -281,23 +329,29 @@ struct Polynomial {
   static __device__ __forceinline__ Real forward(const Real (&pre)[3], const Real (&rec)[1], Real& memory,
                                                  Real (&saved)[3]) {
     saved[0] = pre[0] + rec[0], saved[1] = pre[1], saved[2] = pre[2];
-    const Real size = fabs(saved[0]), alpha = Real(1) + softplus<Math>(saved[2]);
-    const Real power = size == Real(0) ? Real(0) : size > Real(1) ? Real(1) : Math::exp(alpha * Math::log(size));
-    memory += sigmoid<Math>(saved[1]) * (copysign(power, saved[0]) - memory);
+    const Real alpha = exponent<Math>(saved[2]);
+    const Real size = Math::power(alpha * Math::log(at_most_one(fabs(saved[0]))));  // of 0 it is power(-infinity)
+    memory += sigmoid<Math>(saved[1]) * (copysign(size, saved[0]) - memory);
     return memory;
+  }
+
+  // 1 + softplus(e), in nats.
+  template <class Math, class Real = typename Math::Real>
+  static __device__ __forceinline__ Real exponent(Real e) {
+    return Real(1) + Math::in_nats(softplus<Math>(Math::in_base(e)));
   }
 
   template <class Math, class Real = typename Math::Real>
   static __device__ __forceinline__ void slopes(const Real (&saved)[3], Real memory, Real (&slope)[4]) {
     const Gate<Math> rate(saved[1]), bent(saved[2]);
-    const Real size = fabs(saved[0]), more = softplus<Math>(saved[2]);
+    const Real size = fabs(saved[0]), more = Math::in_nats(softplus<Math>(Math::in_base(saved[2]), bent.e));
     // At 0 the power and its slopes are 0, where the formulas' are 0 times infinity.
     const bool inside = !(size == Real(0) || size > Real(1));
-    const Real log = inside ? Math::log(size) : Real(0), root = Math::exp(more * log);
-    const Real power = size == Real(0) ? Real(0) : copysign(inside ? size * root : Real(1), saved[0]);
-    slope[0] = inside ? rate.open * (Real(1) + more) * root : Real(0);
+    const Real log = inside ? Math::log(size) : Real(0), root = Math::power(more * log);
+    const Real power = copysign(at_most_one(size) * root, saved[0]), steep = rate.open * root;
+    slope[0] = inside ? steep + more * steep : Real(0);
     slope[1] = rate.slope * (power - memory);
-    slope[2] = rate.open * power * log * bent.open;
+    slope[2] = rate.open * power * Math::in_nats(log) * bent.open;
     slope[3] = rate.shut;
   }
 
@@ -325,24 +379,24 @@ struct BoundedPower {
 
   template <class Math, class Real = typename Math::Real>
   static __device__ __forceinline__ Signed<Real> candidate(const Real (&saved)[3]) {
-    const Real alpha = Real(1) + softplus<Math>(saved[2]);
-    return {-softplus<Math>(-alpha * Math::log(fabs(saved[0]))), saved[0]};
+    const Real power = Polynomial::exponent<Math>(saved[2]) * Math::log(fabs(saved[0]));
+    return {-softplus<Math>(-power), saved[0]};
   }
 
   template <class Math, class Real = typename Math::Real>
   static __device__ __forceinline__ void slopes(const Real (&saved)[3], Real memory, Real (&slope)[4]) {
     const Gate<Math> rate(saved[1]), bent(saved[2]);
-    const Real size = fabs(saved[0]), alpha = Real(1) + softplus<Math>(saved[2]);
-    // At 0 all slopes are 0, where the formulas' are 0 times infinity.
-    const Real log = size == Real(0) ? Real(0) : Math::log(size), power = alpha * log;
-    const Gate<Math> height(power);
+    const Real alpha = Real(1) + Math::in_nats(softplus<Math>(Math::in_base(saved[2]), bent.e));
+    // At 0 all slopes are 0, where the formulas' are 0 times infinity: there, a logarithm whose power is 0.
+    const bool zero = saved[0] == Real(0);
+    const Real log = zero ? Real(-1e4) : Math::log(fabs(saved[0])), power = alpha * log;
+    const Gate<Math> height(power, Math::power(-fabs(power)));
     // σ'(power) over |v|, of which neither factor may overflow.
     const Real high = power < Real(0) ? height.shut : height.open;
-    const Real steep = high * high * Math::exp(-fabs(power) - log);
-    const Real candidate = copysign(height.open, saved[0]);
-    slope[0] = size == Real(0) ? Real(0) : rate.open * alpha * steep;
-    slope[1] = rate.slope * ((size == Real(0) ? Real(0) : candidate) - memory);
-    slope[2] = rate.open * copysign(height.slope, saved[0]) * log * bent.open;
+    const Real steep = high * high * Math::power(-fabs(power) - log);
+    slope[0] = zero ? Real(0) : rate.open * alpha * steep;
+    slope[1] = rate.slope * (copysign(height.open, saved[0]) - memory);
+    slope[2] = rate.open * copysign(height.slope, saved[0]) * Math::in_nats(log) * bent.open;
     slope[3] = rate.shut;
   }
 
@@ -357,6 +411,7 @@ struct BoundedPower {
 // or, by rounding, more. It is mixed as logarithms; the number is the same, and so is its derivative, that of `Leaky`.
 template <class Leaky>
 struct Logarithmic : Leaky {
+  using Linear = Leaky;
   static constexpr int kGates = Leaky::kGates, kProducts = Leaky::kProducts, kStates = 2, kSaved = Leaky::kSaved;
   static constexpr bool kLogarithmic = true;
 
@@ -370,16 +425,15 @@ struct Logarithmic : Leaky {
                                                  Real (&saved)[kSaved]) {
     Leaky::sum(pre, rec, saved);
     const Signed<Real> given = Leaky::template candidate<Math>(saved);
-    const Real nothing = -1e30f, rate = saved[1], both = Math::log1p(Math::exp(-fabs(rate)));
-    // log (1 - δ) |h| and log δ |c|: for no h as good as -infinity, and other than that when subtracted from itself.
-    const Real kept = memory == Real(0) ? nothing : (rate < Real(0) ? Real(0) : -rate) - both - fabs(memory);
-    const Real taken = (rate < Real(0) ? rate : Real(0)) - both + given.log;
-    // The larger of the two, and the other over it: written so that a NaN in either comes out.
-    const bool second = taken > kept;
-    const Real large = second ? taken : kept, gap = (second ? kept : taken) - large;
-    const bool agree = (memory < Real(0)) == (given.sign < Real(0));
-    const Real log = large + (agree ? Math::log1p(Math::exp(gap)) : Math::log(-Math::expm1(gap)));
-    const Real sign = second ? given.sign : memory;
+    const Real rate = Math::in_base(saved[1]), both = Math::log1p(Math::power(-fabs(rate)));
+    // log (1 - δ) |h| and log δ |c|, but for -both: for no h as good as -infinity, and other than that when subtracted
+    // from itself.
+    const Real nothing = -1e30f, size_before = Math::in_base(fabs(memory));
+    const Real kept = memory == Real(0) ? nothing : -fmax(rate, Real(0)) - size_before;
+    const Real taken = given.log - fmax(-rate, Real(0));
+    // The larger of the two, and the other over it: a NaN of either comes out of the gap.
+    const Real log = Math::in_nats(fmax(kept, taken) - both + Math::log_sum(-fabs(kept - taken), memory, given.sign));
+    const Real sign = taken > kept ? given.sign : memory;
     const Real smallest = sizeof(Real) == 8 ? 2.2250738585072014e-308 : 1.17549435e-38f;
     const Real size = -log <= smallest ? smallest : -log;
     memory = log < Real(0.1) * nothing ? Real(0) : copysign(size, sign);

@@ -7,7 +7,7 @@
 // scoreboards only, and would otherwise wait for the youngest load of all when it needs the oldest.
 //
 // Tensors are (T, B, n, H) where a unit has n values, states (B, H), weight and bias (kProducts, H), and dweight (B,
-// kProducts, H): a row's sum over time. Only `pre` and `dh` may have steps, rows and gates that lie apart. A pointer
+// kProducts, H): a row's sum over time. Only `pre`, `kept` and `dh` may have steps, rows and gates that lie apart. A pointer
 // that is not needed is null. With kWidth > 1, hidden and those strides are its multiples, and all pointers are aligned
 // to packs. A step of any tensor has less than 4 GB. Every argument has 8 bytes.
 #pragma once
@@ -19,6 +19,15 @@ namespace diagonal {
 
 constexpr int kThreads = 64;  // few, so that a small problem still reaches every multiprocessor
 constexpr int kBlocks = 4;    // of them fit a multiprocessor: 255 registers a thread
+
+// Of cells that compute much a step and move much: more warps hide each other's latencies, and their windows need not be
+// as long. 168 registers a thread, and a third of them for what is on its way.
+template <class Cell, class T>
+constexpr bool kHeavy = Cell::kGates > 1 && sizeof(T) == 2;
+template <class Cell, class T>
+constexpr int kBlocksOf = kHeavy<Cell, T> ? 6 : kBlocks;
+template <class Cell, class T>
+constexpr int kWindowWords = kHeavy<Cell, T> ? 36 : 56;
 
 // A pack as one word, which is what moves: as numbers, each 16 bits of it would take a register.
 template <int kBytes>
@@ -80,12 +89,12 @@ __device__ __forceinline__ void read(const T* base, long long index, RealOf<T> (
   unpack<T, kWidth>(base != nullptr ? fetch<kWidth>(base + index) : Word<T, kWidth>(0), values);
 }
 
-// Some steps of what a thread reads: kInputs packs and a reset each. Two windows fill half the registers, and
-// the code of a walk, which is written out in full, fits the instruction cache.
-template <class T, int kWidth, int kInputs>
+// Some steps of what a thread reads: kInputs packs and a reset each, kMostWords words in all. Two windows fill half the
+// registers, and the code of a walk, which is written out in full, fits the instruction cache.
+template <class T, int kWidth, int kInputs, int kMostWords = 56>
 struct Window {
   static constexpr int kWords = kInputs * ((kWidth * sizeof(T) + 3) / 4) + 1;
-  static constexpr int kDepth = 56 / kWords > 24 ? 24 : 56 / kWords;
+  static constexpr int kDepth = kMostWords / kWords > 24 ? 24 : kMostWords / kWords;
   Word<T, kWidth> words[kDepth][kInputs];
   bool reset[kDepth];
 };
@@ -159,10 +168,10 @@ __device__ __forceinline__ void walk(u32 steps, const bool* reset, const Place& 
 
 }  // namespace diagonal
 
-// `h` takes the state h of every step, `saved` what the cell saves, `memories` the other state if there is one, and
-// `last_memory` its last.
+// `h` takes the state h of every step, `saved` what the cell saves if it is not additive, `memories` the other state if
+// there is one and it is not logarithmic, and `last_memory` its last.
 template <class Cell, class T, int kWidth, class Memory = MemoryOf<Cell, T>>
-__global__ void __launch_bounds__(diagonal::kThreads, diagonal::kBlocks)
+__global__ void __launch_bounds__(diagonal::kThreads, diagonal::kBlocksOf<Cell, T>)
     diagonal_forward(const T* __restrict__ pre, long long pre_step, long long pre_row, long long pre_gate,
                      const T* __restrict__ weight, const T* __restrict__ bias, const T* __restrict__ h0,
                      const Memory* __restrict__ memory0, const bool* __restrict__ reset, T* __restrict__ h,
@@ -172,7 +181,7 @@ __global__ void __launch_bounds__(diagonal::kThreads, diagonal::kBlocks)
   using Word = diagonal::Word<T, kWidth>;
   constexpr int kGates = Cell::kGates, kProducts = Cell::kProducts, kSaved = Cell::kSaved;
   constexpr bool kTwoStates = Cell::kStates == 2;
-  using Window = diagonal::Window<T, kWidth, kGates>;
+  using Window = diagonal::Window<T, kWidth, kGates, diagonal::kWindowWords<Cell, T>>;
   const diagonal::Place place(kWidth, batch, hidden);
   if (!place.inside) return;
   const auto pres = place.steps(pre, pre_step, pre_row);
@@ -216,40 +225,44 @@ __global__ void __launch_bounds__(diagonal::kThreads, diagonal::kBlocks)
     const auto memory_word = diagonal::pack<Memory>(memory);
     diagonal::unpack<T, kWidth>(h_word, state), diagonal::unpack<Memory, kWidth>(memory_word, memory);
     diagonal::write<kWidth>(hs[t], h_word);
-    if (saved != nullptr) {
+    if (!Cell::kAdditive && saved != nullptr) {
 #pragma unroll
       for (int value = 0; value < kSaved; ++value)
         diagonal::write<kWidth>(saves[t] + value * hidden, diagonal::pack<T>(kept[value]));
     }
-    if (kTwoStates && memories != nullptr) diagonal::write<kWidth>(others[t], memory_word);
+    if (kTwoStates && !Cell::kLogarithmic && memories != nullptr) diagonal::write<kWidth>(others[t], memory_word);
   };
   diagonal::walk<Window, false>(steps, reset, place, fill, step);
   if (kTwoStates) diagonal::write<kWidth>(last_memory + place.at(), diagonal::pack<Memory>(memory));
 }
 
-// `drec` is written only where it is no part of `dpre`.
+// `kept` is pre where the cell is additive, for it saves pre + w ⊙ h, whose terms are there, and writing the sum would cost
+// more than adding again; else it is what the cell saved. A logarithmic memory stands for h but for its rounding, so h takes
+// its place, except before the first step. `drec` is written only where it is no part of `dpre`.
 template <class Cell, class T, int kWidth, class Memory = MemoryOf<Cell, T>>
-__global__ void __launch_bounds__(diagonal::kThreads, diagonal::kBlocks)
-    diagonal_backward(const T* __restrict__ dh, long long dh_step, long long dh_row, const T* __restrict__ weight,
+__global__ void __launch_bounds__(diagonal::kThreads, diagonal::kBlocksOf<Cell, T>)
+    diagonal_backward(const T* __restrict__ dh, long long dh_step, long long dh_row, const T* __restrict__ kept,
+                      long long kept_step, long long kept_row, long long kept_value, const T* __restrict__ weight,
                       const T* __restrict__ h0, const Memory* __restrict__ memory0, const T* __restrict__ dh_last,
                       const Memory* __restrict__ dmemory_last, const bool* __restrict__ reset,
-                      const T* __restrict__ h, const T* __restrict__ saved, const Memory* __restrict__ memories,
+                      const T* __restrict__ h, const Memory* __restrict__ memories,
                       T* __restrict__ dpre, T* __restrict__ drec, T* __restrict__ dh0, Memory* __restrict__ dmemory0,
                       RealOf<T>* __restrict__ dweight, long long steps, long long batch, long long hidden) {
   using Real = RealOf<T>;
   using Word = diagonal::Word<T, kWidth>;
   using MemoryWord = diagonal::Word<Memory, kWidth>;
   constexpr int kGates = Cell::kGates, kProducts = Cell::kProducts, kSaved = Cell::kSaved, kSlopes = Cell::kSlopes;
-  constexpr bool kTwoStates = Cell::kStates == 2, kOther = kTwoStates && Cell::kReadsMemory;
-  // What a step reads, in this order: dh, h of the step before, what the cell saved, the memory of the step before, which
-  // may be as wide as two of the others.
+  constexpr bool kTwoStates = Cell::kStates == 2, kOther = kTwoStates && !Cell::kLogarithmic;
+  // What a step reads, in this order: dh, h of the step before, `kept`, the memory of the step before, which may be as
+  // wide as two of the others.
   constexpr int kFirstSaved = 2, kMemory = kFirstSaved + kSaved, kMemoryWords = sizeof(Memory) / sizeof(T);
   constexpr int kInputs = kMemory + (kOther ? kMemoryWords : 0);
-  using Window = diagonal::Window<T, kWidth, kInputs>;
+  using Window = diagonal::Window<T, kWidth, kInputs, diagonal::kWindowWords<Cell, T>>;
   const diagonal::Place place(kWidth, batch, hidden);
   if (!place.inside) return;
   const auto dhs = place.steps(dh, dh_step, dh_row);
-  const auto hs = place.steps(h), saves = place.steps(saved, 0, kSaved);
+  const auto keeps = place.steps(kept, kept_step, kept_row);
+  const auto hs = place.steps(h);
   const auto others = place.steps(memories);
   const auto dpres = place.steps(dpre, 0, kGates), drecs = place.steps(drec, 0, kProducts);
   // Without h0 the state before step 0 is zero, as after a reset; what is loaded in its place does not matter.
@@ -262,13 +275,19 @@ __global__ void __launch_bounds__(diagonal::kThreads, diagonal::kBlocks)
   for (int p = 0; p < kProducts; ++p) diagonal::read<kWidth>(weight, p * hidden + place.column, w[p]);
   diagonal::read<kWidth>(dh_last, place.at(), carried);
   diagonal::read<kWidth>(dmemory_last, place.at(), dmemory);
+  Real first_number[kWidth] = {};
+  if constexpr (Cell::kLogarithmic) {
+    diagonal::read<kWidth>(memory0, place.at(), first_number);
+#pragma unroll
+    for (int j = 0; j < kWidth; ++j) first_number[j] = Cell::template number<MathOf<T>>(first_number[j]);
+  }
 
   auto fill = [&](u32 t, Word (&words)[kInputs]) {
     words[0] = diagonal::fetch<kWidth>(dhs[t]);
     words[1] = diagonal::fetch<kWidth>(t > 0 ? hs[t - 1] : first_h);
 #pragma unroll
     for (int value = 0; value < kSaved; ++value)
-      words[kFirstSaved + value] = diagonal::fetch<kWidth>(saves[t] + value * hidden);
+      words[kFirstSaved + value] = diagonal::fetch<kWidth>(keeps[t] + value * kept_value);
     if constexpr (kOther) {
       const MemoryWord word = diagonal::fetch<kWidth>(t > 0 ? others[t - 1] : first_memory);
       words[kMemory] = static_cast<Word>(word);
@@ -285,22 +304,30 @@ __global__ void __launch_bounds__(diagonal::kThreads, diagonal::kBlocks)
       diagonal::unpack<Memory, kWidth>(word, before);
     } else {
 #pragma unroll
-      for (int j = 0; j < kWidth; ++j) before[j] = values[1][j];
+      for (int j = 0; j < kWidth; ++j) before[j] = Cell::kLogarithmic && t == 0 ? first_number[j] : values[1][j];
     }
     const bool fresh = reset || t == start;
 #pragma unroll
     for (int j = 0; j < kWidth; ++j) {
+      const Real previous = fresh ? Real(0) : values[1][j], unit_memory = fresh ? Real(0) : before[j];
       Real unit_saved[kSaved], slope[kSlopes], unit_dpre[kGates], unit_drec[kProducts];
 #pragma unroll
-      for (int value = 0; value < kSaved; ++value) unit_saved[value] = values[kFirstSaved + value][j];
-      Cell::template slopes<MathOf<T>>(unit_saved, fresh ? Real(0) : before[j], slope);
+      for (int value = 0; value < kSaved; ++value) {
+        unit_saved[value] = values[kFirstSaved + value][j];
+        if (Cell::kAdditive && value < kProducts) unit_saved[value] += w[value % kProducts][j] * previous;
+      }
+      if constexpr (Cell::kLogarithmic) {
+        Cell::Linear::template slopes<MathOf<T>>(unit_saved, unit_memory, slope);
+      } else {
+        Cell::template slopes<MathOf<T>>(unit_saved, unit_memory, slope);
+      }
       Cell::backward(slope, values[0][j] + carried[j], dmemory[j], unit_dpre, unit_drec);
       Real sum = 0;
 #pragma unroll
       for (int p = 0; p < kProducts; ++p) {
         of_products[p][j] = unit_drec[p];
         sum += unit_drec[p] * w[p][j];
-        dw[p][j] += unit_drec[p] * (fresh ? Real(0) : values[1][j]);
+        dw[p][j] += unit_drec[p] * previous;
       }
       carried[j] = fresh ? Real(0) : sum;
       if (fresh) dmemory[j] = 0;
