@@ -69,7 +69,8 @@ class LowRankPlan:
 
     source = "low_rank.cuh"
     threads = THREADS
-    clustered = False
+    cluster = 1
+    cooperative = True
 
     def kernel(self, task: Task, number: str) -> str:
         """Its C++ name, for the number type of this name."""

@@ -25,9 +25,6 @@ _MAX_CELL_THREADS = 7 * 32
 _MAX_CLUSTER = 16
 #: How CTAs hand each other the state, by the name in exchange.cuh, and the copies of a tile that each stages.
 EXCHANGES = {"PolledRing": 0, "StagedRing2": 2, "StagedRing3": 3, "ClusterPush": 0}
-#: Clusters of 1, 2, … CTAs that an H200 runs at a time, measured, the fewest where two differed; other chips are
-#: taken to be alike in proportion.
-_CLUSTERS = (132, 66, 40, 30, 22, 18, 16, 15, 11, 11, 7, 7, 7, 7, 7, 7)
 
 
 @dataclass(frozen=True)
@@ -59,8 +56,14 @@ class Plan:
     threads = THREADS
 
     @property
-    def clustered(self) -> bool:
-        return self.exchange == "ClusterPush"
+    def cluster(self) -> int:
+        """CTAs of a cluster; 1 where there are none."""
+        return self.columns if self.exchange == "ClusterPush" else 1
+
+    @property
+    def cooperative(self) -> bool:
+        """Whether all CTAs wait for each other, and so must run at a time."""
+        return self.exchange != "ClusterPush"
 
     def kernel(self, task: Task, number: str) -> str:
         """Its C++ name, for the number type of this name."""
@@ -72,7 +75,7 @@ class Plan:
     def ring_bytes(self, task: Task, hidden: int, heads: int) -> int:
         """The workspace in global memory: the exchanged state of some steps; none where a cluster exchanges it."""
         units = heads * self.groups * self.tiles * self.blocks * math.ceil(task.depth * hidden / UNIT_DEPTH)
-        return 0 if self.clustered else RING_SLOTS * units * UNIT_BYTES
+        return RING_SLOTS * units * UNIT_BYTES if self.cooperative else 0
 
     def microseconds(self, task: Task) -> float:
         """About how long a step takes on an H200: all tiles, or one and the exchange's latency if that is longer.
@@ -90,7 +93,7 @@ class Plan:
         latency = 0.7 + 0.3 * self.blocks + 0.1 * task.cell.gates + product
         if self.exchange == "PolledRing":
             return max(latency + 0.1 * (self.tiles - 1), 1.1 * self.tiles * tile)
-        if self.clustered:
+        if not self.cooperative:
             pushed = rows * units * UNIT_DEPTH * PRODUCT_WARPS * 2 / 16 / (2 * CLOCKS_PER_MICROSECOND)
             return latency - 0.25 + max(0, pushed - 0.27) + (self.tiles - 1) * max(tile, pushed)
         return max(self.tiles * tile, latency + 0.2 * units + 0.5 * tile)
@@ -139,7 +142,7 @@ def fit(
 
     room = chip.multiprocessors // (columns * heads)
     if clustered:
-        room = max(1, _CLUSTERS[columns - 1] * chip.multiprocessors // (_CLUSTERS[0] * heads))
+        room = max(1, chip.clusters(columns) // heads)
     batch_tiles = math.ceil(batch / rows)
     tiles = math.ceil(batch_tiles / min(room, batch_tiles))
 

@@ -318,8 +318,8 @@ def _launch(task: Task, operator: Operator, tensors: tuple[Tensor | None, ...], 
         (tensors[0], *weights, *tensors[1:], ring, *sizes),
         like.device,
         shared_bytes=plan.shared_bytes,
-        cluster=plan.columns if plan.clustered else None,
-        cooperative=not plan.clustered,
+        cluster=plan.cluster if plan.cluster > 1 else None,
+        cooperative=plan.cooperative,
     )
 
 

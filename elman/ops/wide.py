@@ -56,7 +56,8 @@ class WidePlan:
 
     source = "wide.cuh"
     threads = (_GROUPS + 1) * _GROUP_THREADS
-    clustered = False
+    cluster = 1
+    cooperative = True
 
     def kernel(self, task: Task, number: str) -> str:
         """Its C++ name, for the number type of this name."""

@@ -114,6 +114,22 @@ def test_the_order_of_threads_changes_no_bit(monkeypatch: pytest.MonkeyPatch) ->
     assert all(torch.equal(value, other[name]) for other in others for name, value in first.items())
 
 
+def test_a_nan_stays_in_its_row_until_a_reset(monkeypatch: pytest.MonkeyPatch) -> None:
+    case = replace(CASES["two tiles, the second of one row"], reset_rate=0.0)
+    case.emulate(monkeypatch)
+    p = case.draw()
+    assert p.reset is not None
+    p.pre[2, 1, 3] = torch.nan
+    p.reset[9, 1] = True
+    bad = torch.zeros(11, 9, dtype=torch.bool)
+    bad[3:9, 1] = True
+    result = solve(p, "persistent")
+    assert torch.equal(result["h"].isnan().all(-1), bad)
+    bad[2, 1] = True
+    assert torch.equal(result["h"].isnan().any(-1), bad)
+    assert torch.equal(result["dpre"].isnan().any(-1).any(0), bad.any(0))
+
+
 @pytest.mark.parametrize(
     ("file", "right", "wrong"),
     [

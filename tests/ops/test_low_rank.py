@@ -244,12 +244,12 @@ gpu: Callable[..., object] = pytest.mark.gpu
 
 
 @gpu
-@settings(max_examples=12, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=6, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     seq_len=st.integers(1, 20),
     batch=st.integers(1, 70),
-    hidden=st.sampled_from([8, 72, 101, 256, 640]),
-    rank=st.sampled_from([1, 8, 19, 100, 300]),
+    hidden=st.sampled_from([8, 101, 640]),
+    rank=st.sampled_from([1, 19, 300]),
     dtype=st.sampled_from([torch.bfloat16, torch.float16]),
     cell=st.sampled_from(["tanh", "softsign", "delta"]),
     with_h0=st.booleans(),
@@ -275,6 +275,7 @@ def test_errs_no_more_than_the_reference(
 
 
 @gpu
+@pytest.mark.parametrize("design", ["several tiles"], indirect=True)
 @pytest.mark.parametrize("cell", [cell.name for cell in CELLS_OF_ONE_PRODUCT])
 def test_every_cell(design: str, cell: str) -> None:
     for with_h0 in (False, True):

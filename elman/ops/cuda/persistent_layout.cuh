@@ -53,6 +53,7 @@ struct Layout {
   static constexpr int kIn = kBackward ? kProducts : 1;   // values that a hidden unit publishes
   static constexpr int kOut = kBackward ? 1 : kProducts;  // rows of the product that a hidden unit needs
   static constexpr int kColumns = kRows / kOut / 8 * 8;   // hidden units a CTA: pairs of threads publish eight
+  static constexpr int kPeerStep = 1;                     // what the CTAs of a group are a multiple of
   static constexpr int kQuads = kColumns / 4;
   static constexpr int kCellThreads = (kPassRows * kQuads + 31) / 32 * 32;
   static constexpr bool kExactThreads = kCellThreads == kPassRows * kQuads;
@@ -123,7 +124,8 @@ __device__ __forceinline__ Part part_of(const Problem<T, M>& p, int peers) {
 
 template <typename S, typename T, typename M>
 __device__ __forceinline__ Part part_of(const Problem<T, M>& p) {
-  return part_of<S>(p, (p.hidden + S::kColumns - 1) / S::kColumns);
+  constexpr int kStep = S::kPeerStep * S::kColumns;
+  return part_of<S>(p, (p.hidden + kStep - 1) / kStep * S::kPeerStep);
 }
 
 }  // namespace persistent

@@ -449,8 +449,8 @@ __device__ __forceinline__ void run_loader(const Ring<S>& ring, char* shared, co
 template <typename S, typename Cell, typename T>
 __device__ __forceinline__ void run(const Problem<T>& p) {
   extern __shared__ __align__(128) char shared[];
+  const Part part = persistent::part_of<S>(p);
   const int chunks = (p.hidden + kChunkDepth - 1) / kChunkDepth;
-  const Part part = persistent::part_of<S>(p, chunks * (kChunkDepth / kRows));  // a chunk has two publishers
   // Backwards, the gradient of h0 is one more product, with no cell behind it.
   const int products = p.steps + (S::kBackward && p.initial_gradient ? 1 : 0);
   const Ring<S> ring(p.ring, part, gridDim.x / part.peers * p.tiles, chunks);

@@ -43,6 +43,7 @@ struct Shape {
   }  // index's inverse
   static __device__ constexpr int of_shared(int i) { return i < kTurns ? 2 * i : i + kTurns; }
   static constexpr int kColumns = kRows, kTileRows = kBlocks * kBlockRows;
+  static constexpr int kPeerStep = 2;  // CTAs that publish a chunk
   static constexpr int kCellBlocks = kBlocks / kSplit, kCellRows = kCellBlocks * kBlockRows;
   static constexpr int kTileGroups = kGroups / kSplit;  // tiles are dealt to so many in turn
   static constexpr int kOutputs = kBackward ? Cell::kGates : 1;
