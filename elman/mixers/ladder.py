@@ -27,6 +27,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from elman.mixers.base import Mixer, State
@@ -157,9 +158,9 @@ class Rung(Mixer):
 
     def forward(self, x: Tensor, state: State, reset: Tensor | None) -> tuple[Tensor, State]:
         u = self.in_proj(x)
-        pre = self.input(u)
-        pre = pre.view(*pre.shape[:-1], self.gates, -1)
-        h, state = recurrence(pre, self.weight_h(), state, cell=self.cell, reset=reset)
+        pre = F.linear(u, self.input.weight, self.input.bias.detach())
+        pre, bias = pre.view(*pre.shape[:-1], self.gates, -1), self.input.bias.view(self.gates, -1)
+        h, state = recurrence(pre, self.weight_h(), state, cell=self.cell, pre_bias=bias, reset=reset)
         if self.show_proj is None:
             return self.out_proj(h), state
         return self.out_proj(gated_softmax(h, self.show_proj(h), self.groups)), state

@@ -36,7 +36,7 @@ class Backend:
     """One way to run the recurrence.
 
     Attributes:
-        run: all steps, of arguments that have been checked: ``(pre, operator, bias, states, cell, reset)`` to
+        run: all steps, of arguments that have been checked: ``(pre, operator, bias, states, cell, reset, pre_bias)`` to
             ``(h, last)``, pre being (T, B, G, H), the first and the last states tuples, and the bias there only where
             it cannot be added to pre.
         why_not: in words, why it cannot run a problem, the cure included; None if it can.
@@ -45,7 +45,7 @@ class Backend:
     """
 
     run: Callable[
-        [Tensor, Operator, Tensor | None, Tensors | None, Cell, Tensor | None],
+        [Tensor, Operator, Tensor | None, Tensors | None, Cell, Tensor | None, Tensor | None],
         tuple[Tensor, Tensors],
     ]
     why_not: Callable[[Problem], str | None]

@@ -96,16 +96,17 @@ def backward(
     dpre = h.new_empty(seq_len, batch, cell.gates, hidden)
     drec = dpre[:, :, : cell.products] if cell.additive else h.new_empty(seq_len, batch, cell.products, hidden)
     dstates = [torch.empty_like(h[0], dtype=dtype) for dtype in cell.dtypes(h.dtype)] if need_states else []
-    sums = h.new_empty(batch, cell.products, hidden, dtype=real_of(h.dtype))
+    real = real_of(h.dtype)
+    dweight, dpre_sum = (h.new_empty(batch, n, hidden, dtype=real) for n in (cell.products, cell.gates))
     arguments = (
         *(dh, dh.stride(0), dh.stride(1)),
         *(kept, kept.stride(0), kept.stride(1), kept.stride(2)),
         *(operator.weight, *_pair(states), *_pair(dlast), reset),
         *(h, _only(saved[1:])),
-        *(dpre, None if cell.additive else drec, *_pair(dstates), sums),
+        *(dpre, None if cell.additive else drec, *_pair(dstates), dweight, dpre_sum),
     )
     _launch("backward", cell, h, [dh, kept], arguments)
-    return dpre, drec, [sums.sum(0).to(h.dtype).view(operator.weight.shape)], dstates
+    return dpre, drec, [dweight.sum(0).to(h.dtype).view(operator.weight.shape), dpre_sum.sum(0)], dstates
 
 
 def _pair(states: Sequence[Tensor]) -> tuple[Tensor | None, Tensor | None]:

@@ -62,7 +62,8 @@ class Walk(Protocol):
 
         Returns:
             dpre (T, B, G, H); drec (T, B, P, H), a part of dpre where the cell is additive; the gradients of the
-            weights if they were summed on the way, else None; those of the initial states if needed, else nothing.
+            weights and behind them the sum of dpre over T and B, not of a half type, if these were summed on the way,
+            else None; the gradients of the initial states if needed, else nothing.
         """
         ...
 
@@ -78,13 +79,14 @@ def run(
     states: Tensors | None,
     cell: Cell,
     reset: Tensor | None,
+    pre_bias: Tensor | None = None,
 ) -> tuple[Tensor, Tensors]:
     """All steps by the backend of this name. Arguments are as ``elman.ops.recurrence`` has checked them."""
     initial = list(states or ())
-    inputs = [pre, *operator.weights, *initial, *([] if bias is None else [bias])]
+    inputs = [pre, *operator.weights, *initial, *(x for x in (bias, pre_bias) if x is not None)]
     save = torch.is_grad_enabled() and any(x.requires_grad for x in inputs)
     h, last, _ = torch.ops.elman.recurrence(
-        pre, operator.weights, bias, initial, reset, cell.name, operator.name, backend, save
+        pre, operator.weights, bias, initial, reset, cell.name, operator.name, backend, save, pre_bias
     )
     return h, tuple(last)
 
@@ -99,6 +101,7 @@ def _forward(
     operator: str,
     backend: str,
     save: bool,
+    pre_bias: Tensor | None,
 ) -> tuple[Tensor, list[Tensor], list[Tensor]]:
     """H of every step, the last states, and what backward needs beside h, but for pre (nothing unless ``save``)."""
     with _on_device_of(pre), torch.autocast(pre.device.type, enabled=False):
@@ -118,6 +121,7 @@ def _fake_forward(
     operator: str,
     backend: str,
     save: bool,
+    pre_bias: Tensor | None,
 ) -> tuple[Tensor, list[Tensor], list[Tensor]]:
     seq_len, batch, _, hidden = pre.shape
     rule = CELLS[cell]
@@ -145,17 +149,23 @@ def _backward(
     need_weights: bool,
     need_bias: bool,
     need_states: bool,
-) -> tuple[Tensor, list[Tensor], Tensor, list[Tensor]]:
-    """The gradients of pre, weights, bias and states; all but the first are empty unless needed."""
+    need_pre_bias: bool,
+) -> tuple[Tensor, list[Tensor], Tensor, list[Tensor], Tensor]:
+    """The gradients of pre, weights, bias, states and pre's bias; all but the first are empty unless needed."""
     with _on_device_of(h), torch.autocast(h.device.type, enabled=False):
         made = OPERATORS[operator](*weights)
         dpre, drec, dweights, dstates = _WALKS[backend].backward(
             dh, dlast, h, saved, made, states, reset, CELLS[cell], need_states
         )
+        real = real_of(dpre.dtype)
+        dpre_sum = None if dweights is None else dweights.pop()
+        if dpre_sum is None and need_pre_bias:
+            dpre_sum = dpre.sum((0, 1), dtype=real)
         if dweights is None and need_weights:
             dweights = _weight_gradients(made, drec, h, states[0] if states else None, reset)
-        dbias = drec.sum((0, 1), dtype=real_of(drec.dtype)).to(drec.dtype) if need_bias else drec.new_empty(0)
-        return dpre, dweights if dweights and need_weights else [], dbias, dstates
+        dbias = drec.sum((0, 1), dtype=real).to(drec.dtype) if need_bias else drec.new_empty(0)
+        dpre_bias = dpre_sum if dpre_sum is not None and need_pre_bias else dpre.new_empty(0, dtype=real)
+        return dpre, dweights if dweights and need_weights else [], dbias, dstates, dpre_bias
 
 
 def _fake_backward(
@@ -167,9 +177,13 @@ def _fake_backward(
     states: list[Tensor],
     reset: Tensor | None,
     cell: str,
-    *choices: str | bool,
-) -> tuple[Tensor, list[Tensor], Tensor, list[Tensor]]:
-    *_, need_weights, need_bias, need_states = choices
+    operator: str,
+    backend: str,
+    need_weights: bool,
+    need_bias: bool,
+    need_states: bool,
+    need_pre_bias: bool,
+) -> tuple[Tensor, list[Tensor], Tensor, list[Tensor], Tensor]:
     seq_len, batch, hidden = h.shape
     rule = CELLS[cell]
     return (
@@ -177,11 +191,12 @@ def _fake_backward(
         [weight.new_empty(weight.shape) for weight in weights] if need_weights else [],
         h.new_empty((rule.products, hidden) if need_bias else 0),
         [state.new_empty(state.shape) for state in states] if need_states else [],
+        h.new_empty((rule.gates, hidden) if need_pre_bias else 0, dtype=real_of(h.dtype)),
     )
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, list[Tensor], list[Tensor]]) -> None:
-    pre, weights, _, states, reset, ctx.cell, ctx.operator, ctx.backend, save = inputs
+    pre, weights, _, states, reset, ctx.cell, ctx.operator, ctx.backend, save, _ = inputs
     h, _, saved = output
     ctx.mark_non_differentiable(*saved)
     ctx.set_materialize_grads(False)
@@ -195,7 +210,7 @@ def _differentiate(
     ctx: Any, dh: Tensor | None, dlast: list[Tensor | None], dsaved: list[None]
 ) -> tuple[Tensor | list[Tensor] | list[None] | None, ...]:
     num_saved, num_weights, num_states = ctx.counts
-    nothing = (None, [None] * num_weights, None, [None] * num_states, *[None] * 5)
+    nothing = (None, [None] * num_weights, None, [None] * num_states, *[None] * 6)
     h, reset, *rest = ctx.saved_tensors
     if dh is None and all(gradient is None for gradient in dlast):
         return nothing
@@ -205,8 +220,8 @@ def _differentiate(
         h.new_zeros(h.shape[1:], dtype=dtype) if gradient is None else gradient
         for gradient, dtype in zip(dlast, dtypes, strict=True)
     ]
-    _, need_weights, need_bias, need_states, *_ = ctx.needs_input_grad
-    dpre, dweights, dbias, dstates = torch.ops.elman.recurrence_backward(
+    _, need_weights, need_bias, need_states, *_, need_pre_bias = ctx.needs_input_grad
+    dpre, dweights, dbias, dstates, dpre_bias = torch.ops.elman.recurrence_backward(
         dh,
         [] if all(gradient is None for gradient in dlast) else given,
         h,
@@ -220,13 +235,15 @@ def _differentiate(
         any(need_weights),
         need_bias,
         any(need_states),
+        need_pre_bias,
     )
     return (
         dpre,
         dweights or nothing[1],
         dbias if need_bias else None,
         dstates or nothing[3],
-        *nothing[4:],
+        *nothing[4:-1],
+        dpre_bias if need_pre_bias else None,
     )
 
 

@@ -14,7 +14,7 @@ from elman.errors import UsageError
 from elman.ops.backends import BACKENDS, Problem, choose
 from elman.ops.cells import CELLS, Cell, Tensors
 from elman.ops.log_space import as_joined, as_number
-from elman.ops.operators import make_operator
+from elman.ops.operators import make_operator, real_of
 
 _used: list[str] | None = None
 
@@ -45,6 +45,7 @@ def recurrence(
     *,
     cell: str = "tanh",
     bias: Tensor | None = None,
+    pre_bias: Tensor | None = None,
     reset: Tensor | None = None,
     backend: str = "auto",
 ) -> tuple[Tensor, Any]:
@@ -67,6 +68,8 @@ def recurrence(
         cell: the pointwise rule f, one of ``elman.ops.cells.CELLS``, where its equation is.
         bias: (P, H), added to the recurrent products, as PyTorch's ``bias_hh``. Most cells only ever add those to
             ``pre``, where the bias costs less.
+        pre_bias: (G, H), of any floating-point dtype: a bias that ``pre`` holds already, as a constant. Its gradient,
+            the sum of that of ``pre``, is made here, because a backward pass may have it almost for nothing.
         reset: (T, B) bool; where true, that row's states are zeroed *before* that step (h0 too, at step 0).
         backend: one of ``elman.ops.BACKENDS``, or ``auto``: the fastest that can run this problem, and on the CPU the
             reference, the only one that can be differentiated twice.
@@ -83,7 +86,7 @@ def recurrence(
     rule = CELLS[cell]
     (pre,), weights = _tensors("pre", pre), _tensors("weight", weight, many=True)
     states = None if h0 is None else _tensors("h0", h0, many=True)
-    for name, optional in (("bias", bias), ("reset", reset)):
+    for name, optional in (("bias", bias), ("pre_bias", pre_bias), ("reset", reset)):
         if optional is not None:
             _tensors(name, optional)
     if torch.is_autocast_enabled(pre.device.type):
@@ -94,6 +97,11 @@ def recurrence(
             dtypes = [*rule.dtypes(dtype), *[dtype] * len(states)]  # too many states are _check's business
             states = tuple(state.to(kind) for state, kind in zip(states, dtypes, strict=False))
     _check(pre, weights, bias, states, reset, rule)
+    if pre_bias is not None and (pre_bias.shape, pre_bias.device) != ((rule.gates, pre.shape[-1]), pre.device):
+        raise UsageError(
+            f"pre_bias has shape {tuple(pre_bias.shape)} on {pre_bias.device}: "
+            f"give (G, H) = ({rule.gates}, {pre.shape[-1]}) on {pre.device}"
+        )
     operator = make_operator(weights, pre.shape[-1], rule.products)
     if pre.ndim == 3:
         pre = pre.unsqueeze(2)
@@ -107,7 +115,8 @@ def recurrence(
             pre, bias = pre + F.pad(bias, (0, 0, 0, gates - rule.products)), None
         if rule.logarithmic and states is not None:
             states = (*states[:-1], as_number(states[-1]))
-        h, last = BACKENDS[chosen].run(pre, operator, bias, states, rule, reset)
+        pre_bias = None if pre_bias is None else pre_bias.to(real_of(pre.dtype))
+        h, last = BACKENDS[chosen].run(pre, operator, bias, states, rule, reset, pre_bias)
         if rule.logarithmic:
             last = (*last[:-1], as_joined(last[-1]))
         return h, last[0] if rule.states == 1 else last

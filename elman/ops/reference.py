@@ -10,9 +10,17 @@ from elman.ops.operators import Operator
 
 
 def run(
-    pre: Tensor, operator: Operator, bias: Tensor | None, states: Tensors | None, cell: Cell, reset: Tensor | None
+    pre: Tensor,
+    operator: Operator,
+    bias: Tensor | None,
+    states: Tensors | None,
+    cell: Cell,
+    reset: Tensor | None,
+    pre_bias: Tensor | None = None,
 ) -> tuple[Tensor, Tensors]:
     """All steps, one after the other. Arguments are as ``elman.ops.recurrence`` has checked them, pre (T, B, G, H)."""
+    if pre_bias is not None:
+        pre = pre + (pre_bias - pre_bias.detach()).to(pre.dtype)  # 0, but for its gradient
     # Unbinding once keeps the backward pass linear in T: indexing pre[t] would make a gradient of pre's size a step.
     reset_steps = reset.unsqueeze(-1).unbind(0) if reset is not None else None
     dtypes = cell.dtypes(pre.dtype)

@@ -101,7 +101,7 @@ def test_the_op_keeps_what_it_is_given_instead_of_sums(monkeypatch: pytest.Monke
         assert bool(sums) == (backend == "loop" or not rule.additive)
         kept.clear()
     torch.testing.assert_close(*found)
-    arguments = (pre, [weight], p.bias, list(parts(p.h0)), p.reset, cell, "diagonal", "persistent", True)
+    arguments = (pre, [weight], p.bias, list(parts(p.h0)), p.reset, cell, "diagonal", "persistent", True, None)
     torch.library.opcheck(torch.ops.elman.recurrence.default, arguments)
 
 

@@ -16,6 +16,7 @@ from torch.utils.checkpoint import checkpoint
 from elman.errors import UsageError
 from elman.ops import recurrence
 from elman.ops.cells import CELLS, FUSED_CELLS
+from elman.ops.operators import real_of
 from tests.ops.problems import (
     assert_as_exact_as_reference,
     assert_chunks_equal_one_piece,
@@ -294,10 +295,11 @@ def test_opcheck(backend: str, device: str, dtype: torch.dtype, cell: str, with_
         return None if x is None else x.clone().requires_grad_()
 
     given = (leaf(pre), [leaf(p.weight)], leaf(bias), [leaf(state) for state in states], p.reset)
-    torch.library.opcheck(torch.ops.elman.recurrence.default, (*given, *names, True))
-    h, _, saved = torch.ops.elman.recurrence(pre, [p.weight], bias, states, p.reset, *names, True)
+    pre_bias = torch.zeros(rule.gates, 8, device=device, dtype=real_of(dtype), requires_grad=True)
+    torch.library.opcheck(torch.ops.elman.recurrence.default, (*given, *names, True, pre_bias))
+    h, _, saved = torch.ops.elman.recurrence(pre, [p.weight], bias, states, p.reset, *names, True, None)
     gradients = (p.dh, list(parts(p.dh_last)))
-    wanted = (True, bias is not None, with_h0)
+    wanted = (True, bias is not None, with_h0, with_h0)
     backward = (*gradients, h, saved, [p.weight], states, p.reset, *names, *wanted)
     torch.library.opcheck(torch.ops.elman.recurrence_backward.default, backward)
 
@@ -444,7 +446,7 @@ def test_saves_only_what_backward_needs(backend: str, device: str, dtype: torch.
     small = p.weight.numel() + (rule.states + rule.logarithmic) * p.dh[0].numel()
     assert sum(saved.values()) == (rule.states + rule.saved) * p.dh.numel() + small
     with torch.no_grad():
-        given = (p.pre.view(8, 4, rule.gates, 16), [p.weight], None, [], None, cell, "dense", backend, False)
+        given = (p.pre.view(8, 4, rule.gates, 16), [p.weight], None, [], None, cell, "dense", backend, False, None)
         assert torch.ops.elman.recurrence(*given)[2] == []
 
 

@@ -179,3 +179,23 @@ def test_autocast_casts_every_input() -> None:
 def test_bad_input_is_named(change: dict[str, object], message: str) -> None:
     with pytest.raises(UsageError, match=message):
         recurrence(**{**problem(), **change})
+
+
+@pytest.mark.parametrize("backend", ["reference", "loop"])
+@pytest.mark.parametrize("cell", ["tanh", "gru", "log_polynomial"])
+def test_a_bias_that_pre_holds_has_the_gradient_it_would_have_had(cell: str, backend: str) -> None:
+    gates = CELLS[cell].gates
+    p = draw(T, B, H, cell=cell, with_bias=True)
+    bias = torch.randn(gates, H, dtype=torch.float64, generator=torch.Generator().manual_seed(1)).requires_grad_()
+    rest = {"cell": cell, "bias": p.bias, "reset": p.reset, "backend": backend}
+    pre = p.pre.view(T, B, gates, H)
+
+    def shaped(x: Tensor) -> Tensor:
+        return x.view(p.pre.shape)
+
+    h, _ = recurrence(shaped(pre + bias), p.weight, p.h0, **rest)
+    ours, _ = recurrence(shaped(pre + bias.detach()), p.weight, p.h0, pre_bias=bias, **rest)
+    assert torch.equal(h, ours)
+    torch.testing.assert_close(*(torch.autograd.grad(x, bias, p.dh) for x in (h, ours)))
+    with pytest.raises(UsageError, match=rf"pre_bias has shape \(1, 3\) on cpu: give \(G, H\) = \({gates}, {H}\)"):
+        recurrence(p.pre, p.weight, p.h0, pre_bias=torch.zeros(1, 3), **rest)

@@ -7,7 +7,7 @@
 // scoreboards only, and would otherwise wait for the youngest load of all when it needs the oldest.
 //
 // Tensors are (T, B, n, H) where a unit has n values, states (B, H), weight and bias (kProducts, H), and dweight (B,
-// kProducts, H): a row's sum over time. Only `pre`, `kept` and `dh` may have steps, rows and gates that lie apart. A pointer
+// kProducts, H) and dpre_sum (B, kGates, H): a row's sums over time. Only `pre`, `kept` and `dh` may have steps, rows and gates that lie apart. A pointer
 // that is not needed is null. With kWidth > 1, hidden and those strides are its multiples, and all pointers are aligned
 // to packs. A step of any tensor has less than 4 GB. Every argument has 8 bytes.
 #pragma once
@@ -247,7 +247,8 @@ __global__ void __launch_bounds__(diagonal::kThreads, diagonal::kBlocksOf<Cell, 
                       const Memory* __restrict__ dmemory_last, const bool* __restrict__ reset,
                       const T* __restrict__ h, const Memory* __restrict__ memories,
                       T* __restrict__ dpre, T* __restrict__ drec, T* __restrict__ dh0, Memory* __restrict__ dmemory0,
-                      RealOf<T>* __restrict__ dweight, long long steps, long long batch, long long hidden) {
+                      RealOf<T>* __restrict__ dweight, RealOf<T>* __restrict__ dpre_sum, long long steps, long long batch,
+                      long long hidden) {
   using Real = RealOf<T>;
   using Word = diagonal::Word<T, kWidth>;
   using MemoryWord = diagonal::Word<Memory, kWidth>;
@@ -270,7 +271,7 @@ __global__ void __launch_bounds__(diagonal::kThreads, diagonal::kBlocksOf<Cell, 
   const T* first_h = h0 != nullptr ? h0 + place.at() : hs[0];
   const Memory* first_memory = memory0 != nullptr ? memory0 + place.at() : others[0];
 
-  Real w[kProducts][kWidth], dw[kProducts][kWidth] = {}, carried[kWidth], dmemory[kWidth];
+  Real w[kProducts][kWidth], dw[kProducts][kWidth] = {}, sums[kGates][kWidth] = {}, carried[kWidth], dmemory[kWidth];
 #pragma unroll
   for (int p = 0; p < kProducts; ++p) diagonal::read<kWidth>(weight, p * hidden + place.column, w[p]);
   diagonal::read<kWidth>(dh_last, place.at(), carried);
@@ -332,7 +333,7 @@ __global__ void __launch_bounds__(diagonal::kThreads, diagonal::kBlocksOf<Cell, 
       carried[j] = fresh ? Real(0) : sum;
       if (fresh) dmemory[j] = 0;
 #pragma unroll
-      for (int gate = 0; gate < kGates; ++gate) of_gates[gate][j] = unit_dpre[gate];
+      for (int gate = 0; gate < kGates; ++gate) sums[gate][j] += of_gates[gate][j] = unit_dpre[gate];
     }
 #pragma unroll
     for (int gate = 0; gate < kGates; ++gate)
@@ -358,4 +359,8 @@ __global__ void __launch_bounds__(diagonal::kThreads, diagonal::kBlocksOf<Cell, 
   for (int p = 0; p < kProducts; ++p)
 #pragma unroll
     for (int j = 0; j < kWidth; ++j) dweight[place.at(p, kProducts) + j] = dw[p][j];
+#pragma unroll
+  for (int gate = 0; gate < kGates; ++gate)
+#pragma unroll
+    for (int j = 0; j < kWidth; ++j) dpre_sum[place.at(gate, kGates) + j] = sums[gate][j];
 }

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from elman.ops import diagonal
+from elman.ops import diagonal, recurrence
 from elman.ops.backends import BACKENDS
 from elman.ops.cells import CELLS, FUSED_CELLS
 from tests.ops.cuda.host import HostKernels
@@ -71,6 +71,20 @@ def test_the_kernels_err_no_more_than_the_reference(
         2 if dtype == torch.bfloat16 and hidden % 2 == 0 else 1,
     )
     assert launched == [f"diagonal_{way}<{functor}, {number}, {width}>" for way in ("forward", "backward")]
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("cell", FUSED_CELLS)
+def test_the_sums_of_gradients_are_made_on_the_way(launched: list[str], cell: str, dtype: torch.dtype) -> None:
+    p = draw(40, 3, 6, dtype=dtype, cell=cell, operator="diagonal", with_bias=True)
+    bias = torch.zeros(CELLS[cell].gates, 6, dtype=torch.float64, requires_grad=True)
+    pre = p.pre.requires_grad_()
+    h, _ = recurrence(pre, p.weight, p.h0, cell=cell, bias=p.bias, pre_bias=bias, reset=p.reset, backend="persistent")
+    dpre, dbias = torch.autograd.grad(h, (pre, bias), p.dh)
+    assert len(launched) == 2
+    # The gradients that are summed are not rounded, as those in dpre are.
+    sums = dpre.double().view(40, 3, *bias.shape).sum((0, 1))
+    torch.testing.assert_close(dbias, sums, rtol=1e-12, atol=1e-12 if dtype == torch.float64 else 0.1)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
