@@ -78,14 +78,16 @@ class TrainingDisplay:
         loss: float,
         mean: float,
         tokens_per_second: float,
+        mfu: float | None,
         seconds: float,
         memory: int,
     ) -> None:
-        """Show where the run stands. ``mean`` is that of the last 100 losses; ``progress`` goes from 0 to 1."""
+        """Show where the run stands. ``mean`` is that of the last 100 losses; ``progress`` and ``mfu`` go to 1."""
         head = f"step {step}" + (f"/{steps}" if steps else "")
+        used = "" if mfu is None else f"MFU {mfu:.1%}  "
         status = (
             f"loss {loss:.3f}  mean {mean:.3f}  {bits(mean):.3f} bits/{self.unit}  "
-            f"{format_count(tokens_per_second)} tok/s  {format_bytes(memory)}"
+            f"{format_count(tokens_per_second)} tok/s  {used}{format_bytes(memory)}"
         )
         self._progress.update(self._task, completed=min(progress, 1.0), head=head, status=status)
         if not self.console.is_terminal and time.monotonic() - self._last_line >= _LINE_EVERY:
@@ -115,6 +117,8 @@ def print_summary(console: Console, summary: dict[str, Any], sample: str) -> Non
     if summary["compiled"]:
         table.add_row("compiling, beside that", format_duration(summary["start_up_seconds"]))
     table.add_row("speed", f"{format_count(summary['tokens_per_second'])} tokens/s")
+    if summary["mfu"] is not None:
+        table.add_row("MFU", f"{summary['mfu']:.1%}")
     table.add_row("peak memory", format_bytes(summary["peak_memory_bytes"]))
     if summary["skipped_steps"]:
         table.add_row("steps skipped", f"{summary['skipped_steps']:,}")

@@ -35,6 +35,8 @@ from elman.training.carry import Carry
 from elman.training.checkpoint import Checkpoint, save_checkpoint
 from elman.training.config import TrainConfig
 from elman.training.display import TrainingDisplay, print_summary, say
+from elman.training.metrics import PendingRow, PendingRows
+from elman.training.mfu import Utilisation
 from elman.training.optim import build_optimizer, learning_rate
 from elman.training.plot import plot_losses
 from elman.training.run import RunFolder, load_newest, load_weights, newest_checkpoint
@@ -92,9 +94,9 @@ class Trainer:
         # Where this process took over: speed is shown for its own steps.
         self._first_step, self._first_second = 0, 0.0
         self.recent_losses: deque[float] = deque(maxlen=100)
-        # Reading a loss from a GPU waits for it, so losses are fetched several at a time.
+        self.utilisation = Utilisation(model_config, config.seq_len, self.device, self.precision)
         self.fetch_every = 1 if self.device.type == "cpu" else 10
-        self._pending: list[tuple[dict[str, Any], torch.Tensor]] = []
+        self._pending = PendingRows()
 
     def restore(self, run: RunFolder) -> None:
         """Go back to the run's newest whole checkpoint; to the start, where this already is, if it has none yet.
@@ -239,11 +241,13 @@ class Trainer:
         while True:
             rate, values = self._train_step()
             self.seconds = before + time.perf_counter() - started
-            self._pending.append(({"step": self.step, "lr": rate, "seconds": self.seconds}, values))
+            self._pending.put({"step": self.step, "lr": rate, "seconds": self.seconds}, values)
             due = _due(self.step, self.config.eval_every) or _due(self.step, self.config.save_every)
             last = due or stop or self.progress >= 1
             if last or self.step % self.fetch_every == 0:
-                self._fetch_losses(display)
+                taken = list(self._pending.take(everything=bool(last)))
+                self.seconds = before + time.perf_counter() - started
+                self._report(taken, display)
                 self.seconds = before + time.perf_counter() - started
             if last:
                 return
@@ -290,12 +294,10 @@ class Trainer:
             return tensor.pin_memory().to(self.device, non_blocking=True)
         return tensor.to(self.device)
 
-    def _fetch_losses(self, display: TrainingDisplay) -> None:
-        if not self._pending:
-            return
-        values = torch.stack([values for _, values in self._pending]).tolist()
+    def _report(self, taken: list[PendingRow], display: TrainingDisplay) -> None:
+        """What the device told of some steps, to metrics.jsonl and to the reader."""
         rows = []
-        for (row, _), (loss, norm, skip) in zip(self._pending, values, strict=True):
+        for row, (loss, norm, skip) in taken:
             measured = {"loss": loss, "grad_norm": norm}
             row |= {name: value for name, value in measured.items() if math.isfinite(value)}
             row["tokens"] = row["step"] * self._tokens_per_step
@@ -313,18 +315,21 @@ class Trainer:
                     f"lower --lr (it was {self.config.lr}), a longer --warmup or a lower --grad-clip; "
                     f"the last good checkpoint is {newest_checkpoint(self.run) or 'none: nothing was saved yet'}"
                 )
-        self._pending.clear()
+        if not rows:
+            return
+        speed = (self.step - self._first_step) * self._tokens_per_step / (self.seconds - self._first_second)
+        mfu = self.utilisation.at(speed)
+        rows[-1] |= {"tokens_per_second": speed, **({} if mfu is None else {"mfu": mfu})}
         self.run.append_metrics(rows)
         self.recent_losses.extend(row["loss"] for row in rows if "loss" in row)
         display.update(
             step=self.step,
             steps=self.config.steps,
             progress=self.progress,
-            loss=values[-1][0],
+            loss=loss,
             mean=self._last_100_loss,
-            tokens_per_second=(self.step - self._first_step)
-            * self._tokens_per_step
-            / (self.seconds - self._first_second),
+            tokens_per_second=speed,
+            mfu=mfu,
             seconds=self.seconds,
             memory=peak_memory(self.device),
         )
@@ -392,6 +397,7 @@ class Trainer:
             "start_up_seconds": self.start_up_seconds,
             "train_seconds": self.seconds,
             "tokens_per_second": tokens / self.seconds,
+            "mfu": self.utilisation.at(tokens / self.seconds),
             "peak_memory_bytes": peak_memory(self.device),
             "skipped_steps": self.skipped,
             "last_100_loss": self._last_100_loss,
