@@ -83,6 +83,10 @@ class TrainConfig:
     """Held-out bytes an evaluation reads, evenly spread."""
     save_every: int = 1000
     """Steps between checkpoints; 0 saves only at the end."""
+    tensorboard: Literal["auto", "on", "off"] = "auto"
+    """Show the metrics in TensorBoard too, from the run's folder tensorboard; auto does where the package is there."""
+    wandb: OptionalStr = None
+    """Show the metrics in this project of Weights & Biases too (package wandb)."""
     out: OptionalPath = None
     """Run folder to make; runs/MODEL-DATE-TIME if absent. An existing run is never overwritten."""
     resume: OptionalPath = None

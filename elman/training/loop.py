@@ -40,6 +40,7 @@ from elman.training.mfu import Utilisation
 from elman.training.optim import build_optimizer, learning_rate
 from elman.training.plot import plot_losses
 from elman.training.run import RunFolder, load_newest, load_weights, newest_checkpoint
+from elman.training.tracking import check_trackers, open_metrics
 from elman.units import format_bytes, format_count
 
 _SAMPLE_BYTES = 300
@@ -59,6 +60,7 @@ class Trainer:
         self.device = resolve_device(config.device)
         for mixer in model_config.mixers:
             mixer.check_device(self.device)
+        check_trackers(config)
         auto = "bf16" if supports_bf16(self.device) else "fp32"
         self.precision = auto if config.precision == "auto" else config.precision
         data = open_bytes(config.data, config.heldout)
@@ -219,7 +221,8 @@ class Trainer:
         """
         self.run = run
         shown = TrainingDisplay(self.console, self.vocabulary.unit)
-        with contextlib.closing(self._loader), _StopSignal() as stop, shown as display:
+        shows = open_metrics(run, self.config, self.step + 1)
+        with contextlib.closing(self._loader), shows as self.metrics, _StopSignal() as stop, shown as display:
             while self.progress < 1 and not stop:
                 self._train_until_due(display, stop)
                 if self.progress >= 1 or stop:
@@ -309,7 +312,7 @@ class Trainer:
                 display.say(f"{what} ({self.skipped} skipped so far)")
             rows.append(row)
             if self.skipped_in_row >= self.config.max_skipped:
-                self.run.append_metrics(rows)
+                self.metrics.append(rows)
                 raise TrainingError(
                     f"{what}, and so were all of the last {self.skipped_in_row} (--max-skipped): start anew with a "
                     f"lower --lr (it was {self.config.lr}), a longer --warmup or a lower --grad-clip; "
@@ -320,7 +323,7 @@ class Trainer:
         speed = (self.step - self._first_step) * self._tokens_per_step / (self.seconds - self._first_second)
         mfu = self.utilisation.at(speed)
         rows[-1] |= {"tokens_per_second": speed, **({} if mfu is None else {"mfu": mfu})}
-        self.run.append_metrics(rows)
+        self.metrics.append(rows)
         self.recent_losses.extend(row["loss"] for row in rows if "loss" in row)
         display.update(
             step=self.step,
@@ -349,7 +352,7 @@ class Trainer:
             if not math.isfinite(loss):
                 raise TrainingError(f"the held-out loss is {loss} at step {self.step}: lower the --lr")
             row = {"heldout_loss": loss, "heldout_bits_per_byte": heldout.bits_per_byte}
-            self.run.append_metrics([{"step": self.step, "seconds": self.seconds, **row}])
+            self.metrics.append([{"step": self.step, "seconds": self.seconds, **row}])
             display.say(
                 f"step {self.step}  held-out loss {loss:.4f} nats/{self.vocabulary.unit}  "
                 f"{heldout.bits_per_byte:.4f} bits/byte"

@@ -2,11 +2,13 @@
 
 config.json     the options and the model, resolved
 env.json        machine, versions, commit; one entry for each time the run was started
-metrics.jsonl   a line a step (step, loss, lr, grad_norm, tokens, seconds) and a line an evaluation; a step that was
-                skipped has what of it was finite, and under "skipped" how many there were so far
+metrics.jsonl   a line a step (step, loss, lr, grad_norm, tokens, seconds; now and then tokens_per_second and mfu) and
+                a line an evaluation; a step that was skipped has what of it was finite, and under "skipped" how many
+                there were so far
 summary.json    the outcome
 sample.txt, loss.png
 checkpoints/
+tensorboard/, wandb.json    where trackers show the same numbers, see tracking.py
 """
 
 from __future__ import annotations

@@ -28,7 +28,10 @@ from elman.training.run import RunFolder, check_free, create, open_run
 from elman.units import format_bytes, format_count, format_duration
 
 #: What may be given anew when a run goes on; anything else would make it another run.
-_RESUMABLE = ("steps", "time_limit", "data", "device", "compile", "workers", "eval_every", "save_every", "max_skipped")
+_RESUMABLE = (
+    *("steps", "time_limit", "data", "device", "compile", "workers", "eval_every", "save_every", "max_skipped"),
+    *("tensorboard", "wandb"),
+)
 
 
 def start_run(config: TrainConfig, mixers: tuple[MixerConfig, ...], console: Console) -> int:
