@@ -3,7 +3,7 @@
 from elman.ops.backends import BACKENDS, backend_status
 from elman.ops.banks import banks
 from elman.ops.norm import add_norm
-from elman.ops.recurrence import note_backend, record_backends, recurrence
+from elman.ops.recurrence import note_backend, note_recurrence, record_backends, recurrence, watch_recurrences
 from elman.ops.scan import linear_scan
 
 __all__ = [
@@ -13,6 +13,8 @@ __all__ = [
     "banks",
     "linear_scan",
     "note_backend",
+    "note_recurrence",
     "record_backends",
     "recurrence",
+    "watch_recurrences",
 ]

@@ -83,6 +83,8 @@ class TrainConfig:
     """Held-out bytes an evaluation reads, evenly spread."""
     save_every: int = 1000
     """Steps between checkpoints; 0 saves only at the end."""
+    stats_every: int = 100
+    """Steps between looks at the layers: activations, saturation, gradients and recurrent matrices; 0 never looks."""
     tensorboard: Literal["auto", "on", "off"] = "auto"
     """Show the metrics in TensorBoard too, from the run's folder tensorboard; auto does where the package is there."""
     wandb: OptionalStr = None
@@ -107,7 +109,9 @@ class TrainConfig:
                 f"--sampling windows or documents"
             )
         check_at_least(self, seq_len=1, batch_size=1, grad_accum=1, steps=1, dim=1, depth=1, max_skipped=1)
-        check_at_least(self, warmup=0, eval_every=0, save_every=0, workers=0, weight_decay=0, grad_clip=0, seed=0)
+        check_at_least(
+            self, warmup=0, eval_every=0, save_every=0, stats_every=0, workers=0, weight_decay=0, grad_clip=0, seed=0
+        )
         if not 0 < self.lr < 100:
             raise UsageError(f"--lr {self.lr} is out of range: give a number above 0, such as 1e-3")
         if self.batch_size % self.grad_accum:

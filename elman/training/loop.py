@@ -40,6 +40,7 @@ from elman.training.mfu import Utilisation
 from elman.training.optim import build_optimizer, learning_rate
 from elman.training.plot import plot_losses
 from elman.training.run import RunFolder, load_newest, load_weights, newest_checkpoint
+from elman.training.statistics import LayerStatistics
 from elman.training.tracking import check_trackers, open_metrics
 from elman.units import format_bytes, format_count
 
@@ -96,6 +97,7 @@ class Trainer:
         # Where this process took over: speed is shown for its own steps.
         self._first_step, self._first_second = 0, 0.0
         self.recent_losses: deque[float] = deque(maxlen=100)
+        self.statistics = LayerStatistics(self.model, config.stats_every)
         self.utilisation = Utilisation(model_config, config.seq_len, self.device, self.precision)
         self.fetch_every = 1 if self.device.type == "cpu" else 10
         self._pending = PendingRows()
@@ -200,6 +202,7 @@ class Trainer:
     def _try_step(self) -> None:
         """A step up to its gradients, which are thrown away, and so is the state that it ends with."""
         before = list(self.carry.states)
+        self._load_batch()
         try:
             self._accumulate_gradients().item()
         finally:
@@ -259,14 +262,25 @@ class Trainer:
         """One step of the optimiser, skipped where the loss or the gradient is not finite.
 
         Returns:
-            The learning rate; and on the device, not waited for, (3,): loss, norm of the gradient, 1 if skipped.
+            The learning rate; and on the device, not waited for, (3,): loss, norm of the gradient, 1 if skipped. Where
+            layers are looked at, their statistics follow.
         """
         rate = learning_rate(self.config, self.step, self.progress)
         self.optimizer.set_rate(rate)
+        self._load_batch()
+        looks = self.statistics.due(self.step + 1)
+        seen = self._look() if looks else None
+        values = self._step_on_device(with_norms=looks)
+        self.step += 1
+        return rate, values if seen is None else torch.cat((values, seen))
+
+    def _step_on_device(self, with_norms: bool) -> torch.Tensor:
+        """All of a step that its batch decides, in work for the device alone; gradients' norms by layer come last."""
         before = list(self.carry.states)
         loss = self._accumulate_gradients()
         for part in self.optimizer.parts:
             self.scaler.unscale_(part)
+        norms = self.statistics.gradient_norms() if with_norms else loss.new_empty(0)
         norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.config.grad_clip or float("inf"))
         skip = ~(loss + norm).isfinite()
         self.optimizer.step(skip)
@@ -274,14 +288,24 @@ class Trainer:
         self.scaler.update()
         self.model.after_step()
         self.optimizer.zero_grad()
-        self.step += 1
-        return rate, torch.stack((loss, norm, skip.float()))
+        return torch.cat((torch.stack((loss, norm, skip.float())), norms))
+
+    def _load_batch(self) -> None:
+        """Put this step's batch on the device, ahead of the work that is queued there."""
+        tokens, reset = self._loader.batch(self.step)
+        self._batch = self._to_device(tokens), None if reset is None else self._to_device(reset)
+
+    def _look(self) -> torch.Tensor:
+        """The statistics of this step's batch, before the step."""
+        tokens, reset = self._batch
+        first = tokens.chunk(self.config.grad_accum)[0]
+        return self.statistics.look(first[:, :-1], self.carry.states[0], reset, self.autocast)
 
     def _accumulate_gradients(self) -> torch.Tensor:
         """Both passes over this step's batch, a part at a time; the loss is their mean."""
-        windows, reset = self._loader.batch(self.step)
-        parts = self._to_device(windows).chunk(self.config.grad_accum)
-        resets = [None] * len(parts) if reset is None else self._to_device(reset).chunk(self.config.grad_accum)
+        tokens, reset = self._batch
+        parts = tokens.chunk(self.config.grad_accum)
+        resets = [None] * len(parts) if reset is None else reset.chunk(self.config.grad_accum)
         loss = torch.zeros((), device=self.device)
         for i, part in enumerate(parts):
             with self.autocast():
@@ -300,7 +324,9 @@ class Trainer:
     def _report(self, taken: list[PendingRow], display: TrainingDisplay) -> None:
         """What the device told of some steps, to metrics.jsonl and to the reader."""
         rows = []
-        for row, (loss, norm, skip) in taken:
+        for row, (loss, norm, skip, *seen) in taken:
+            if seen:
+                row["stats"] = self.statistics.as_row(seen)
             measured = {"loss": loss, "grad_norm": norm}
             row |= {name: value for name, value in measured.items() if math.isfinite(value)}
             row["tokens"] = row["step"] * self._tokens_per_step

@@ -4,7 +4,7 @@ config.json     the options and the model, resolved
 env.json        machine, versions, commit; one entry for each time the run was started
 metrics.jsonl   a line a step (step, loss, lr, grad_norm, tokens, seconds; now and then tokens_per_second and mfu) and
                 a line an evaluation; a step that was skipped has what of it was finite, and under "skipped" how many
-                there were so far
+                there were so far; every --stats-every steps "stats", see statistics.py
 summary.json    the outcome
 sample.txt, loss.png
 checkpoints/

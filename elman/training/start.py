@@ -30,7 +30,7 @@ from elman.units import format_bytes, format_count, format_duration
 #: What may be given anew when a run goes on; anything else would make it another run.
 _RESUMABLE = (
     *("steps", "time_limit", "data", "device", "compile", "workers", "eval_every", "save_every", "max_skipped"),
-    *("tensorboard", "wandb"),
+    *("stats_every", "tensorboard", "wandb"),
 )
 
 
