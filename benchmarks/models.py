@@ -36,21 +36,17 @@ from rich.console import Console
 
 from benchmarks.cases import Case, choose_cases, first_line
 from benchmarks.machine import machine
-from benchmarks.steps import device_slug, kernels_of_a_step, step_times
+from benchmarks.steps import device_slug, step_times
 from elman.environment import is_out_of_memory, peak_memory, resolve_device
 from elman.sizing import num_params, state_size
 from elman.training.config import TrainConfig
 from elman.training.loop import Trainer
+from elman.training.profile import RECURRENCES, classify, profile_steps
 
 RESULTS = Path(__file__).parent / "results"
 _DATA_BYTES = 1 << 24
 #: Slower steps than this, in ms, are neither warmed up at length nor profiled: they have 100,000 kernels.
 _SLOW_STEP = 1000.0
-#: Kernels that run a recurrence or a rival of one, by a part of their names.
-_RECURRENT = re.compile(
-    r"(persistent|wide|diagonal|banks|scan|step)_(forward|backward)|rnn|lstm|gru|chunk_|state_passing|causal_conv1d|flash|fmha",
-    re.IGNORECASE,
-)
 #: Rungs whose W_h is a diagonal.
 _DIAGONAL = ("ladder_3", "ladder_6", "log_0", "log_3")
 #: What ``elman.ops`` calls a loop over time in Python: of PyTorch's operations, and of a product and one kernel a step.
@@ -179,9 +175,9 @@ def _fill(row: Row, case: Case, batch_size: int, setting: Setting, console: Cons
     row.peak_gib = peak_memory(trainer.device) / 2**30
     row.ms_per_step, row.tokens_per_second = ms, batch_size * options.seq_len / ms * 1e3
     if trainer.device.type == "cuda" and ms <= _SLOW_STEP:
-        kernels = kernels_of_a_step(trainer)
-        row.launches = sum(kernel["calls"] for kernel in kernels if not kernel["name"].startswith("Mem"))
-        row.kernels = [kernel for kernel in kernels if _RECURRENT.search(kernel["name"])]
+        kernels = profile_steps(trainer._train_step, trainer.device, 1).kernels
+        row.launches = sum(int(kernel["calls"]) for kernel in kernels if not kernel["name"].startswith("Mem"))
+        row.kernels = [kernel for kernel in kernels if classify(kernel["name"]) == RECURRENCES]
 
 
 def _forget() -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import itertools
 import re
 import time
-from typing import Any
 
 import torch
 
@@ -27,19 +26,6 @@ def step_times(trainer: Trainer, steps: int) -> list[float]:
         event.record()
     torch.cuda.synchronize()
     return [start.elapsed_time(end) for start, end in itertools.pairwise(events)]
-
-
-def kernels_of_a_step(trainer: Trainer) -> list[dict[str, Any]]:
-    """Name, calls and time of every kernel that the next step runs on the GPU, the longest first."""
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profiler:
-        trainer._train_step()
-        torch.cuda.synchronize()
-    found = [
-        {"name": event.key[:120], "calls": event.count, "ms": round(event.self_device_time_total / 1e3, 3)}
-        for event in profiler.key_averages()
-        if event.self_device_time_total
-    ]
-    return sorted(found, key=lambda kernel: -kernel["ms"])
 
 
 def device_slug(device: torch.device) -> str:

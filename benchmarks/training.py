@@ -23,12 +23,13 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks.machine import machine
-from benchmarks.steps import device_slug, kernels_of_a_step, step_times
+from benchmarks.steps import device_slug, step_times
 from elman.mixers import mixer_config, parse_pattern
 from elman.model import ModelConfig
 from elman.sizing import size_model
 from elman.training.config import TrainConfig
 from elman.training.loop import Trainer
+from elman.training.profile import profile_steps
 from elman.training.start import demo_data, model_line
 
 RESULTS = Path(__file__).parent / "results"
@@ -62,7 +63,7 @@ def measure(config: TrainConfig, model: ModelConfig, console: Console, steps: in
         tokens_per_second=config.batch_size * config.seq_len / ms * 1e3,
         peak_gib=torch.cuda.max_memory_allocated() / 2**30,
         start_up_seconds=trainer.start_up_seconds,
-        kernels=kernels_of_a_step(trainer) if profile else [],
+        kernels=profile_steps(trainer._train_step, trainer.device, 1).kernels if profile else [],
     )
 
 

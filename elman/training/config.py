@@ -83,6 +83,8 @@ class TrainConfig:
     """Held-out bytes an evaluation reads, evenly spread."""
     save_every: int = 1000
     """Steps between checkpoints; 0 saves only at the end."""
+    profile: bool = False
+    """Show where a step's time goes, and leave a trace of three steps in the run folder. They are slower."""
     stats_every: int = 100
     """Steps between looks at the layers: activations, saturation, gradients and recurrent matrices; 0 never looks."""
     tensorboard: Literal["auto", "on", "off"] = "auto"

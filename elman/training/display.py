@@ -6,6 +6,7 @@ import os
 import sys
 import time
 from collections.abc import Iterable
+from pathlib import Path
 from types import TracebackType
 from typing import Any
 
@@ -15,6 +16,7 @@ from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, T
 from rich.table import Table
 from rich.text import Text
 
+from elman.training.profile import PROFILED_AT, Profile
 from elman.units import bits, format_bytes, format_count, format_duration
 
 #: Seconds between lines where there is no terminal to redraw.
@@ -95,9 +97,22 @@ class TrainingDisplay:
             eta = format_duration(seconds * (1 - progress) / progress) if 0 < progress < 1 else "0s"
             self.say(f"{head}  {min(progress, 1):.0%}  {status}  ETA {eta}")
 
+    def show(self, what: RenderableType) -> None:
+        """What stays as well, such as a table."""
+        self._progress.console.print(what)
+
     def say(self, line: str) -> None:
         """A line that stays, above the bar."""
         self._progress.console.print(Text(line), soft_wrap=True)
+
+
+def show_profile(display: TrainingDisplay, profile: Profile | None, path: Path) -> None:
+    """Where a step's time goes, and where its trace lies."""
+    if profile is None:
+        display.say(f"--profile: no steps were profiled, for the run was shorter than {PROFILED_AT} steps")
+        return
+    display.show(profile.table())
+    display.say(f"trace of {profile.steps} steps in {path}: open it at ui.perfetto.dev")
 
 
 def say(console: Console, line: str) -> None:

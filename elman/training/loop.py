@@ -10,7 +10,6 @@ import time
 import warnings
 from collections import deque
 from contextlib import AbstractContextManager
-from dataclasses import asdict
 from types import FrameType
 from typing import Any
 
@@ -22,29 +21,25 @@ from elman.data.bytes import open_bytes
 from elman.data.loading import Loader
 from elman.data.sampling import SAMPLERS
 from elman.data.vocabulary import open_vocabulary
-from elman.environment import is_out_of_memory, peak_memory, resolve_device, supports_bf16, total_memory
+from elman.environment import is_out_of_memory, peak_memory, resolve_device, supports_bf16
 from elman.errors import TrainingError, UsageError
 from elman.evaluation.heldout import HeldoutLoss, HeldoutText, evaluate
-from elman.generation import generate
 from elman.mixers import State
 from elman.model import LanguageModel, ModelConfig, next_token_loss
 from elman.ops import record_backends
-from elman.sizing import flops_per_token, num_params, state_size
-from elman.text import readable
 from elman.training.carry import Carry
 from elman.training.checkpoint import Checkpoint, save_checkpoint
 from elman.training.config import TrainConfig
-from elman.training.display import TrainingDisplay, print_summary, say
+from elman.training.display import TrainingDisplay, say, show_profile
+from elman.training.finish import finish
+from elman.training.memory import check_memory
 from elman.training.metrics import PendingRow, PendingRows
 from elman.training.mfu import Utilisation
 from elman.training.optim import build_optimizer, learning_rate
-from elman.training.plot import plot_losses
+from elman.training.profile import profiling
 from elman.training.run import RunFolder, load_newest, load_weights, newest_checkpoint
 from elman.training.statistics import LayerStatistics
 from elman.training.tracking import check_trackers, open_metrics
-from elman.units import format_bytes, format_count
-
-_SAMPLE_BYTES = 300
 
 
 class Trainer:
@@ -81,7 +76,7 @@ class Trainer:
             data.heldout, config.seq_len, config.eval_byte_count, self.vocabulary, self.sampler.resets
         )
         self._loader = Loader(self.sampler, config.workers if config.tokenizer is not None else 0)
-        _check_memory(model_config, self.device)
+        check_memory(model_config, self.device)
         torch.manual_seed(config.seed)
         self.model = LanguageModel(model_config).to(self.device)
         self.optimizer = build_optimizer(self.model, config)
@@ -225,7 +220,16 @@ class Trainer:
         self.run = run
         shown = TrainingDisplay(self.console, self.vocabulary.unit)
         shows = open_metrics(run, self.config, self.step + 1)
-        with contextlib.closing(self._loader), shows as self.metrics, _StopSignal() as stop, shown as display:
+        trace = run.path / "profile.json.gz"
+        with (
+            contextlib.closing(self._loader),
+            shows as self.metrics,
+            _StopSignal() as stop,
+            shown as display,
+            profiling(
+                self.config.profile, self.device, trace, lambda found: show_profile(display, found, trace)
+            ) as self._after_step,
+        ):
             while self.progress < 1 and not stop:
                 self._train_until_due(display, stop)
                 if self.progress >= 1 or stop:
@@ -238,7 +242,7 @@ class Trainer:
             heldout = None if stop else self._evaluate(display, stop)
             if heldout is None:
                 return False
-            self._finish(heldout, display)
+            finish(self, heldout, display)
         return True
 
     def _train_until_due(self, display: TrainingDisplay, stop: _StopSignal) -> None:
@@ -246,6 +250,7 @@ class Trainer:
         before, started = self.seconds, time.perf_counter()
         while True:
             rate, values = self._train_step()
+            self._after_step()
             self.seconds = before + time.perf_counter() - started
             self._pending.put({"step": self.step, "lr": rate, "seconds": self.seconds}, values)
             due = _due(self.step, self.config.eval_every) or _due(self.step, self.config.save_every)
@@ -329,7 +334,7 @@ class Trainer:
                 row["stats"] = self.statistics.as_row(seen)
             measured = {"loss": loss, "grad_norm": norm}
             row |= {name: value for name, value in measured.items() if math.isfinite(value)}
-            row["tokens"] = row["step"] * self._tokens_per_step
+            row["tokens"] = row["step"] * self.tokens_per_step
             self.skipped_in_row = self.skipped_in_row + 1 if skip else 0
             if skip:
                 self.skipped += 1
@@ -346,7 +351,7 @@ class Trainer:
                 )
         if not rows:
             return
-        speed = (self.step - self._first_step) * self._tokens_per_step / (self.seconds - self._first_second)
+        speed = (self.step - self._first_step) * self.tokens_per_step / (self.seconds - self._first_second)
         mfu = self.utilisation.at(speed)
         rows[-1] |= {"tokens_per_second": speed, **({} if mfu is None else {"mfu": mfu})}
         self.metrics.append(rows)
@@ -356,7 +361,7 @@ class Trainer:
             steps=self.config.steps,
             progress=self.progress,
             loss=loss,
-            mean=self._last_100_loss,
+            mean=self.last_100_loss,
             tokens_per_second=speed,
             mfu=mfu,
             seconds=self.seconds,
@@ -408,71 +413,20 @@ class Trainer:
                 f"any before it is whole: once that is mended, go on with: elman train --resume {self.run.path}"
             ) from None
 
-    def _finish(self, heldout: HeldoutLoss, display: TrainingDisplay) -> None:
-        """Sample, picture and, last of all, the summary: where it lies, the run is complete."""
-        tokens = self.step * self._tokens_per_step
-        summary = {
-            "model": self.model_config.pattern,
-            "params": num_params(self.model_config),
-            "dim": self.model_config.dim,
-            "depth": self.model_config.depth,
-            "flops_per_token": flops_per_token(self.model_config, self.config.seq_len),
-            "state_size": state_size(self.model_config, self.config.seq_len),
-            "seq_len": self.config.seq_len,
-            "batch_size": self.config.batch_size,
-            "steps": self.step,
-            "tokens": tokens,
-            "compiled": self.compiled,
-            "start_up_seconds": self.start_up_seconds,
-            "train_seconds": self.seconds,
-            "tokens_per_second": tokens / self.seconds,
-            "mfu": self.utilisation.at(tokens / self.seconds),
-            "peak_memory_bytes": peak_memory(self.device),
-            "skipped_steps": self.skipped,
-            "last_100_loss": self._last_100_loss,
-            "unit": self.vocabulary.unit,
-            "heldout": {
-                **asdict(heldout),
-                "nats_per_byte": heldout.nats_per_byte,
-                "bits_per_byte": heldout.bits_per_byte,
-            },
-        }
-        with self.optimizer.averaged():
-            drawn = bytes(
-                generate(
-                    self.model.eval(),
-                    b"",
-                    _SAMPLE_BYTES,
-                    seed=self.config.seed,
-                    vocabulary=self.vocabulary,
-                    resets=self.sampler.resets,
-                )
-            )
-        sample = readable(drawn.decode("utf-8", "replace"))
-        (self.run.path / "sample.txt").write_text(sample, encoding="utf-8")
-        title = f"{self.model_config.pattern}, {format_count(num_params(self.model_config))} parameters"
-        plot_losses(self.run.read_metrics(), title, self.run.path / "loss.png", self.vocabulary.unit)
-        self.run.write_json("summary.json", summary)
-        display.close()
-        print_summary(self.console, summary, sample)
-
     def autocast(self) -> AbstractContextManager[None]:
         """The precision of the forward pass."""
         dtype = torch.float16 if self.precision == "fp16" else torch.bfloat16
         return torch.autocast(self.device.type, dtype, enabled=self.precision != "fp32")
 
     @property
-    def _tokens_per_step(self) -> int:
+    def tokens_per_step(self) -> int:
+        """That a step reads."""
         return self.config.batch_size * self.config.seq_len
 
     @property
-    def _last_100_loss(self) -> float:
+    def last_100_loss(self) -> float:
+        """The mean; NaN before there is one."""
         return sum(self.recent_losses) / len(self.recent_losses) if self.recent_losses else math.nan
-
-
-def fixed_memory(config: ModelConfig) -> int:
-    """Bytes that training takes whatever the batch: weights, gradients and two moments, 4 a number."""
-    return 16 * num_params(config)
 
 
 def _check_mixers(
@@ -487,15 +441,6 @@ def _check_mixers(
                 f"--sampling tbptt carries a model's state through the whole file, but that of {mixer.name} grows with "
                 f"the text: give --sampling documents or windows, or another --model"
             )
-
-
-def _check_memory(config: ModelConfig, device: torch.device) -> None:
-    needed, there = fixed_memory(config), total_memory(device)
-    if needed > there:
-        raise UsageError(
-            f"a model of {format_count(num_params(config))} parameters needs {format_bytes(needed)} for weights and "
-            f"optimiser, but {device} has {format_bytes(there)}: give a smaller --params, --dim or --depth"
-        )
 
 
 def _compiler_complaint(error: Exception) -> str:

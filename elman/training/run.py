@@ -8,6 +8,7 @@ metrics.jsonl   a line a step (step, loss, lr, grad_norm, tokens, seconds; now a
 summary.json    the outcome
 sample.txt, loss.png
 checkpoints/
+profile.json.gz             a trace, by --profile
 tensorboard/, wandb.json    where trackers show the same numbers, see tracking.py
 """
 

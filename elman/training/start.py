@@ -23,14 +23,15 @@ from elman.options import flag
 from elman.sizing import flops_per_token, num_params, size_model, state_size
 from elman.training.config import TrainConfig
 from elman.training.display import say
-from elman.training.loop import Trainer, fixed_memory
+from elman.training.loop import Trainer
+from elman.training.memory import fixed_memory
 from elman.training.run import RunFolder, check_free, create, open_run
 from elman.units import format_bytes, format_count, format_duration
 
 #: What may be given anew when a run goes on; anything else would make it another run.
 _RESUMABLE = (
     *("steps", "time_limit", "data", "device", "compile", "workers", "eval_every", "save_every", "max_skipped"),
-    *("stats_every", "tensorboard", "wandb"),
+    *("profile", "stats_every", "tensorboard", "wandb"),
 )
 
 
@@ -88,7 +89,8 @@ def resume_run(config: TrainConfig, mixers: tuple[MixerConfig, ...], console: Co
 
 def _write_config(run: RunFolder, config: TrainConfig, model: ModelConfig) -> None:
     assert config.data is not None
-    run.write_config(replace(config, data=config.data.absolute(), out=run.path), model)
+    # A profile is taken where it is asked for, and not again when the run goes on.
+    run.write_config(replace(config, data=config.data.absolute(), out=run.path, profile=False), model)
 
 
 def demo_data(console: Console) -> Path:

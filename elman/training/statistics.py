@@ -179,7 +179,8 @@ def _product(factors: Sequence[Tensor], x: Tensor) -> Tensor:
 
 def _length(x: Tensor) -> Tensor:
     """Of each vector; above zero, so that what has become zero can be divided by it."""
-    return torch.linalg.vector_norm(x, dim=-2, keepdim=True).clamp(min=torch.finfo(x.dtype).tiny)
+    length: Tensor = torch.linalg.vector_norm(x, dim=-2, keepdim=True)
+    return length.clamp(min=torch.finfo(x.dtype).tiny)
 
 
 @functools.cache
