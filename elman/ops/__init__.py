@@ -3,6 +3,7 @@
 from elman.ops.backends import BACKENDS, backend_status
 from elman.ops.banks import banks
 from elman.ops.norm import add_norm
+from elman.ops.persistent import choosing_for_graphs
 from elman.ops.recurrence import note_backend, note_recurrence, record_backends, recurrence, watch_recurrences
 from elman.ops.scan import linear_scan
 
@@ -11,6 +12,7 @@ __all__ = [
     "add_norm",
     "backend_status",
     "banks",
+    "choosing_for_graphs",
     "linear_scan",
     "note_backend",
     "note_recurrence",

@@ -6,7 +6,10 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_map
 
+from elman.errors import UsageError
 from elman.mixers import State
+from elman.model import ModelConfig
+from elman.training.config import TrainConfig
 
 
 class Carry:
@@ -18,7 +21,10 @@ class Carry:
     def __init__(self, parts: int, rest: State = None) -> None:
         """``rest``: any state of one part, as the model returns it, where states are carried; else None."""
         self.active = rest is not None
-        self.states: list[State] = [_own(tree_map(torch.zeros_like, rest)) if self.active else None] * parts
+        # Tensors of its own for each part, which may be written in place.
+        self.states: list[State] = [
+            _own(tree_map(torch.zeros_like, rest)) if self.active else None for _ in range(parts)
+        ]
 
     def put(self, part: int, state: State) -> None:
         """Keep what the model returned for a part."""
@@ -32,6 +38,12 @@ class Carry:
                 tree_map(lambda now, old: torch.where(skip, old, now), state, old)
                 for state, old in zip(self.states, before, strict=True)
             ]
+
+    def settle(self, places: list[State]) -> None:
+        """Move the states into the tensors of ``places``, earlier ones, where a captured step finds them again."""
+        if self.active:
+            tree_map(lambda place, now: place.copy_(now), places, self.states)
+            self.states = places
 
     def whole(self) -> State:
         """The state of the whole batch, for a checkpoint: the parts' rows one behind the other."""
@@ -51,3 +63,22 @@ def _own(state: State) -> State:
 
 def _rows(saved: Tensor, now: Tensor, part: int) -> Tensor:
     return saved[part * len(now) : (part + 1) * len(now)].to(now.device, copy=True)
+
+
+def check_states(
+    model: ModelConfig, config: TrainConfig, resets: bool, carries_state: bool, device: torch.device
+) -> None:
+    """The states of a model's mixers can be treated as a sampler wants: reset, or carried through a file.
+
+    Raises:
+        UsageError: they cannot.
+    """
+    for mixer in model.mixers:
+        if resets:
+            mixer.check_resets(device)
+        sizes = [mixer.state_size(model.dim, seq_len) for seq_len in (config.seq_len, config.seq_len + 1)]
+        if carries_state and sizes[0] != sizes[1]:
+            raise UsageError(
+                f"--sampling tbptt carries a model's state through the whole file, but that of {mixer.name} grows with "
+                f"the text: give --sampling documents or windows, or another --model"
+            )

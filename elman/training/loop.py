@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import contextlib
-import functools
 import math
 import signal
 import time
-import warnings
 from collections import deque
 from contextlib import AbstractContextManager
 from types import FrameType
@@ -26,12 +24,14 @@ from elman.errors import TrainingError, UsageError
 from elman.evaluation.heldout import HeldoutLoss, HeldoutText, evaluate
 from elman.mixers import State
 from elman.model import LanguageModel, ModelConfig, next_token_loss
-from elman.ops import record_backends
-from elman.training.carry import Carry
+from elman.ops import choosing_for_graphs, record_backends
+from elman.training.carry import Carry, check_states
 from elman.training.checkpoint import Checkpoint, save_checkpoint
+from elman.training.compiling import compile_training, first_line, ignoring_compiler_warnings
 from elman.training.config import TrainConfig
 from elman.training.display import TrainingDisplay, say, show_profile
 from elman.training.finish import finish
+from elman.training.graph import make_graph
 from elman.training.memory import check_memory
 from elman.training.metrics import PendingRow, PendingRows
 from elman.training.mfu import Utilisation
@@ -71,7 +71,7 @@ class Trainer:
         self.sampler = SAMPLERS[config.sampling](
             data.train, config.seq_len, config.batch_size, config.seed, self.vocabulary
         )
-        _check_mixers(model_config, config, self.sampler.resets, self.sampler.carries_state, self.device)
+        check_states(model_config, config, self.sampler.resets, self.sampler.carries_state, self.device)
         self.heldout = HeldoutText.cut(
             data.heldout, config.seq_len, config.eval_byte_count, self.vocabulary, self.sampler.resets
         )
@@ -85,6 +85,7 @@ class Trainer:
         self.skipped, self.skipped_in_row = 0, 0
         self.carry = Carry(config.grad_accum, self._forward_zeros() if self.sampler.carries_state else None)
         self.compiled = False
+        self.graph = make_graph(config, self.device)
         self.start_up_seconds = 0.0
         self._loss = next_token_loss
         self.step = 0
@@ -143,13 +144,23 @@ class Trainer:
             UsageError: ``--compile on``, and it cannot be done.
         """
         started = time.perf_counter()
+        if self.graph is not None and self.config.graph == "auto" and "loop" not in self.backends():
+            self.graph = None
+        with self._choices():
+            self._prepare()
+        self.start_up_seconds = time.perf_counter() - started
+
+    def _prepare(self) -> None:
         if self.will_compile:
             try:
-                self._compile()
+                self._loss = compile_training(self.model)
+                with ignoring_compiler_warnings():
+                    self._try_step()
+                self.compiled = True
             except Exception as error:
                 if is_out_of_memory(error):
                     raise
-                reason = _compiler_complaint(error)
+                reason = first_line(error)
                 if self.config.compile == "on":
                     raise UsageError(
                         f"--compile on: torch.compile fails here ({reason}); give --compile off"
@@ -159,11 +170,14 @@ class Trainer:
                 self._loss = next_token_loss
         if self.device.type == "cuda" and not self.compiled:
             self._try_step()
-        self.start_up_seconds = time.perf_counter() - started
+
+    def _choices(self) -> AbstractContextManager[None]:
+        """Kernels are chosen for a graph where steps will be captured."""
+        return contextlib.nullcontext() if self.graph is None else choosing_for_graphs()
 
     def backends(self, steps: int = 1) -> list[str]:
         """What runs each mixer of the model, at this run's batch size, found out by a plain forward pass."""
-        with record_backends() as backends:
+        with record_backends() as backends, self._choices():
             self._forward_zeros(steps)
         if self.compiled and self.device.type == "cpu":
             backends = ["loop" if backend == "reference" else backend for backend in backends]
@@ -179,20 +193,6 @@ class Trainer:
             _, state = self.model(tokens, None, reset)
         self.model.train()
         return state
-
-    def _compile(self) -> None:
-        # Kernels chosen by timing would sum in another order in another process, and resuming would not be exact.
-        options = {"deterministic": True} if "deterministic" in torch._inductor.list_options() else {}
-        # Each kind of layer is a compilation of the same function: none of a long pattern's may be refused.
-        torch._dynamo.config.recompile_limit = 64
-        wrap = functools.partial(torch.compile, fullgraph=True, options=options)
-        self.model.compile_training(wrap)
-        self._loss = wrap(next_token_loss)
-        with warnings.catch_warnings():
-            # PyTorch's compiler warns of its own code.
-            warnings.filterwarnings("ignore", module=r"torch\b")
-            self._try_step()
-        self.compiled = True
 
     def _try_step(self) -> None:
         """A step up to its gradients, which are thrown away, and so is the state that it ends with."""
@@ -238,6 +238,7 @@ class Trainer:
                     self._evaluate(display, stop)
                 if _due(self.step, self.config.save_every):
                     self._save()
+                self.capture()
             self._save()
             heldout = None if stop else self._evaluate(display, stop)
             if heldout is None:
@@ -254,6 +255,7 @@ class Trainer:
             self.seconds = before + time.perf_counter() - started
             self._pending.put({"step": self.step, "lr": rate, "seconds": self.seconds}, values)
             due = _due(self.step, self.config.eval_every) or _due(self.step, self.config.save_every)
+            due = due or (self.graph is not None and self.graph.due)
             last = due or stop or self.progress >= 1
             if last or self.step % self.fetch_every == 0:
                 taken = list(self._pending.take(everything=bool(last)))
@@ -275,9 +277,36 @@ class Trainer:
         self._load_batch()
         looks = self.statistics.due(self.step + 1)
         seen = self._look() if looks else None
-        values = self._step_on_device(with_norms=looks)
+        values = self._step_on_device(looks) if self.graph is None else self.graph(self._step_to_capture)
         self.step += 1
-        return rate, values if seen is None else torch.cat((values, seen))
+        return rate, values[:3] if seen is None else torch.cat((values, seen))
+
+    def _step_to_capture(self) -> torch.Tensor:
+        """A step that can be taken again on the same memory; whether layers are looked at, it cannot know."""
+        before = list(self.carry.states)
+        values = self._step_on_device(with_norms=self.config.stats_every > 0)
+        self.carry.settle(before)
+        return values
+
+    def capture(self) -> None:
+        """Capture a step, if that is wanted and it is time to; it is not taken, and its cost is no training time.
+
+        Raises:
+            TrainingError: ``--graph on``, and it cannot be done.
+        """
+        if self.graph is None or not self.graph.due:
+            return
+        started, before = time.perf_counter(), list(self.carry.states)
+        try:
+            self.graph.capture(self._step_to_capture)
+        except Exception as error:
+            reason = first_line(error)
+            if self.config.graph == "on" or self.precision == "fp16":  # the scaler of fp16 is in the midst of a step
+                raise TrainingError(f"a step cannot be captured here ({reason}): give --graph off") from error
+            say(self.console, f"not captured, so slower: a CUDA graph cannot hold a step here ({reason})")
+            self.graph, self.carry.states = None, before
+            self.optimizer.zero_grad()
+        self.start_up_seconds += time.perf_counter() - started
 
     def _step_on_device(self, with_norms: bool) -> torch.Tensor:
         """All of a step that its batch decides, in work for the device alone; gradients' norms by layer come last."""
@@ -297,8 +326,11 @@ class Trainer:
 
     def _load_batch(self) -> None:
         """Put this step's batch on the device, ahead of the work that is queued there."""
-        tokens, reset = self._loader.batch(self.step)
-        self._batch = self._to_device(tokens), None if reset is None else self._to_device(reset)
+        batch = tokens, reset = self._loader.batch(self.step)
+        if self.graph is not None:
+            self._batch = self.graph.place(batch)
+        else:
+            self._batch = self._to_device(tokens), None if reset is None else self._to_device(reset)
 
     def _look(self) -> torch.Tensor:
         """The statistics of this step's batch, before the step."""
@@ -427,27 +459,6 @@ class Trainer:
     def last_100_loss(self) -> float:
         """The mean; NaN before there is one."""
         return sum(self.recent_losses) / len(self.recent_losses) if self.recent_losses else math.nan
-
-
-def _check_mixers(
-    model: ModelConfig, config: TrainConfig, resets: bool, carries_state: bool, device: torch.device
-) -> None:
-    for mixer in model.mixers:
-        if resets:
-            mixer.check_resets(device)
-        sizes = [mixer.state_size(model.dim, seq_len) for seq_len in (config.seq_len, config.seq_len + 1)]
-        if carries_state and sizes[0] != sizes[1]:
-            raise UsageError(
-                f"--sampling tbptt carries a model's state through the whole file, but that of {mixer.name} grows with "
-                f"the text: give --sampling documents or windows, or another --model"
-            )
-
-
-def _compiler_complaint(error: Exception) -> str:
-    """The cause in one line, without torch.compile's wrapping."""
-    cause = getattr(error, "inner_exception", error)
-    lines = [line.strip() for line in str(cause).splitlines() if line.strip()]
-    return f"{type(cause).__name__}: {lines[0] if lines else 'no message'}"
 
 
 def _due(step: int, every: int) -> bool:

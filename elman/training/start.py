@@ -31,7 +31,7 @@ from elman.units import format_bytes, format_count, format_duration
 #: What may be given anew when a run goes on; anything else would make it another run.
 _RESUMABLE = (
     *("steps", "time_limit", "data", "device", "compile", "workers", "eval_every", "save_every", "max_skipped"),
-    *("profile", "stats_every", "tensorboard", "wandb"),
+    *("graph", "profile", "stats_every", "tensorboard", "wandb"),
 )
 
 
@@ -156,6 +156,7 @@ def _environment(trainer: Trainer) -> dict[str, Any]:
         "from_step": trainer.step,
         "precision": trainer.precision,
         "compiled": trainer.compiled,
+        "captured": trainer.graph is not None,
         "start_up_seconds": trainer.start_up_seconds,
         "backends": trainer.backends(),
         **describe_environment(trainer.device),
@@ -167,6 +168,7 @@ def _print_head(trainer: Trainer, run: RunFolder) -> None:
     say(trainer.console, model_line(model, config.seq_len))
     where = torch.cuda.get_device_name(trainer.device) if trainer.device.type == "cuda" else str(trainer.device)
     how = f"{config.optimizer}, {trainer.precision}, {'compiled' if trainer.compiled else 'not compiled'}"
+    how += "" if trainer.graph is None else ", captured"
     say(
         trainer.console,
         f"{config.data}: {len(trainer.data.train):,} bytes to train on, {len(trainer.data.heldout):,} held out; "

@@ -1,0 +1,39 @@
+"""What a step needs of ``torch.compile``."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import warnings
+from collections.abc import Callable, Iterator
+
+import torch
+from torch import Tensor
+
+from elman.model import LanguageModel, next_token_loss
+
+
+def compile_training(model: LanguageModel) -> Callable[..., Tensor]:
+    """Have the layers compiled when they are first called in training; returns the loss that is compiled likewise."""
+    # Kernels chosen by timing would sum in another order in another process, and resuming would not be exact.
+    options = {"deterministic": True} if "deterministic" in torch._inductor.list_options() else {}
+    # Each kind of layer is a compilation of the same function: none of a long pattern's may be refused.
+    torch._dynamo.config.recompile_limit = 64
+    wrap = functools.partial(torch.compile, fullgraph=True, options=options)
+    model.compile_training(wrap)
+    return wrap(next_token_loss)
+
+
+@contextlib.contextmanager
+def ignoring_compiler_warnings() -> Iterator[None]:
+    """PyTorch's compiler warns of its own code."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", module=r"torch\b")
+        yield
+
+
+def first_line(error: Exception) -> str:
+    """The cause of an error in one line, without torch.compile's wrapping."""
+    cause = getattr(error, "inner_exception", error)
+    lines = [line.strip() for line in str(cause).splitlines() if line.strip()]
+    return f"{type(cause).__name__}: {lines[0] if lines else 'no message'}"
