@@ -62,7 +62,7 @@ class Optimizer:
     def _share_rate(self) -> None:
         if self._rate is not None:
             for group in self.param_groups:
-                group["lr"], group["capturable"] = self._rate, True
+                group["lr"] = self._rate
 
     @property
     def param_groups(self) -> list[dict[str, Any]]:
@@ -87,6 +87,10 @@ class Optimizer:
         """
         for part in self.parts:
             if isinstance(part, torch.optim.AdamW):
+                capturing = skip.is_cuda and torch.cuda.is_current_stream_capturing()
+                for group in part.param_groups:
+                    # Means nothing to the fused kernels; without it PyTorch refuses a capture, with it warns elsewhere.
+                    group["capturable"] = capturing
                 part.found_inf = skip.float()  # type: ignore[attr-defined]  # what its fused kernels skip by
                 part.step()
             else:
@@ -130,9 +134,6 @@ class Optimizer:
         """Go back to what ``state_dict`` returned, the model's weights being loaded already."""
         for part, saved in zip(self.parts, state["parts"], strict=True):
             part.load_state_dict(saved)
-            for group in part.param_groups:
-                if "capturable" in group:
-                    group["capturable"] = False
         self._share_rate()
         with torch.no_grad():
             for parameter, saved in zip(self._averaged_parameters(), state["weights"], strict=True):
