@@ -15,7 +15,7 @@ from rich.progress import Progress
 
 from elman.data.stdlib import pack_stdlib, stdlib_files, stdlib_path
 from elman.data.vocabulary import open_vocabulary
-from elman.environment import describe_environment, is_out_of_memory, total_memory
+from elman.environment import describe_environment, is_out_of_memory
 from elman.errors import TrainingError, UsageError
 from elman.mixers import MixerConfig
 from elman.model import ModelConfig
@@ -24,9 +24,9 @@ from elman.sizing import flops_per_token, num_params, size_model, state_size
 from elman.training.config import TrainConfig
 from elman.training.display import say
 from elman.training.loop import Trainer
-from elman.training.memory import fixed_memory
+from elman.training.memory import advice
 from elman.training.run import RunFolder, check_free, create, open_run
-from elman.units import format_bytes, format_count, format_duration
+from elman.units import format_count, format_duration
 
 #: What may be given anew when a run goes on; anything else would make it another run.
 _RESUMABLE = (
@@ -119,14 +119,7 @@ def _advice_on_memory(trainer: Trainer) -> Iterator[None]:
     except (MemoryError, RuntimeError) as error:
         if not is_out_of_memory(error):
             raise
-        config, fixed = trainer.config, fixed_memory(trainer.model_config)
-        raise TrainingError(
-            f"out of memory at step {trainer.step} ({str(error).splitlines()[0]}): of the "
-            f"{format_bytes(total_memory(trainer.device))} of {trainer.device}, weights, gradients and optimiser take "
-            f"{format_bytes(fixed)} and the rest went to a pass over {config.batch_size // config.grad_accum} windows "
-            f"of {config.seq_len}: give a smaller --batch-size, --seq-len or --params, or a larger --grad-accum, which "
-            f"splits a step's batch into parts"
-        ) from None
+        raise TrainingError(advice(trainer, error)) from None
 
 
 def _train(trainer: Trainer, run: RunFolder) -> int:
