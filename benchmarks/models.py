@@ -12,16 +12,13 @@ written as soon as it is known, to benchmarks/results/ and to the folder ``--out
 
 from __future__ import annotations
 
-import gc
 import itertools
-import json
 import math
 import os
 import re
 import statistics
 import subprocess
 import sys
-import tempfile
 import time
 from collections import Counter
 from collections.abc import Sequence
@@ -29,14 +26,13 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
-import numpy as np
 import torch
 import tyro
 from rich.console import Console
 
 from benchmarks.cases import Case, choose_cases, first_line
 from benchmarks.machine import machine
-from benchmarks.steps import device_slug, step_times
+from benchmarks.steps import device_slug, forget, random_bytes, step_times, write_json
 from elman.environment import is_out_of_memory, peak_memory, resolve_device
 from elman.sizing import num_params, state_size
 from elman.training.config import TrainConfig
@@ -44,7 +40,6 @@ from elman.training.loop import Trainer
 from elman.training.profile import RECURRENCES, classify, profile_steps
 
 RESULTS = Path(__file__).parent / "results"
-_DATA_BYTES = 1 << 24
 #: Slower steps than this, in ms, are neither warmed up at length nor profiled: they have 100,000 kernels.
 _SLOW_STEP = 1000.0
 #: Rungs whose W_h is a diagonal.
@@ -153,7 +148,7 @@ def measure(case: Case, batch_size: int, setting: Setting, console: Console) -> 
     except Exception as error:
         no_memory = is_out_of_memory(error) or "out of memory" in str(error).lower()
         row.note = "out of memory" if no_memory else first_line(error)
-    _forget()
+    forget()
     return row
 
 
@@ -180,15 +175,6 @@ def _fill(row: Row, case: Case, batch_size: int, setting: Setting, console: Cons
         row.kernels = [kernel for kernel in kernels if classify(kernel["name"]) == RECURRENCES]
 
 
-def _forget() -> None:
-    """Leave the next model what a new process would find: no memory in use, and no shapes met before."""
-    if "torch._dynamo" in sys.modules:
-        torch._dynamo.reset()
-    gc.collect()
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
-
-
 def prepare(case: Case, batch_size: int, setting: Setting) -> str:
     """Compile what a step needs, a layer of each kind, so that the caches on disk hold it. Returns what went wrong."""
     complaint, trainer = "", None
@@ -200,7 +186,7 @@ def prepare(case: Case, batch_size: int, setting: Setting) -> str:
     except Exception as error:
         complaint = first_line(error)
     trainer = None
-    _forget()
+    forget()
     return complaint
 
 
@@ -322,9 +308,7 @@ def main(options: Options) -> list[Row]:
         "seq_len": options.seq_len,
         "compile": options.compile,
     }
-    with tempfile.TemporaryDirectory() as folder:
-        data = Path(folder) / "random.bin"
-        data.write_bytes(np.random.default_rng(0).integers(256, size=_DATA_BYTES, dtype=np.uint8).tobytes())
+    with random_bytes() as data:
         setting = Setting(data, options)
         if options.part is not None:
             prepare_part(cases, setting, options.part)
@@ -349,14 +333,6 @@ def main(options: Options) -> list[Row]:
     looping = dict.fromkeys(row.model for row in rows if "reference" in row.backends)
     console.print(f"loop over T in Python, of PyTorch's operations: {', '.join(looping) or 'none'}")
     return rows
-
-
-def write_json(name: str, value: object, *folders: Path | None) -> None:
-    """The same file in each of the folders that are given."""
-    for folder in folders:
-        if folder is not None:
-            folder.mkdir(parents=True, exist_ok=True)
-            (folder / name).write_text(json.dumps(value, indent=1) + "\n")
 
 
 if __name__ == "__main__":
