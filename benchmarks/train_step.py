@@ -213,7 +213,7 @@ def overheads(trainer: Trainer, steps: int) -> list[dict[str, Any]]:
     trainer.config = replace(trainer.config, steps=trainer.step + steps, eval_every=0, save_every=0)
     with (
         tempfile.TemporaryDirectory() as folder,
-        _stopwatch(trainer, "_load_batch") as data,
+        _stopwatch(trainer, "_batch") as data,
         _stopwatch(trainer, "_report") as metrics,
         _stopwatch(trainer, "_look", wait=True) as looks,
         _stopwatch(trainer, "_save") as saves,

@@ -6,10 +6,7 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_map
 
-from elman.errors import UsageError
 from elman.mixers import State
-from elman.model import ModelConfig
-from elman.training.config import TrainConfig
 
 
 class Carry:
@@ -63,22 +60,3 @@ def _own(state: State) -> State:
 
 def _rows(saved: Tensor, now: Tensor, part: int) -> Tensor:
     return saved[part * len(now) : (part + 1) * len(now)].to(now.device, copy=True)
-
-
-def check_states(
-    model: ModelConfig, config: TrainConfig, resets: bool, carries_state: bool, device: torch.device
-) -> None:
-    """The states of a model's mixers can be treated as a sampler wants: reset, or carried through a file.
-
-    Raises:
-        UsageError: they cannot.
-    """
-    for mixer in model.mixers:
-        if resets:
-            mixer.check_resets(device)
-        sizes = [mixer.state_size(model.dim, seq_len) for seq_len in (config.seq_len, config.seq_len + 1)]
-        if carries_state and sizes[0] != sizes[1]:
-            raise UsageError(
-                f"--sampling tbptt carries a model's state through the whole file, but that of {mixer.name} grows with "
-                f"the text: give --sampling documents or windows, or another --model"
-            )

@@ -72,20 +72,20 @@ class StepGraph:
     def __init__(self, recorder: Recorder, device: torch.device) -> None:
         self._recorder = recorder
         self._device = device
-        self._batch: TensorBatch | None = None
+        #: Where every step reads its batch; None before the first.
+        self.batch: TensorBatch | None = None
         self._plain_steps = 0
         self._replay: Step | None = None
 
-    def place(self, batch: TensorBatch) -> TensorBatch:
-        """A batch in the tensors that every step reads; to be called between steps, and waits for nothing."""
-        if self._batch is None:
+    def place(self, batch: TensorBatch) -> None:
+        """Put the next step's batch where every step reads it, and wait for nothing."""
+        if self.batch is None:
             tokens, reset = (None if x is None else torch.empty_like(x, device=self._device) for x in batch)
             assert tokens is not None
-            self._batch = tokens, reset
-        for place, given in zip(self._batch, batch, strict=True):
+            self.batch = tokens, reset
+        for place, given in zip(self.batch, batch, strict=True):
             if place is not None and given is not None:
                 place.copy_(given.pin_memory() if place.is_cuda else given, non_blocking=True)
-        return self._batch
 
     @property
     def due(self) -> bool:

@@ -16,7 +16,7 @@ from rich.console import Console
 from safetensors import SafetensorError
 
 from elman.data.bytes import open_bytes
-from elman.data.loading import Loader
+from elman.data.loading import Loader, TensorBatch
 from elman.data.sampling import SAMPLERS
 from elman.data.vocabulary import open_vocabulary
 from elman.environment import is_out_of_memory, peak_memory, resolve_device, supports_bf16
@@ -25,14 +25,14 @@ from elman.evaluation.heldout import HeldoutLoss, HeldoutText, evaluate
 from elman.mixers import State
 from elman.model import LanguageModel, ModelConfig, next_token_loss
 from elman.ops import choosing_for_graphs, record_backends
-from elman.training.carry import Carry, check_states
+from elman.training.carry import Carry
 from elman.training.checkpoint import Checkpoint, save_checkpoint
+from elman.training.checks import check_memory, check_mixers
 from elman.training.compiling import compile_training, first_line, ignoring_compiler_warnings
 from elman.training.config import TrainConfig
 from elman.training.display import TrainingDisplay, say, show_profile
 from elman.training.finish import finish
 from elman.training.graph import make_graph
-from elman.training.memory import check_memory
 from elman.training.metrics import PendingRow, PendingRows
 from elman.training.mfu import Utilisation
 from elman.training.optim import build_optimizer, learning_rate
@@ -71,7 +71,7 @@ class Trainer:
         self.sampler = SAMPLERS[config.sampling](
             data.train, config.seq_len, config.batch_size, config.seed, self.vocabulary
         )
-        check_states(model_config, config, self.sampler.resets, self.sampler.carries_state, self.device)
+        check_mixers(model_config, config, self.sampler.resets, self.sampler.carries_state, self.device)
         self.heldout = HeldoutText.cut(
             data.heldout, config.seq_len, config.eval_byte_count, self.vocabulary, self.sampler.resets
         )
@@ -148,6 +148,8 @@ class Trainer:
             self.graph = None
         with self._choices():
             self._prepare()
+        if self.device.type == "cuda" and self.statistics.every:
+            self._look()  # its few rows may take kernels of their own
         self.start_up_seconds = time.perf_counter() - started
 
     def _prepare(self) -> None:
@@ -197,7 +199,6 @@ class Trainer:
     def _try_step(self) -> None:
         """A step up to its gradients, which are thrown away, and so is the state that it ends with."""
         before = list(self.carry.states)
-        self._load_batch()
         try:
             self._accumulate_gradients().item()
         finally:
@@ -274,7 +275,8 @@ class Trainer:
         """
         rate = learning_rate(self.config, self.step, self.progress)
         self.optimizer.set_rate(rate)
-        self._load_batch()
+        if self.graph is not None:
+            self.graph.place(self._loader.batch(self.step))
         looks = self.statistics.due(self.step + 1)
         seen = self._look() if looks else None
         values = self._step_on_device(looks) if self.graph is None else self.graph(self._step_to_capture)
@@ -324,23 +326,22 @@ class Trainer:
         self.optimizer.zero_grad()
         return torch.cat((torch.stack((loss, norm, skip.float())), norms))
 
-    def _load_batch(self) -> None:
-        """Put this step's batch on the device, ahead of the work that is queued there."""
-        batch = tokens, reset = self._loader.batch(self.step)
-        if self.graph is not None:
-            self._batch = self.graph.place(batch)
-        else:
-            self._batch = self._to_device(tokens), None if reset is None else self._to_device(reset)
+    def _batch(self) -> TensorBatch:
+        """The batch of a step, on the device; that of steps to be captured lies where it was placed before."""
+        if self.graph is not None and self.graph.batch is not None:
+            return self.graph.batch
+        tokens, reset = self._loader.batch(self.step)
+        return self._to_device(tokens), None if reset is None else self._to_device(reset)
 
     def _look(self) -> torch.Tensor:
         """The statistics of this step's batch, before the step."""
-        tokens, reset = self._batch
+        tokens, reset = self._batch()
         first = tokens.chunk(self.config.grad_accum)[0]
         return self.statistics.look(first[:, :-1], self.carry.states[0], reset, self.autocast)
 
     def _accumulate_gradients(self) -> torch.Tensor:
         """Both passes over this step's batch, a part at a time; the loss is their mean."""
-        tokens, reset = self._batch
+        tokens, reset = self._batch()
         parts = tokens.chunk(self.config.grad_accum)
         resets = [None] * len(parts) if reset is None else reset.chunk(self.config.grad_accum)
         loss = torch.zeros((), device=self.device)

@@ -1,4 +1,4 @@
-"""How much memory training takes, before it starts and where it did not suffice."""
+"""Where memory did not suffice: what took it, and what to lower."""
 
 from __future__ import annotations
 
@@ -11,32 +11,12 @@ import torch
 from torch import Tensor, nn
 
 from elman.environment import total_memory
-from elman.errors import UsageError
-from elman.model import ModelConfig, next_token_loss
-from elman.sizing import num_params
-from elman.units import format_bytes, format_count
+from elman.model import next_token_loss
+from elman.training.checks import fixed_memory
+from elman.units import format_bytes
 
 if TYPE_CHECKING:
     from elman.training.loop import Trainer
-
-
-def fixed_memory(config: ModelConfig) -> int:
-    """Bytes that training takes whatever the batch: weights, gradients and two moments, 4 a number."""
-    return 16 * num_params(config)
-
-
-def check_memory(config: ModelConfig, device: torch.device) -> None:
-    """What training takes whatever the batch fits the device.
-
-    Raises:
-        UsageError: it does not.
-    """
-    needed, there = fixed_memory(config), total_memory(device)
-    if needed > there:
-        raise UsageError(
-            f"a model of {format_count(num_params(config))} parameters needs {format_bytes(needed)} for weights and "
-            f"optimiser, but {device} has {format_bytes(there)}: give a smaller --params, --dim or --depth"
-        )
 
 
 def kept_bytes(pass_forward: Callable[[], object], model: nn.Module) -> int:

@@ -109,18 +109,18 @@ def test_a_captured_step_that_is_not_finite_is_skipped(
     config: TrainConfig, tmp_path: Path, recorders: list[TapeRecorder], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """By a factor that lies on the device, since a graph knows no other."""
-    accumulate, load = Trainer._accumulate_gradients, Trainer._load_batch
+    accumulate, step = Trainer._accumulate_gradients, Trainer._train_step
     factor = torch.ones(())
 
     def poison(trainer: Trainer) -> torch.Tensor:
         return accumulate(trainer) * factor
 
-    def choose(trainer: Trainer) -> None:
-        load(trainer)
+    def choose(trainer: Trainer) -> Any:
         factor.fill_(torch.nan if trainer.step + 1 in (6, 7) else 1.0)
+        return step(trainer)
 
     monkeypatch.setattr(Trainer, "_accumulate_gradients", poison)
-    monkeypatch.setattr(Trainer, "_load_batch", choose)
+    monkeypatch.setattr(Trainer, "_train_step", choose)
     config = replace(config, sampling="tbptt")
     for out, setting in ((tmp_path / "plain", "off"), (config.out, "on")):
         start(replace(config, out=out, graph=setting))  # type: ignore[arg-type]
@@ -200,8 +200,12 @@ def test_optimisers_that_count_on_the_host_are_not_captured() -> None:
 
 def test_a_batch_is_placed_where_the_last_one_was() -> None:
     captured = StepGraph(TapeRecorder(torch.device("cpu")), torch.device("cpu"))
-    first = captured.place((torch.arange(6, dtype=torch.uint8).view(2, 3), torch.tensor([[True], [False]])))
-    second = captured.place((torch.full((2, 3), 9, dtype=torch.uint8), torch.tensor([[False], [True]])))
+    captured.place((torch.arange(6, dtype=torch.uint8).view(2, 3), torch.tensor([[True], [False]])))
+    first = captured.batch
+    captured.place((torch.full((2, 3), 9, dtype=torch.uint8), torch.tensor([[False], [True]])))
+    second = captured.batch
+    assert first is not None
+    assert second is not None
     for a, b, expected in zip(first, second, (9, torch.tensor([[False], [True]])), strict=True):
         assert a is b
         assert (a == expected).all()

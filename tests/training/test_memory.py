@@ -15,9 +15,10 @@ from elman.errors import TrainingError
 from elman.mixers import mixer_config
 from elman.sizing import size_model
 from elman.training import memory
+from elman.training.checks import fixed_memory
 from elman.training.config import TrainConfig
 from elman.training.loop import Trainer
-from elman.training.memory import fixed_memory, free_memory, kept_bytes, window_bytes
+from elman.training.memory import free_memory, kept_bytes, window_bytes
 from elman.units import format_bytes
 from tests.training.runs import E1, start
 
@@ -39,8 +40,7 @@ def test_a_window_is_what_a_pass_over_many_keeps_a_window(config: TrainConfig, m
     config = replace(config, dim=32, seq_len=64)
     made = trainer(config, (mixer,))
     one = window_bytes(made)
-    made._load_batch()
-    tokens, _ = made._batch
+    tokens, _ = made._batch()
     many = kept_bytes(lambda: made._loss(made.model(tokens[:, :-1])[0], tokens[:, 1:]), made.model)
     assert one == pytest.approx(many / config.batch_size, rel=0.05)
     assert one > 2 * 64 * 32 * 4 * 4  # at the least, some tensors a layer

@@ -17,7 +17,7 @@ import torch
 from elman.errors import UsageError
 from elman.evaluation import heldout
 from elman.mixers import MixerConfig
-from elman.training import loop
+from elman.training import finish
 from elman.training.checkpoint import load_checkpoint, save_checkpoint
 from elman.training.config import TrainConfig
 from elman.training.loop import Trainer
@@ -191,7 +191,7 @@ def test_a_run_cut_short_while_finishing_can_be_finished(config: TrainConfig, mo
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(loop, "plot_losses", interrupted)
+        patch.setattr(finish, "plot_losses", interrupted)
         with pytest.raises(KeyboardInterrupt):
             start(config)
     assert not (config.out / "summary.json").exists()  # type: ignore[operator]
@@ -252,13 +252,13 @@ def test_a_signal_in_evaluation_or_saving_ends_in_a_whole_checkpoint(
     start(replace(config, out=tmp_path / "whole"))
     module, name = (torch, "save") if during == "saving" else (heldout, "gather")
     at = {"evaluation": 5, "saving": 4, "the last evaluation": 12}[during]
-    function, fetch = getattr(module, name), Trainer._fetch_losses
+    function, report = getattr(module, name), Trainer._report
     step = 0
 
-    def watch(trainer: Trainer, display: Any) -> None:
+    def watch(trainer: Trainer, taken: Any, display: Any) -> None:
         nonlocal step
         step = trainer.step
-        fetch(trainer, display)
+        report(trainer, taken, display)
 
     def signalled(*arguments: Any, **options: Any) -> Any:
         if step == at:
@@ -266,7 +266,7 @@ def test_a_signal_in_evaluation_or_saving_ends_in_a_whole_checkpoint(
         return function(*arguments, **options)
 
     with monkeypatch.context() as patch:
-        patch.setattr(Trainer, "_fetch_losses", watch)
+        patch.setattr(Trainer, "_report", watch)
         patch.setattr(module, name, signalled)
         if during != "saving":
             # More than one batch, between which it listens.

@@ -108,15 +108,15 @@ def test_saturation_is_the_part_of_the_units_that_are_at_their_bound(
     config: TrainConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     start(replace(config, steps=1, stats_every=1, out=config.out.with_name("calm")))  # type: ignore[union-attr]
-    load = Trainer._load_batch
+    step = Trainer._train_step
 
-    def saturate(trainer: Trainer) -> None:
+    def saturate(trainer: Trainer) -> Any:
         """A quarter of the first layer's units by their biases."""
-        load(trainer)
         with torch.no_grad():
             trainer.model.layers[0].mixer.recurrence.input.bias[:4] = 50.0
+        return step(trainer)
 
-    monkeypatch.setattr(Trainer, "_load_batch", saturate)
+    monkeypatch.setattr(Trainer, "_train_step", saturate)
     start(replace(config, steps=1, stats_every=1))
     assert stats(config.out.with_name("calm"))[1]["saturation"] == [0, 0]  # type: ignore[union-attr]
     assert stats(config.out)[1]["saturation"] == [0.25, 0]
