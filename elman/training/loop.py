@@ -384,7 +384,8 @@ class Trainer:
                 )
         if not rows:
             return
-        speed = (self.step - self._first_step) * self.tokens_per_step / (self.seconds - self._first_second)
+        done = rows[-1]["step"] - self._first_step
+        speed = done * self.tokens_per_step / (self.seconds - self._first_second)
         mfu = self.utilisation.at(speed)
         rows[-1] |= {"tokens_per_second": speed, **({} if mfu is None else {"mfu": mfu})}
         self.metrics.append(rows)
