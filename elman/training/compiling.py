@@ -6,21 +6,27 @@ import contextlib
 import functools
 import warnings
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from elman.model import LanguageModel, next_token_loss
+from elman.model import next_token_loss
+
+Wrap = Callable[[Callable[..., Any]], Callable[..., Any]]
 
 
-def compile_training(model: LanguageModel) -> Callable[..., Tensor]:
-    """Have the layers compiled when they are first called in training; returns the loss that is compiled likewise."""
+def compile_training(compile_layers: Callable[[Wrap], object]) -> Callable[..., Tensor]:
+    """Have layers and loss compiled when they are first called in training; returns the loss.
+
+    ``compile_layers`` is given what compiles a function, to run the layers by.
+    """
     # Kernels chosen by timing would sum in another order in another process, and resuming would not be exact.
     options = {"deterministic": True} if "deterministic" in torch._inductor.list_options() else {}
     # Each kind of layer is a compilation of the same function: none of a long pattern's may be refused.
     torch._dynamo.config.recompile_limit = 64
     wrap = functools.partial(torch.compile, fullgraph=True, options=options)
-    model.compile_training(wrap)
+    compile_layers(wrap)
     return wrap(next_token_loss)
 
 

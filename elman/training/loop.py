@@ -155,7 +155,7 @@ class Trainer:
     def _prepare(self) -> None:
         if self.will_compile:
             try:
-                self._loss = compile_training(self.model)
+                self._loss = compile_training(self.model.compile_training)
                 with ignoring_compiler_warnings():
                     self._try_step()
                 self.compiled = True
