@@ -91,7 +91,8 @@ class Shards(Whole):
         warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
         for layer in model.layers:
             fully_shard(layer.mixer)  # type: ignore[arg-type]
-        fully_shard(model)
+        # Else the last evaluation's would stay gathered, and the next step run by them.
+        fully_shard(model, reshard_after_forward=True)
 
     def part(self, last: bool) -> AbstractContextManager[None]:
         assert isinstance(self.model, FSDPModule)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import multiprocessing
 import os
 import socket
@@ -11,19 +12,23 @@ from multiprocessing.connection import Connection
 from typing import Any
 
 #: No test of two small models takes as long.
-_PATIENCE = 120.0
+_PATIENCE = 60.0
 
 
 class Ranks:
     """``size`` processes; each call of ``run`` is to them a new start by torchrun."""
 
     def __init__(self, size: int = 2) -> None:
+        self.size = size
+        self._start()
+
+    def _start(self) -> None:
         context = multiprocessing.get_context("spawn")
         self._pipes: list[Connection] = []
         self._processes = []
-        for rank in range(size):
+        for rank in range(self.size):
             here, there = context.Pipe()
-            process = context.Process(target=_serve, args=(rank, size, there), daemon=True)
+            process = context.Process(target=_serve, args=(rank, self.size, there))
             process.start()
             self._pipes.append(here)
             self._processes.append(process)
@@ -39,6 +44,7 @@ class Ranks:
         for rank, pipe in enumerate(self._pipes):
             if not pipe.poll(_PATIENCE):
                 self.close()
+                self._start()
                 raise TimeoutError(f"rank {rank} gave no answer")
             results.append(pipe.recv())
         return results
@@ -52,17 +58,27 @@ class Ranks:
 def _serve(rank: int, size: int, pipe: Connection) -> None:
     # Sums over a part's rows are then those of one process with a thread.
     os.environ |= {"OMP_NUM_THREADS": "1", "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(size)}
+    import faulthandler
+
     import torch
 
     torch.set_num_threads(1)
     while True:
-        port, function, arguments = pipe.recv()
+        try:
+            port, function, arguments = pipe.recv()
+        except EOFError:
+            return  # who tells us what to do has gone
         os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+        # Where it hangs, the log tells where.
+        faulthandler.dump_traceback_later(_PATIENCE * 0.8)
         try:
             result = function(*arguments)
         except SystemExit as end:
             result = end
         except Exception as error:
             traceback.print_exc()
-            result = error
+            # With its frames goes the group of processes, as at the end of a process.
+            result = error.with_traceback(None)
+        gc.collect()
+        faulthandler.cancel_dump_traceback_later()
         pipe.send(result)

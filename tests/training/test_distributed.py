@@ -16,8 +16,8 @@ from unittest import mock
 
 import pytest
 import torch
+from torch.distributed.tensor import DTensor
 
-from elman.data import vocabulary
 from elman.errors import TrainingError, UsageError
 from elman.evaluation import heldout
 from elman.mixers import MixerConfig, mixer_config
@@ -27,7 +27,7 @@ from elman.training.config import TrainConfig
 from elman.training.distributed import LostRanksError, Processes, launched
 from elman.training.loop import Trainer
 from elman.training.run import RunFolder, load_model, newest_checkpoint
-from tests.data.tiny_encoding import tiny_encoding
+from tests.data.tiny_encoding import NAME, constructor, tiktoken
 from tests.training.ranks import Ranks
 from tests.training.runs import CAPPED, E1, losses, resume, start
 from tests.training.test_optim import OPTIMIZERS, needs_schedulefree
@@ -79,8 +79,8 @@ def both(path: Path | None) -> tuple[dict[int, float], Any]:
 def test_two_ranks_give_the_losses_of_one_process_to_the_last_bit(
     ranks: Ranks, config: TrainConfig, tmp_path: Path, kind: Any, sampling: Any, mixers: tuple[MixerConfig, ...]
 ) -> None:
-    """Of one that splits the batch as they do, else the rows of a product, and so its sums, may be others; and of shards
-    where nothing is clipped, for the norm is summed shard by shard."""
+    """Of one that splits the batch as they do: else the rows of a product, and so its sums, may be others. And of
+    shards where nothing is clipped, for their norm is summed shard by shard."""
     config = replace(config, sampling=sampling, grad_clip=0.0 if kind == "fsdp" else 0.5)
     start(replace(config, out=tmp_path / "one", grad_accum=2), mixers)
     start(replace(config, out=tmp_path / "whole"), mixers)
@@ -110,9 +110,8 @@ def test_parts_optimisers_and_spectral_norms_go_with_ranks(
 
 
 def test_text_is_tokenised_by_each_rank_for_itself(ranks: Ranks, config: TrainConfig, tmp_path: Path) -> None:
-    config = replace(config, tokenizer="tiny", workers=1, steps=4)
-    with use_tiny_encoding():
-        start(replace(config, out=tmp_path / "one", grad_accum=2))
+    config = replace(config, tokenizer=NAME, workers=1, steps=4)
+    start_tiny(replace(config, out=tmp_path / "one", grad_accum=2))
     finish(ranks.run(start_tiny, replace(config, parallel="ddp")))
     assert both(config.out) == both(tmp_path / "one")
 
@@ -246,7 +245,7 @@ def test_a_gpu_for_each_process(monkeypatch: pytest.MonkeyPatch) -> None:
     assert Processes(3, 4, 1, "ddp").device("auto") == torch.device("cuda", 1)
     with pytest.raises(UsageError, match="--device cuda:1 is one GPU, but torchrun started 4 processes: give --device"):
         Processes(3, 4, 1, "ddp").device("cuda:1")
-    with pytest.raises(UsageError, match="process 2 on this machine, which has 2 GPU.*: give --nproc_per_node=2"):
+    with pytest.raises(UsageError, match=r"process 2 on this machine, which has 2 GPU.*: give --nproc_per_node=2"):
         Processes(2, 4, 2, "fsdp").device("cuda")
 
 
@@ -329,12 +328,9 @@ def goes_on(config: TrainConfig) -> tuple[int, str]:
 
 
 def start_tiny(config: TrainConfig) -> tuple[int, str]:
-    with use_tiny_encoding():
+    tiktoken.list_encoding_names()
+    with mock.patch.dict(tiktoken.registry.ENCODING_CONSTRUCTORS, {NAME: constructor}):
         return start(config)
-
-
-def use_tiny_encoding() -> Any:
-    return mock.patch.object(vocabulary, "_open_tiktoken", lambda name: vocabulary.TiktokenVocabulary(tiny_encoding()))
 
 
 def with_weights(config: TrainConfig) -> tuple[int, str, float]:
@@ -343,7 +339,8 @@ def with_weights(config: TrainConfig) -> tuple[int, str, float]:
     finish = Trainer._finish
 
     def summed(trainer: Trainer, *arguments: Any) -> None:
-        weights.append(sum(p.detach().double().abs().sum().item() for p in trainer.model.parameters()))
+        whole = [p.full_tensor() if isinstance(p, DTensor) else p for p in trainer.model.parameters()]
+        weights.append(sum(p.detach().double().abs().sum().item() for p in whole))
         finish(trainer, *arguments)
 
     with mock.patch.object(Trainer, "_finish", summed):
