@@ -177,10 +177,11 @@ def process_group(config: TrainConfig) -> Iterator[Processes]:
         kind = "ddp" if started is not None and started.size > 1 else "none"
     if kind == "none":
         if started is not None and started.size > 1:
-            raise UsageError(
+            complaint = (
                 f"--parallel none would train a model in each of the {started.size} processes that torchrun started: "
                 f"give --parallel ddp or fsdp, or start one process"
             )
+            raise started.failure(UsageError(complaint))
         yield ALONE
         return
     if started is None:
