@@ -8,6 +8,7 @@ import os
 import re
 import signal
 import sys
+import time
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
@@ -222,6 +223,10 @@ def main(argv: list[str] | None = None) -> int:
         tells = True
         code: int = command.run_command(console)
         return code
+    except SystemExit:
+        if not tells:
+            _wait_for_who_tells()
+        raise
     except UsageError as error:
         return _fail(str(error), 2, tells)
     except TrainingError as error:
@@ -241,7 +246,14 @@ def main(argv: list[str] | None = None) -> int:
 def _fail(message: str, code: int, tells: bool) -> int:
     if tells:
         print(f"elman: {one_line(message)}", file=sys.stderr)
+    else:
+        _wait_for_who_tells()
     return code
+
+
+def _wait_for_who_tells() -> None:
+    """As soon as one process ends, torchrun ends the others, one of which may not have told why yet."""
+    time.sleep(5)
 
 
 def _exit_on_signal(number: int, frame: FrameType | None) -> None:

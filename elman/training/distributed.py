@@ -200,6 +200,11 @@ def process_group(config: TrainConfig) -> Iterator[Processes]:
         yield processes
         # Nobody leaves while another still talks to it.
         processes.largest(0.0)
+    except SystemExit:
+        if not processes.is_main:
+            # As soon as one process ends, torchrun ends the others, and rank 0 is about to tell why.
+            time.sleep(1)
+        raise
     except RuntimeError as error:
         if not _is_lost_connection(error):
             raise

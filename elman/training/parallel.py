@@ -13,7 +13,9 @@ from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
@@ -89,10 +91,12 @@ class Shards(Whole):
         super().__init__(model)
         # The logits are a view of what the head computes, in place of which nothing is written.
         warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
+        # By the model's device: PyTorch would take a GPU where there is one.
+        mesh = init_device_mesh(model.embedding.weight.device.type, (dist.get_world_size(),))
         for layer in model.layers:
-            fully_shard(layer.mixer)  # type: ignore[arg-type]
+            fully_shard(layer.mixer, mesh=mesh)  # type: ignore[arg-type]
         # Else the last evaluation's would stay gathered, and the next step run by them.
-        fully_shard(model, reshard_after_forward=True)
+        fully_shard(model, mesh=mesh, reshard_after_forward=True)
 
     def part(self, last: bool) -> AbstractContextManager[None]:
         assert isinstance(self.model, FSDPModule)
