@@ -27,7 +27,6 @@ from torch.utils._pytree import tree_map
 
 from elman.errors import UsageError
 from elman.training.distributed import Processes
-from elman.training.sharded import put_shards, read_shards, take_shards, write_shards
 
 _FORMAT, _SHARDED = "elman-checkpoint-1", "elman-checkpoint-sharded-1"
 _MODEL, _TRAINER, _MANIFEST = "model.safetensors", "trainer.pt", "manifest.json"
@@ -96,6 +95,8 @@ def save_sharded(
     Returns:
         What ends the writing, by files and ``group`` alone: to be called by a thread.
     """
+    from elman.training.sharded import take_shards, write_shards
+
     final = _final(folder, checkpoint.step)
     makes = processes.is_main and not final.exists()
     partial = processes.of_main(_make_partial(folder) if makes else None)
@@ -203,6 +204,8 @@ def load_checkpoint(path: Path, *, with_trainer: bool = True) -> Checkpoint:
                 raise DamagedCheckpointError(f"checkpoint {path} is damaged: {name} was cut short or changed")
         trainer = torch.load(path / _TRAINER, map_location="cpu", weights_only=True) if with_trainer else None
         if form == _SHARDED:
+            from elman.training.sharded import put_shards, read_shards
+
             weights = read_shards(path, _MODEL_PREFIX)
             model = {name.removeprefix(_MODEL_PREFIX): tensor for name, tensor in weights.items()}
             trainer = put_shards(trainer, read_shards(path, _TRAINER_PREFIX) if with_trainer else {})

@@ -244,7 +244,7 @@ class Trainer:
         shown = TrainingDisplay(self.console, self.vocabulary.unit)
         with (
             contextlib.closing(self._loader),
-            Saver(run) as self._saver,
+            Saver(run, self.processes) as self._saver,
             StopSignal(self.processes) as stop,
             shown as display,
         ):

@@ -1,4 +1,4 @@
-"""How the ranks share a model: not at all, as copies (DDP), or in shards (FSDP2).
+"""How the ranks share a model: not at all, as copies (DDP), or in shards (FSDP2, in ``sharded.py``).
 
 Sources: S. Li et al., "PyTorch Distributed: Experiences on Accelerating Data Parallel Training" (2020); Y. Zhao et al.,
 "PyTorch FSDP: Experiences on Scaling Fully Sharded Data Parallel" (2023).
@@ -6,22 +6,16 @@ Sources: S. Li et al., "PyTorch Distributed: Experiences on Accelerating Data Pa
 
 from __future__ import annotations
 
-import functools
 import warnings
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
-import torch.distributed as dist
-from torch import Tensor, nn
-from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import FSDPModule, fully_shard
-from torch.distributed.tensor import DTensor, distribute_tensor
+from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
 from elman.errors import UsageError
-from elman.mixers.base import FollowsWeights
 from elman.model import LanguageModel
 from elman.training.distributed import Processes
 
@@ -80,66 +74,6 @@ class Copies(Whole):
         super().compile(wrap)
 
 
-class Shards(Whole):
-    """Each rank keeps a part of the weights and moments, and gathers a layer's when it is run.
-
-    Mixers are gathered one by one; the norms, which a layer shares with the one before, and the embedding, which the
-    head needs again, all the time that the model runs.
-    """
-
-    def __init__(self, model: LanguageModel) -> None:
-        super().__init__(model)
-        # The logits are a view of what the head computes, in place of which nothing is written.
-        warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
-        # By the model's device: PyTorch would take a GPU where there is one.
-        mesh = init_device_mesh(model.embedding.weight.device.type, (dist.get_world_size(),))
-        for layer in model.layers:
-            fully_shard(layer.mixer, mesh=mesh)  # type: ignore[arg-type]
-        # Else the last evaluation's would stay gathered, and the next step run by them.
-        fully_shard(model, mesh=mesh, reshard_after_forward=True)
-
-    def part(self, last: bool) -> AbstractContextManager[None]:
-        assert isinstance(self.model, FSDPModule)
-        # Even where silent: gradients that wait to be shared are not let go of by the optimiser.
-        self.model.set_requires_gradient_sync(last)
-        return nullcontext()
-
-    def compile(self, wrap: Wrap) -> None:
-        """Mixers alone: gathering their weights is nothing that a compiler takes."""
-        run = wrap(_forward)
-        for layer in self.model.layers:
-            mixer: Any = layer.mixer
-            if mixer.compiles:
-                mixer.forward = functools.partial(_forward_in_training, run, mixer)
-
-    def after_step(self) -> None:
-        for layer in self.model.layers:
-            mixer: Any = layer.mixer
-            following = [module for module in mixer.modules() if isinstance(module, FollowsWeights)]
-            if following:
-                mixer.unshard()
-                for module in following:
-                    module.after_step()
-                mixer.reshard()
-
-    def clip_gradients(self, limit: float) -> Tensor:
-        norm = super().clip_gradients(limit)
-        return norm.full_tensor() if isinstance(norm, DTensor) else norm
-
-    def place(self, tensor: Tensor, like: Tensor) -> Tensor:
-        if not isinstance(like, DTensor) or isinstance(tensor, DTensor) or tensor.shape != like.shape:
-            return tensor
-        return distribute_tensor(tensor.to(like.device), like.device_mesh, like.placements, src_data_rank=None)
-
-
-def _forward(mixer: nn.Module, *arguments: Any) -> Any:
-    return type(mixer).forward(mixer, *arguments)
-
-
-def _forward_in_training(run: Callable[..., Any], mixer: nn.Module, *arguments: Any) -> Any:
-    return (run if mixer.training else _forward)(mixer, *arguments)
-
-
 def check_shareable(model: LanguageModel, processes: Processes) -> None:
     """The model can be shared as ``--parallel`` says.
 
@@ -156,4 +90,9 @@ def check_shareable(model: LanguageModel, processes: Processes) -> None:
 
 def share_model(model: LanguageModel, processes: Processes) -> Whole:
     """The model as ``--parallel`` says."""
-    return {"none": Whole, "ddp": Copies, "fsdp": Shards}[processes.kind](model)
+    if processes.kind == "fsdp":
+        # What it imports takes as long as half of PyTorch.
+        from elman.training.sharded import Shards
+
+        return Shards(model)
+    return Copies(model) if processes.kind == "ddp" else Whole(model)

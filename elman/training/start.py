@@ -215,6 +215,8 @@ def _print_head(trainer: Trainer, run: RunFolder) -> None:
     say(trainer.console, model_line(model, config.seq_len))
     where = torch.cuda.get_device_name(trainer.device) if trainer.device.type == "cuda" else str(trainer.device)
     how = f"{config.optimizer}, {trainer.precision}, {'compiled' if trainer.compiled else 'not compiled'}"
+    if trainer.processes.kind != "none":
+        how += f", {trainer.processes.kind} over {trainer.processes.size} processes"
     say(
         trainer.console,
         f"{config.data}: {len(trainer.data.train):,} bytes to train on, {len(trainer.data.heldout):,} held out; "

@@ -88,6 +88,7 @@ def test_two_ranks_give_the_losses_of_one_process_to_the_last_bit(
     assert both(config.out) == both(tmp_path / "one")
     assert losses(config.out) == pytest.approx(losses(tmp_path / "whole"), rel=1e-4)
     assert "held-out loss" in outputs[0]
+    assert f"{kind} over 2 processes" in outputs[0]
     assert outputs[1] == ""
     run = RunFolder(config.out)  # type: ignore[arg-type]
     summary = run.read_json("summary.json")
@@ -279,11 +280,14 @@ def test_damaged_shards_are_found_and_the_checkpoint_before_is_taken(
     assert all(torch.equal(whole.model[name], restored.model[name]) for name in whole.model)
 
 
-def test_a_checkpoint_of_shards_that_cannot_be_written_is_absent(ranks: Ranks, config: TrainConfig) -> None:
-    error, other = ranks.run(with_full_disk, replace(config, parallel="fsdp"))
-    for result in (error, other):
-        assert isinstance(result, TrainingError)
-        assert re.search("checkpoint of step 3 cannot be written to .*No space left", str(result))
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_checkpoint_that_cannot_be_written_is_absent_and_ends_all(
+    ranks: Ranks, config: TrainConfig, kind: Any
+) -> None:
+    error, other = ranks.run(with_full_disk, replace(config, parallel=kind))
+    assert isinstance(error, TrainingError)
+    assert re.search("checkpoint of step 3 cannot be written to .*No space left", str(error))
+    assert isinstance(other, SystemExit)
     assert list((config.out / "checkpoints").iterdir()) == []  # type: ignore[operator]
 
 
@@ -320,7 +324,42 @@ def test_under_torchrun_a_signal_ends_the_run_in_a_checkpoint_and_one_rank_tells
     assert load_model(config.out) is not None  # type: ignore[arg-type]
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="fewer than two GPUs")
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+def test_two_gpus_give_the_losses_of_one_and_go_on_to_the_bit(
+    ranks: Ranks, config: TrainConfig, tmp_path: Path, kind: Any, optimizer: Any
+) -> None:
+    """In bf16 and compiled where that works, with kernels of ours; copies wait for nothing after their first steps."""
+    config = replace(config, device="cuda", dim=64, steps=30, schedule="constant", save_every=20, optimizer=optimizer)
+    start(replace(config, out=tmp_path / "one", grad_accum=2), CAPPED)
+    config = replace(config, parallel=kind)
+    finish(ranks.run(watched, replace(config, out=tmp_path / "whole")))
+    finish(ranks.run(start, replace(config, steps=20), CAPPED))
+    finish(ranks.run(goes_on, config))
+    assert losses(config.out) == losses(tmp_path / "whole")
+    assert losses(config.out) == pytest.approx(losses(tmp_path / "one"), rel=0.02)
+    assert load_model(config.out) is not None  # type: ignore[arg-type]
+
+
 # What the ranks do.
+
+
+def watched(config: TrainConfig) -> tuple[int, str]:
+    """Copies do not wait for the GPU; of shards PyTorch itself does."""
+    train_step = Trainer._train_step
+
+    def step(trainer: Trainer) -> Any:
+        watch = trainer.processes.kind == "ddp" and trainer.step >= 5
+        torch.cuda.set_sync_debug_mode("error" if watch else "default")
+        try:
+            return train_step(trainer)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+
+    with mock.patch.object(Trainer, "_train_step", step):
+        return start(config, CAPPED)
 
 
 def goes_on(config: TrainConfig) -> tuple[int, str]:
