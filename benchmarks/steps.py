@@ -22,17 +22,22 @@ _DATA_BYTES = 1 << 24
 
 
 def step_times(trainer: Trainer, steps: int) -> list[float]:
-    """Milliseconds of each of the next steps: on a GPU between CUDA events, the host being free to run ahead."""
+    """Milliseconds of each of the next steps: on a GPU between CUDA events, the host being free to run ahead.
+
+    Behind a step ranks agree, from host to host, as they do in training.
+    """
     if trainer.device.type != "cuda":
         clock = [time.perf_counter()]
         for _ in range(steps):
             trainer._train_step()
+            trainer.processes.largest(0.0)
             clock.append(time.perf_counter())
         return [1e3 * (end - start) for start, end in itertools.pairwise(clock)]
     events = [torch.cuda.Event(enable_timing=True) for _ in range(steps + 1)]
     events[0].record()
     for event in events[1:]:
         trainer._train_step()
+        trainer.processes.largest(0.0)
         event.record()
     torch.cuda.synchronize()
     return [start.elapsed_time(end) for start, end in itertools.pairwise(events)]

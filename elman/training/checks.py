@@ -9,21 +9,37 @@ from elman.errors import UsageError
 from elman.model import ModelConfig
 from elman.sizing import num_params
 from elman.training.config import TrainConfig
+from elman.training.distributed import Processes
 from elman.units import format_bytes, format_count
 
 
-def fixed_memory(config: ModelConfig) -> int:
-    """Bytes that training takes whatever the batch: weights, gradients and two moments, 4 a number."""
-    return 16 * num_params(config)
+def rows_a_pass(config: TrainConfig, processes: Processes) -> int:
+    """Windows that a rank's pass is over: its share of the batch, by parts.
+
+    Raises:
+        UsageError: the batch cannot be shared evenly.
+    """
+    parts = processes.size * config.grad_accum
+    if config.batch_size % parts:
+        raise UsageError(
+            f"--batch-size {config.batch_size} is that of all processes, and {processes.size} of them with "
+            f"--grad-accum {config.grad_accum} cannot share it evenly: give a multiple of {parts}"
+        )
+    return config.batch_size // parts
 
 
-def check_memory(config: ModelConfig, device: torch.device) -> None:
-    """What training takes whatever the batch fits the device.
+def fixed_memory(config: ModelConfig, processes: Processes) -> int:
+    """Bytes that training takes of a rank whatever the batch: weights, gradients and two moments, 4 a number."""
+    return 16 * num_params(config) // (processes.size if processes.kind == "fsdp" else 1)
+
+
+def check_memory(config: ModelConfig, device: torch.device, processes: Processes) -> None:
+    """The model fits.
 
     Raises:
         UsageError: it does not.
     """
-    needed, there = fixed_memory(config), total_memory(device)
+    needed, there = fixed_memory(config, processes), total_memory(device)
     if needed > there:
         raise UsageError(
             f"a model of {format_count(num_params(config))} parameters needs {format_bytes(needed)} for weights and "

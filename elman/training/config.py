@@ -42,9 +42,10 @@ class TrainConfig:
     seq_len: int = 512
     """Bytes, or tokens, a training window."""
     batch_size: int = 32
-    """Windows, or streams, a step."""
+    """Windows, or streams, a step, those of all processes."""
     grad_accum: int = 1
-    """Parts that a step's batch is split into, to save memory; the step stays the same."""
+    """Parts that a step's batch, or each process's share of it, is split into, to save memory; the step stays the
+    same."""
 
     steps: OptionalInt = None
     """Stop after this many steps."""
@@ -71,6 +72,11 @@ class TrainConfig:
 
     device: str = "auto"
     """cpu, cuda, cuda:1, ...; auto takes a CUDA GPU where there is one."""
+    parallel: Literal["auto", "none", "ddp", "fsdp"] = "auto"
+    """How the processes that torchrun starts share a step's batch: each with the whole model (ddp), or each with a part
+    of its weights and moments (fsdp). auto is ddp where torchrun started several processes, else none."""
+    ddp: InitVar[bool] = False
+    """Short for --parallel ddp."""
     precision: Literal["auto", "bf16", "fp16", "fp32"] = "auto"
     """Of the products; weights stay float32. auto is bf16 on a GPU, fp32 on a CPU. With fp16 the loss is scaled so that
     gradients neither vanish nor overflow."""
@@ -100,7 +106,7 @@ class TrainConfig:
     """Run folder to go on with, from its newest checkpoint and with its own options. A --steps or --time-limit given
     beside it replaces the run's end."""
 
-    def __post_init__(self, tbptt: bool) -> None:
+    def __post_init__(self, tbptt: bool, ddp: bool) -> None:
         check_choices(self)
         if self.optimizer == "schedulefree":
             object.__setattr__(self, "schedule", "constant")
@@ -108,6 +114,10 @@ class TrainConfig:
             if self.sampling == "documents":
                 raise UsageError("--tbptt is short for --sampling tbptt, not documents: give one of them")
             object.__setattr__(self, "sampling", "tbptt")
+        if ddp:
+            if self.parallel not in ("auto", "ddp"):
+                raise UsageError(f"--ddp is short for --parallel ddp, not {self.parallel}: give one of them")
+            object.__setattr__(self, "parallel", "ddp")
         if self.sampling == "tbptt" and self.tokenizer is not None:
             raise UsageError(
                 f"--sampling tbptt does not go with --tokenizer {self.tokenizer}: leave out --tokenizer, or give "

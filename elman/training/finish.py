@@ -24,6 +24,8 @@ def finish(trainer: Trainer, heldout: HeldoutLoss, display: TrainingDisplay) -> 
     """Sample, picture and, last of all, the summary: where it lies, the run is complete."""
     run, model = trainer.run, trainer.model_config
     summary, sample = _summarise(trainer, heldout), _sample(trainer)
+    if not trainer.processes.is_main:
+        return
     (run.path / "sample.txt").write_text(sample, encoding="utf-8")
     title = f"{model.pattern}, {format_count(num_params(model))} parameters"
     plot_losses(run.read_metrics(), title, run.path / "loss.png", trainer.vocabulary.unit)
@@ -61,6 +63,8 @@ def _summarise(trainer: Trainer, heldout: HeldoutLoss) -> dict[str, Any]:
         "state_size": state_size(model, config.seq_len),
         "seq_len": config.seq_len,
         "batch_size": config.batch_size,
+        "processes": trainer.processes.size,
+        "parallel": trainer.processes.kind,
         "steps": trainer.step,
         "tokens": tokens,
         "compiled": trainer.compiled,

@@ -3,87 +3,101 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import math
-import signal
 import time
 from collections import deque
 from contextlib import AbstractContextManager
-from types import FrameType
+from pathlib import Path
 from typing import Any
 
 import torch
 from rich.console import Console
-from safetensors import SafetensorError
 
 from elman.data.bytes import open_bytes
 from elman.data.loading import Loader, TensorBatch
 from elman.data.sampling import SAMPLERS
 from elman.data.vocabulary import open_vocabulary
-from elman.environment import is_out_of_memory, peak_memory, resolve_device, supports_bf16
+from elman.environment import is_out_of_memory, peak_memory, supports_bf16
 from elman.errors import TrainingError, UsageError
 from elman.evaluation.heldout import HeldoutLoss, HeldoutText, evaluate
 from elman.mixers import State
 from elman.model import LanguageModel, ModelConfig, next_token_loss
 from elman.ops import choosing_for_graphs, record_backends
 from elman.training.carry import Carry
-from elman.training.checkpoint import Checkpoint, save_checkpoint
-from elman.training.checks import check_memory, check_mixers
+from elman.training.checkpoint import Checkpoint, load_checkpoint, save_checkpoint, save_sharded
+from elman.training.checks import check_memory, check_mixers, rows_a_pass
 from elman.training.compiling import compile_training, first_line, ignoring_compiler_warnings
 from elman.training.config import TrainConfig
 from elman.training.display import TrainingDisplay, say, show_profile
+from elman.training.distributed import ALONE, Processes
 from elman.training.finish import finish
 from elman.training.graph import make_graph
 from elman.training.metrics import PendingRow, PendingRows
 from elman.training.mfu import Utilisation
-from elman.training.optim import build_optimizer, learning_rate
+from elman.training.optim import build_optimizer, learning_rate, parameter_roles
+from elman.training.parallel import check_shareable, share_model
 from elman.training.profile import profiling
 from elman.training.run import RunFolder, load_newest, load_weights, newest_checkpoint
+from elman.training.saving import Saver
 from elman.training.statistics import LayerStatistics
+from elman.training.stop import StopSignal
 from elman.training.tracking import check_trackers, open_metrics
 
 
 class Trainer:
     """One run: the model, its optimiser, its place in the data and the state carried there, all in a checkpoint.
 
-    Batches are a function of the step, so the place in the data is the step itself.
+    Batches are a function of the step, so the place in the data is the step itself. Of several processes each has a
+    trainer, and all do the same at the same time, each with its rows of the batch.
     """
 
-    def __init__(self, config: TrainConfig, model_config: ModelConfig, console: Console) -> None:
+    def __init__(
+        self, config: TrainConfig, model_config: ModelConfig, console: Console, processes: Processes = ALONE
+    ) -> None:
         assert config.data is not None
         self.config = config
         self.model_config = model_config
         self.console = console
-        self.device = resolve_device(config.device)
-        for mixer in model_config.mixers:
-            mixer.check_device(self.device)
-        check_trackers(config)
-        auto = "bf16" if supports_bf16(self.device) else "fp32"
-        self.precision = auto if config.precision == "auto" else config.precision
-        data = open_bytes(config.data, config.heldout)
-        self.fingerprint = data.fingerprint()
-        self.data = data
-        self.vocabulary = open_vocabulary(config.tokenizer)
-        if self.vocabulary.size != model_config.vocab_size:
-            raise UsageError(
-                f"--tokenizer {config.tokenizer} has {self.vocabulary.size} tokens, but the model was made for "
-                f"{model_config.vocab_size}: install the tiktoken that the run began with, or start a new run"
+        self.processes = processes
+        with processes.together():
+            self.device = processes.device(config.device)
+            #: Windows that a pass is over.
+            self.rows = rows_a_pass(config, processes)
+            for mixer in model_config.mixers:
+                mixer.check_device(self.device)
+            check_trackers(config)
+            auto = "bf16" if supports_bf16(self.device) else "fp32"
+            self.precision = auto if config.precision == "auto" else config.precision
+            data = open_bytes(config.data, config.heldout)
+            self.fingerprint = data.fingerprint()
+            self.data = data
+            self.vocabulary = open_vocabulary(config.tokenizer)
+            if self.vocabulary.size != model_config.vocab_size:
+                raise UsageError(
+                    f"--tokenizer {config.tokenizer} has {self.vocabulary.size} tokens, but the model was made for "
+                    f"{model_config.vocab_size}: install the tiktoken that the run began with, or start a new run"
+                )
+            self.sampler = SAMPLERS[config.sampling](
+                data.train, config.seq_len, config.batch_size, config.seed, self.vocabulary
             )
-        self.sampler = SAMPLERS[config.sampling](
-            data.train, config.seq_len, config.batch_size, config.seed, self.vocabulary
-        )
-        check_mixers(model_config, config, self.sampler.resets, self.sampler.carries_state, self.device)
-        self.heldout = HeldoutText.cut(
-            data.heldout, config.seq_len, config.eval_byte_count, self.vocabulary, self.sampler.resets
-        )
-        self._loader = Loader(self.sampler, config.workers if config.tokenizer is not None else 0)
-        check_memory(model_config, self.device)
-        torch.manual_seed(config.seed)
-        self.model = LanguageModel(model_config).to(self.device)
-        self.optimizer = build_optimizer(self.model, config)
+            check_mixers(model_config, config, self.sampler.resets, self.sampler.carries_state, self.device)
+            self.heldout = HeldoutText.cut(
+                data.heldout, config.seq_len, config.eval_byte_count, self.vocabulary, self.sampler.resets
+            )
+            workers = config.workers if config.tokenizer is not None else 0
+            self._loader = Loader(self.sampler, workers, processes.rank, processes.size)
+            check_memory(model_config, self.device, processes)
+            torch.manual_seed(config.seed)
+            self.model = LanguageModel(model_config).to(self.device)
+            roles = parameter_roles(self.model)
+            check_shareable(self.model, processes)
+        self.parallel = share_model(self.model, processes)
+        self.optimizer = build_optimizer(self.model, config, roles)
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.precision == "fp16")
         # Steps without an update, and how many of them came last; known as far as losses have been fetched.
         self.skipped, self.skipped_in_row = 0, 0
-        self.carry = Carry(config.grad_accum, self._forward_zeros() if self.sampler.carries_state else None)
+        self.carry = Carry(config.grad_accum, self._forward_zeros() if self.sampler.carries_state else None, processes)
         self.compiled = False
         self.graph = make_graph(config, self.device)
         self.start_up_seconds = 0.0
@@ -94,7 +108,7 @@ class Trainer:
         self._first_step, self._first_second = 0, 0.0
         self.recent_losses: deque[float] = deque(maxlen=100)
         self.statistics = LayerStatistics(self.model, config.stats_every)
-        self.utilisation = Utilisation(model_config, config.seq_len, self.device, self.precision)
+        self.utilisation = Utilisation(model_config, config.seq_len, self.device, self.precision, processes.size)
         self.fetch_every = 1 if self.device.type == "cpu" else 10
         self._pending = PendingRows()
 
@@ -105,10 +119,19 @@ class Trainer:
             UsageError: every checkpoint is damaged, or another model's or version's, or the data is not what the run
                 began with.
         """
-        found = load_newest(run, lambda line: say(self.console, line), set_aside=True)
-        if found is None:
+        found = None
+        with self.processes.together():
+            if self.processes.is_main:
+                found = load_newest(run, lambda line: say(self.console, line), set_aside=True)
+        path = self.processes.of_main(None if found is None else found[0])
+        if path is None:
             return
-        path, checkpoint = found
+        with self.processes.together():
+            self._go_back_to(path, load_checkpoint(path) if found is None else found[1])
+        rows = [row for row in run.read_metrics() if row["step"] <= self.step]
+        self.recent_losses.extend(row["loss"] for row in rows if isinstance(row.get("loss"), float))
+
+    def _go_back_to(self, path: Path, checkpoint: Checkpoint) -> None:
         assert checkpoint.trainer is not None
         if missing := self._state().keys() - checkpoint.trainer.keys():
             raise UsageError(
@@ -120,8 +143,8 @@ class Trainer:
                 f"--data {self.config.data} is not the file that the run began with: "
                 f"name that file by --data, or start a new run"
             )
-        load_weights(self.model, checkpoint.model, path)
-        self.optimizer.load_state_dict(checkpoint.trainer["optimizer"])
+        load_weights(self.model, checkpoint.model, path, self.parallel.place)
+        self.optimizer.load_state_dict(checkpoint.trainer["optimizer"], self.parallel.place)
         self.scaler.load_state_dict(checkpoint.trainer["scaler"])
         self.skipped, self.skipped_in_row = checkpoint.trainer["skipped"]
         torch.set_rng_state(checkpoint.trainer["rng"])
@@ -129,8 +152,6 @@ class Trainer:
         self.seconds = checkpoint.trainer["seconds"]
         self.step = checkpoint.step
         self._first_step, self._first_second = self.step, self.seconds
-        rows = [row for row in run.read_metrics() if row["step"] <= self.step]
-        self.recent_losses.extend(row["loss"] for row in rows if isinstance(row.get("loss"), float))
 
     @property
     def will_compile(self) -> bool:
@@ -154,22 +175,25 @@ class Trainer:
 
     def _prepare(self) -> None:
         if self.will_compile:
+            reason: str | None = None
             try:
-                self._loss = compile_training(self.model.compile_training)
+                self._loss = compile_training(self.parallel.compile)
                 with ignoring_compiler_warnings():
                     self._try_step()
-                self.compiled = True
             except Exception as error:
                 if is_out_of_memory(error):
                     raise
                 reason = first_line(error)
-                if self.config.compile == "on":
-                    raise UsageError(
-                        f"--compile on: torch.compile fails here ({reason}); give --compile off"
-                    ) from error
+            # Ranks are all compiled or none, so that they keep in step.
+            reason = next((complaint for complaint in self.processes.gather(reason) if complaint is not None), None)
+            if reason is not None and self.config.compile == "on":
+                complaint = f"--compile on: torch.compile fails here ({reason}); give --compile off"
+                raise self.processes.failure(UsageError(complaint))
+            if reason is not None:
                 say(self.console, f"not compiled, so slower: torch.compile fails here ({reason})")
-                self.model.compile_training(lambda call: call)
+                self.parallel.compile(lambda call: call)
                 self._loss = next_token_loss
+            self.compiled = reason is None
         if self.device.type == "cuda" and not self.compiled:
             self._try_step()
 
@@ -187,8 +211,7 @@ class Trainer:
 
     def _forward_zeros(self, steps: int = 1) -> State:
         """The state after a plain forward pass of a part's rows, from rest."""
-        rows = self.config.batch_size // self.config.grad_accum
-        tokens = torch.zeros(rows, steps, dtype=torch.long, device=self.device)
+        tokens = torch.zeros(self.rows, steps, dtype=torch.long, device=self.device)
         self.model.eval()
         reset = torch.zeros_like(tokens, dtype=torch.bool) if self.sampler.resets else None
         with torch.no_grad(), self.autocast():
@@ -199,9 +222,11 @@ class Trainer:
     def _try_step(self) -> None:
         """A step up to its gradients, which are thrown away, and so is the state that it ends with."""
         before = list(self.carry.states)
+        self.parallel.silent = True
         try:
             self._accumulate_gradients().item()
         finally:
+            self.parallel.silent = False
             self.carry.states = before
             self.optimizer.zero_grad()
 
@@ -225,10 +250,14 @@ class Trainer:
         with (
             contextlib.closing(self._loader),
             shows as self.metrics,
-            _StopSignal() as stop,
+            Saver(run) as self._saver,
+            StopSignal(self.processes) as stop,
             shown as display,
             profiling(
-                self.config.profile, self.device, trace, lambda found: show_profile(display, found, trace)
+                self.config.profile and run.writes,
+                self.device,
+                trace,
+                lambda found: show_profile(display, found, trace),
             ) as self._after_step,
         ):
             while self.progress < 1 and not stop:
@@ -242,27 +271,28 @@ class Trainer:
                 self.capture()
             self._save()
             heldout = None if stop else self._evaluate(display, stop)
+            self._saver.wait()
             if heldout is None:
                 return False
             finish(self, heldout, display)
         return True
 
-    def _train_until_due(self, display: TrainingDisplay, stop: _StopSignal) -> None:
+    def _train_until_due(self, display: TrainingDisplay, stop: StopSignal) -> None:
         """Steps up to the next evaluation, save or end. Only these count as training time."""
         before, started = self.seconds, time.perf_counter()
         while True:
             rate, values = self._train_step()
             self._after_step()
-            self.seconds = before + time.perf_counter() - started
+            self.seconds = stop.agree(before + time.perf_counter() - started)
             self._pending.put({"step": self.step, "lr": rate, "seconds": self.seconds}, values)
             due = _due(self.step, self.config.eval_every) or _due(self.step, self.config.save_every)
             due = due or (self.graph is not None and self.graph.due)
             last = due or stop or self.progress >= 1
             if last or self.step % self.fetch_every == 0:
                 taken = list(self._pending.take(everything=bool(last)))
-                self.seconds = before + time.perf_counter() - started
+                self.seconds = stop.agree(before + time.perf_counter() - started)
                 self._report(taken, display)
-                self.seconds = before + time.perf_counter() - started
+                self.seconds = stop.agree(before + time.perf_counter() - started)
             if last:
                 return
 
@@ -317,12 +347,14 @@ class Trainer:
         for part in self.optimizer.parts:
             self.scaler.unscale_(part)
         norms = self.statistics.gradient_norms() if with_norms else loss.new_empty(0)
-        norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.config.grad_clip or float("inf"))
+        norm = self.parallel.clip_gradients(self.config.grad_clip or float("inf"))
+        # The same on all ranks, and so is whether the step is skipped.
+        loss, norm = self.processes.mean(torch.stack((loss, norm)))
         skip = ~(loss + norm).isfinite()
         self.optimizer.step(skip)
         self.carry.undo(skip, before)
         self.scaler.update()
-        self.model.after_step()
+        self.parallel.after_step()
         self.optimizer.zero_grad()
         return torch.cat((torch.stack((loss, norm, skip.float())), norms))
 
@@ -340,17 +372,18 @@ class Trainer:
         return self.statistics.look(first[:, :-1], self.carry.states[0], reset, self.autocast)
 
     def _accumulate_gradients(self) -> torch.Tensor:
-        """Both passes over this step's batch, a part at a time; the loss is their mean."""
+        """Both passes over this rank's rows of the step's batch, a part at a time; the loss is their mean."""
         tokens, reset = self._batch()
         parts = tokens.chunk(self.config.grad_accum)
         resets = [None] * len(parts) if reset is None else reset.chunk(self.config.grad_accum)
         loss = torch.zeros((), device=self.device)
         for i, part in enumerate(parts):
-            with self.autocast():
-                logits, state = self.model(part[:, :-1], self.carry.states[i], resets[i])
-            self.carry.put(i, state)
-            part_loss = self._loss(logits, part[:, 1:]) / self.config.grad_accum
-            self.scaler.scale(part_loss).backward()  # type: ignore[no-untyped-call]
+            with self.parallel.part(last=i == len(parts) - 1):
+                with self.autocast():
+                    logits, state = self.parallel.forward(part[:, :-1], self.carry.states[i], resets[i])
+                self.carry.put(i, state)
+                part_loss = self._loss(logits, part[:, 1:]) / self.config.grad_accum
+                self.scaler.scale(part_loss).backward()  # type: ignore[no-untyped-call]
             loss += part_loss.detach()
         return loss
 
@@ -361,6 +394,7 @@ class Trainer:
 
     def _report(self, taken: list[PendingRow], display: TrainingDisplay) -> None:
         """What the device told of some steps, to metrics.jsonl and to the reader."""
+        self._saver.check()
         rows = []
         for row, (loss, norm, skip, *seen) in taken:
             if seen:
@@ -377,11 +411,13 @@ class Trainer:
             rows.append(row)
             if self.skipped_in_row >= self.config.max_skipped:
                 self.metrics.append(rows)
-                raise TrainingError(
+                self._saver.wait()
+                complaint = (
                     f"{what}, and so were all of the last {self.skipped_in_row} (--max-skipped): start anew with a "
                     f"lower --lr (it was {self.config.lr}), a longer --warmup or a lower --grad-clip; "
                     f"the last good checkpoint is {newest_checkpoint(self.run) or 'none: nothing was saved yet'}"
                 )
+                raise self.processes.failure(TrainingError(complaint))
         if not rows:
             return
         done = rows[-1]["step"] - self._first_step
@@ -402,20 +438,28 @@ class Trainer:
             memory=peak_memory(self.device),
         )
 
-    def _evaluate(self, display: TrainingDisplay, stop: _StopSignal) -> HeldoutLoss | None:
+    def _evaluate(self, display: TrainingDisplay, stop: StopSignal) -> HeldoutLoss | None:
+        def stopped() -> bool:
+            stop.agree()
+            return bool(stop)
+
         with self.optimizer.averaged():
             heldout = evaluate(
                 self.model,
                 self.heldout,
-                batch_size=max(1, self.config.batch_size // self.config.grad_accum),
+                batch_size=self.rows,
                 device=self.device,
                 autocast=self.autocast,
-                stop=lambda: bool(stop),
+                stop=stopped,
+                rank=self.processes.rank,
+                world_size=self.processes.size,
+                total=self.processes.sum,
             )
         if heldout is not None:
             loss = heldout.nats_per_token
             if not math.isfinite(loss):
-                raise TrainingError(f"the held-out loss is {loss} at step {self.step}: lower the --lr")
+                complaint = f"the held-out loss is {loss} at step {self.step}: lower the --lr"
+                raise self.processes.failure(TrainingError(complaint))
             row = {"heldout_loss": loss, "heldout_bits_per_byte": heldout.bits_per_byte}
             self.metrics.append([{"step": self.step, "seconds": self.seconds, **row}])
             display.say(
@@ -437,15 +481,19 @@ class Trainer:
         }
 
     def _save(self) -> None:
+        """Copy all that a checkpoint holds, and have it written while training goes on."""
+        self._saver.wait()
         trainer = self._state()
-        try:
-            with self.optimizer.averaged():
-                save_checkpoint(self.run.checkpoints, Checkpoint(self.step, self.model.state_dict(), trainer))
-        except (OSError, RuntimeError, SafetensorError) as error:
-            raise TrainingError(
-                f"the checkpoint of step {self.step} cannot be written to {self.run.checkpoints} ({error}); "
-                f"any before it is whole: once that is mended, go on with: elman train --resume {self.run.path}"
-            ) from None
+        folder = self.run.checkpoints
+        with self.optimizer.averaged():
+            checkpoint = Checkpoint(self.step, self.model.state_dict(), trainer)
+            if self.processes.kind == "fsdp":
+                write = save_sharded(folder, checkpoint, self.processes, self.processes.background)
+            elif self.processes.is_main:
+                write = functools.partial(save_checkpoint, folder, checkpoint.on_host())
+            else:
+                return
+        self._saver.start(self.step, write)
 
     def autocast(self) -> AbstractContextManager[None]:
         """The precision of the forward pass."""
@@ -465,29 +513,3 @@ class Trainer:
 
 def _due(step: int, every: int) -> bool:
     return every > 0 and step % every == 0
-
-
-_STOPPING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-
-
-class _StopSignal:
-    """Turns SIGINT, SIGTERM and SIGHUP into a flag that the loop reads between steps. A second SIGINT ends at once."""
-
-    def __init__(self) -> None:
-        self.received: int | None = None
-
-    def __bool__(self) -> bool:
-        return self.received is not None
-
-    def __enter__(self) -> _StopSignal:
-        self._before = {number: signal.signal(number, self._receive) for number in _STOPPING}
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        for number, handler in self._before.items():
-            signal.signal(number, handler)
-
-    def _receive(self, number: int, frame: FrameType | None) -> None:
-        if self.received is not None and number == signal.SIGINT:
-            raise KeyboardInterrupt
-        self.received = number

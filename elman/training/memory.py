@@ -62,9 +62,13 @@ def free_memory(error: BaseException) -> None:
 
 def advice(trainer: Trainer, error: BaseException) -> str:
     """What took the memory, and what to lower, where training ran out of it with ``error``."""
-    config, there, fixed = trainer.config, total_memory(trainer.device), fixed_memory(trainer.model_config)
+    config, there, fixed = (
+        trainer.config,
+        total_memory(trainer.device),
+        fixed_memory(trainer.model_config, trainer.processes),
+    )
     first, *_ = str(error).splitlines() or ["no message"]
-    windows = config.batch_size // config.grad_accum
+    windows = trainer.rows
     trainer.optimizer.zero_grad()
     free_memory(error)
     try:

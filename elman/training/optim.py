@@ -13,7 +13,7 @@ from __future__ import annotations
 import contextlib
 import importlib
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, Literal
 
 import torch
@@ -130,14 +130,24 @@ class Optimizer:
                 part["param_groups"] = [{**group, "lr": self._rate.item()} for group in part["param_groups"]]
         return {"parts": parts, "weights": weights}
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go back to what ``state_dict`` returned, the model's weights being loaded already."""
+    def load_state_dict(
+        self, state: dict[str, Any], place: Callable[[Tensor, Tensor], Tensor] = lambda tensor, like: tensor
+    ) -> None:
+        """Go back to what ``state_dict`` returned, the model's weights being loaded already.
+
+        ``place`` makes of a whole tensor what this rank has of it: as much as of the parameter, its second argument.
+        """
         for part, saved in zip(self.parts, state["parts"], strict=True):
-            part.load_state_dict(saved)
+            parameters = [parameter for group in part.param_groups for parameter in group["params"]]
+            moments = {
+                i: {k: place(v, parameters[i]) if isinstance(v, Tensor) else v for k, v in values.items()}
+                for i, values in saved["state"].items()
+            }
+            part.load_state_dict({**saved, "state": moments})
         self._share_rate()
         with torch.no_grad():
             for parameter, saved in zip(self._averaged_parameters(), state["weights"], strict=True):
-                parameter.copy_(saved)
+                parameter.copy_(place(saved, parameter))
 
 
 def _step_unless(skip: Tensor, optimizer: torch.optim.Optimizer) -> None:
@@ -154,13 +164,15 @@ def _step_unless(skip: Tensor, optimizer: torch.optim.Optimizer) -> None:
         torch.where(skip, old, tensor, out=tensor)
 
 
-def build_optimizer(model: nn.Module, config: TrainConfig) -> Optimizer:
+def build_optimizer(model: nn.Module, config: TrainConfig, roles: dict[str, Role] | None = None) -> Optimizer:
     """``config.optimizer`` for a model. Biases, norms and decays do not decay.
+
+    ``roles`` are those of its parameters before ranks shared them, which leaves no marks on them.
 
     Raises:
         UsageError: it is not installed.
     """
-    roles = parameter_roles(model)
+    roles = parameter_roles(model) if roles is None else roles
 
     def having(*wanted: Role) -> list[nn.Parameter]:
         return [parameter for name, parameter in model.named_parameters() if roles[name] in wanted]

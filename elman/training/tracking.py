@@ -137,8 +137,8 @@ def open_metrics(run: RunFolder, config: TrainConfig, first_step: int) -> Iterat
     """The metrics of a run that begins with step ``first_step``, its trackers closed at the end."""
     with contextlib.ExitStack() as stack:
         trackers: list[Tracker] = []
-        if uses_tensorboard(config):
+        if uses_tensorboard(config) and run.writes:
             trackers.append(stack.enter_context(contextlib.closing(TensorBoard(run, first_step))))
-        if config.wandb is not None:
+        if config.wandb is not None and run.writes:
             trackers.append(stack.enter_context(contextlib.closing(WandB(run, config.wandb))))
         yield Metrics(run, trackers)

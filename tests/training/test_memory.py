@@ -51,7 +51,7 @@ def test_running_out_of_memory_tells_what_took_it_and_what_to_lower(
 ) -> None:
     made = trainer(config)
     kept = window_bytes(made)
-    fit = (total_memory(made.device) - fixed_memory(made.model_config)) // kept
+    fit = (total_memory(made.device) - fixed_memory(made.model_config, made.processes)) // kept
     monkeypatch.setattr(Trainer, "_train_step", lambda trainer: torch.empty(2**60))
     with pytest.raises(
         TrainingError, match=r"out of memory at step 0 .* optimiser take \d.*--batch-size.*--grad-accum"

@@ -2,6 +2,7 @@
 
 import functools
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -253,7 +254,7 @@ def test_a_signal_in_evaluation_or_saving_ends_in_a_whole_checkpoint(
     module, name = (torch, "save") if during == "saving" else (heldout, "gather")
     at = {"evaluation": 5, "saving": 4, "the last evaluation": 12}[during]
     function, report = getattr(module, name), Trainer._report
-    step = 0
+    step, sent = 0, False
 
     def watch(trainer: Trainer, taken: Any, display: Any) -> None:
         nonlocal step
@@ -261,7 +262,9 @@ def test_a_signal_in_evaluation_or_saving_ends_in_a_whole_checkpoint(
         report(trainer, taken, display)
 
     def signalled(*arguments: Any, **options: Any) -> Any:
-        if step == at:
+        nonlocal sent
+        if not sent and (step == at or during == "saving"):
+            sent = True
             os.kill(os.getpid(), number)
         return function(*arguments, **options)
 
@@ -273,8 +276,12 @@ def test_a_signal_in_evaluation_or_saving_ends_in_a_whole_checkpoint(
             config = replace(config, batch_size=8, eval_bytes="1m")
         code, output = start(config)
     assert code == 130
-    assert f"stopped at step {at}, saved in" in output
-    assert newest_checkpoint(RunFolder(config.out)).name == f"step-{at:08d}"  # type: ignore[arg-type, union-attr]
+    # While one checkpoint is being written, training goes on, so it is a later one that the run ends with.
+    stopped = re.search(r"stopped at step (\d+), saved in", output)
+    assert stopped is not None
+    end = int(stopped[1])
+    assert end == at if during != "saving" else at <= end <= 8
+    assert newest_checkpoint(RunFolder(config.out)).name == f"step-{end:08d}"  # type: ignore[arg-type, union-attr]
     assert resume(config)[0] == 0
     assert losses(config.out) == losses(tmp_path / "whole")
 
