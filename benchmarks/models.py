@@ -12,16 +12,13 @@ written as soon as it is known, to benchmarks/results/ and to the folder ``--out
 
 from __future__ import annotations
 
-import gc
 import itertools
-import json
 import math
 import os
 import re
 import statistics
 import subprocess
 import sys
-import tempfile
 import time
 from collections import Counter
 from collections.abc import Sequence
@@ -29,28 +26,22 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
-import numpy as np
 import torch
 import tyro
 from rich.console import Console
 
 from benchmarks.cases import Case, choose_cases, first_line
 from benchmarks.machine import machine
-from benchmarks.steps import device_slug, kernels_of_a_step, step_times
+from benchmarks.steps import device_slug, forget, random_bytes, step_times, write_json
 from elman.environment import is_out_of_memory, peak_memory, resolve_device
 from elman.sizing import num_params, state_size
 from elman.training.config import TrainConfig
 from elman.training.loop import Trainer
+from elman.training.profile import RECURRENCES, classify, profile_steps
 
 RESULTS = Path(__file__).parent / "results"
-_DATA_BYTES = 1 << 24
 #: Slower steps than this, in ms, are neither warmed up at length nor profiled: they have 100,000 kernels.
 _SLOW_STEP = 1000.0
-#: Kernels that run a recurrence or a rival of one, by a part of their names.
-_RECURRENT = re.compile(
-    r"(persistent|wide|low_rank|diagonal|banks|scan|step)_(forward|backward)|rnn|lstm|gru|chunk_|state_passing|causal_conv1d|flash|fmha",
-    re.IGNORECASE,
-)
 #: Rungs whose W_h is a diagonal.
 _DIAGONAL = ("ladder_3", "ladder_6", "log_0", "log_3")
 #: What ``elman.ops`` calls a loop over time in Python: of PyTorch's operations, and of a product and one kernel a step.
@@ -157,7 +148,7 @@ def measure(case: Case, batch_size: int, setting: Setting, console: Console) -> 
     except Exception as error:
         no_memory = is_out_of_memory(error) or "out of memory" in str(error).lower()
         row.note = "out of memory" if no_memory else first_line(error)
-    _forget()
+    forget()
     return row
 
 
@@ -179,18 +170,9 @@ def _fill(row: Row, case: Case, batch_size: int, setting: Setting, console: Cons
     row.peak_gib = peak_memory(trainer.device) / 2**30
     row.ms_per_step, row.tokens_per_second = ms, batch_size * options.seq_len / ms * 1e3
     if trainer.device.type == "cuda" and ms <= _SLOW_STEP:
-        kernels = kernels_of_a_step(trainer)
-        row.launches = sum(kernel["calls"] for kernel in kernels if not kernel["name"].startswith("Mem"))
-        row.kernels = [kernel for kernel in kernels if _RECURRENT.search(kernel["name"])]
-
-
-def _forget() -> None:
-    """Leave the next model what a new process would find: no memory in use, and no shapes met before."""
-    if "torch._dynamo" in sys.modules:
-        torch._dynamo.reset()
-    gc.collect()
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
+        kernels = profile_steps(trainer._train_step, trainer.device, 1).kernels
+        row.launches = sum(int(kernel["calls"]) for kernel in kernels if not kernel["name"].startswith("Mem"))
+        row.kernels = [kernel for kernel in kernels if classify(kernel["name"]) == RECURRENCES]
 
 
 def prepare(case: Case, batch_size: int, setting: Setting) -> str:
@@ -204,7 +186,7 @@ def prepare(case: Case, batch_size: int, setting: Setting) -> str:
     except Exception as error:
         complaint = first_line(error)
     trainer = None
-    _forget()
+    forget()
     return complaint
 
 
@@ -326,9 +308,7 @@ def main(options: Options) -> list[Row]:
         "seq_len": options.seq_len,
         "compile": options.compile,
     }
-    with tempfile.TemporaryDirectory() as folder:
-        data = Path(folder) / "random.bin"
-        data.write_bytes(np.random.default_rng(0).integers(256, size=_DATA_BYTES, dtype=np.uint8).tobytes())
+    with random_bytes() as data:
         setting = Setting(data, options)
         if options.part is not None:
             prepare_part(cases, setting, options.part)
@@ -353,14 +333,6 @@ def main(options: Options) -> list[Row]:
     looping = dict.fromkeys(row.model for row in rows if "reference" in row.backends)
     console.print(f"loop over T in Python, of PyTorch's operations: {', '.join(looping) or 'none'}")
     return rows
-
-
-def write_json(name: str, value: object, *folders: Path | None) -> None:
-    """The same file in each of the folders that are given."""
-    for folder in folders:
-        if folder is not None:
-            folder.mkdir(parents=True, exist_ok=True)
-            (folder / name).write_text(json.dumps(value, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -31,8 +31,8 @@ import tyro
 
 from benchmarks.cases import Case, choose_cases
 from benchmarks.machine import machine
-from benchmarks.models import words, write_json
-from benchmarks.steps import device_slug
+from benchmarks.models import words
+from benchmarks.steps import device_slug, write_json
 from elman.environment import resolve_device
 from elman.sizing import num_params
 from elman.training.run import RunFolder

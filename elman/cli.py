@@ -8,6 +8,7 @@ import os
 import re
 import signal
 import sys
+import time
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
@@ -199,6 +200,8 @@ def main(argv: list[str] | None = None) -> int:
         # A terminal that cannot show a character shows its code.
         sys.stdout.reconfigure(errors="backslashreplace")
     console = Console(**_PLAIN)
+    # Processes that torchrun started have one command line: the first of a machine tells what is wrong with it.
+    tells = os.environ.get("LOCAL_RANK", "0") == "0"
     try:
         train: Any = _train_command(argv[1:] if argv[:1] == ["train"] else [])
         commands = (
@@ -215,13 +218,19 @@ def main(argv: list[str] | None = None) -> int:
             prog="elman",
             description="How far can simple nonlinear RNNs go with modern engineering?",
             config=config,
+            console_outputs=tells,
         )
+        tells = True
         code: int = command.run_command(console)
         return code
+    except SystemExit:
+        if not tells:
+            _wait_for_who_tells()
+        raise
     except UsageError as error:
-        return _fail(str(error), 2)
+        return _fail(str(error), 2, tells)
     except TrainingError as error:
-        return _fail(str(error), 1)
+        return _fail(str(error), 1, tells)
     except KeyboardInterrupt:
         print("elman: stopped", file=sys.stderr)
         return 128 + signal.SIGINT
@@ -231,12 +240,20 @@ def main(argv: list[str] | None = None) -> int:
         return 128 + signal.SIGPIPE
     except OSError as error:
         where = f"{error.filename}: " if error.filename else ""
-        return _fail(f"{where}{error.strerror or error}; check the path, its permissions and the free space", 2)
+        return _fail(f"{where}{error.strerror or error}; check the path, its permissions and the free space", 2, tells)
 
 
-def _fail(message: str, code: int) -> int:
-    print(f"elman: {one_line(message)}", file=sys.stderr)
+def _fail(message: str, code: int, tells: bool) -> int:
+    if tells:
+        print(f"elman: {one_line(message)}", file=sys.stderr)
+    else:
+        _wait_for_who_tells()
     return code
+
+
+def _wait_for_who_tells() -> None:
+    """As soon as one process ends, torchrun ends the others, one of which may not have told why yet."""
+    time.sleep(5)
 
 
 def _exit_on_signal(number: int, frame: FrameType | None) -> None:

@@ -94,6 +94,11 @@ BAD_INPUT = {
         ["--model", "e0,e1,e0", "--data", "text", "--steps", "1"],
         "pattern of 3 layers, but the depth is 2",
     ),
+    "negative statistics": (["--stats-every", "-1", "--steps", "1"], "--stats-every -1 is out of range"),
+    "graph on a CPU": (
+        ["--graph", "on", "--data", "text", "--steps", "1"],
+        "--graph on: a CUDA graph needs an NVIDIA GPU, not device cpu: give --graph off",
+    ),
     "bad heldout": (["--heldout", "2", "--data", "text", "--steps", "1"], "--heldout 2.0 is out of range"),
     "bad eval bytes": (["--eval-bytes", "many", "--steps", "1"], "--eval-bytes 'many' is no count"),
     "missing package": (["--model", "fla:GLA", "--steps", "1"], "fla:GLA needs flash-linear-attention"),

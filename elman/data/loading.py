@@ -18,23 +18,25 @@ TensorBatch = tuple[Tensor, Tensor | None]
 
 
 class _Steps(Dataset[Batch]):
-    """A step's batch under its number."""
+    """A rank's rows of a step's batch under its number."""
 
-    def __init__(self, sampler: Sampler) -> None:
+    def __init__(self, sampler: Sampler, rank: int, world_size: int) -> None:
         self.sampler = sampler
+        self.rank, self.world_size = rank, world_size
 
     def __getitem__(self, step: int) -> Batch:
-        return self.sampler.batch(step)
+        return self.sampler.batch(step, self.rank, self.world_size)
 
 
 class Loader:
     """The batches of a sampler as tensors. ``workers`` processes make the next ones ahead; none: made when asked for.
 
-    What a step's batch is depends on the sampler alone, and batches come in the order of their steps.
+    What a step's batch is depends on the sampler alone, of whose rows a rank takes its own, and batches come in the
+    order of their steps.
     """
 
-    def __init__(self, sampler: Sampler, workers: int = 0) -> None:
-        self.sampler = sampler
+    def __init__(self, sampler: Sampler, workers: int = 0, rank: int = 0, world_size: int = 1) -> None:
+        self._steps = _Steps(sampler, rank, world_size)
         self.workers = workers
         self._next = -1
         self._batches: Iterator[Batch] = iter(())
@@ -56,13 +58,13 @@ class Loader:
 
     def _start(self, step: int) -> Iterator[Batch]:
         if not self.workers:
-            return map(self.sampler.batch, itertools.count(step))
+            return map(self._steps.__getitem__, itertools.count(step))
         with warnings.catch_warnings():
             # Of more workers than cores, which is the user's choice, and of forking beside threads, none of which
             # a worker needs.
             warnings.simplefilter("ignore")
             loader = DataLoader(
-                _Steps(self.sampler),
+                self._steps,
                 batch_size=None,
                 sampler=itertools.count(step),
                 num_workers=self.workers,

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from elman.data.bytes import Bytes, gather, heldout_starts
 from elman.data.sampling import document_starts
@@ -76,22 +76,29 @@ def evaluate(
     device: torch.device,
     autocast: Callable[[], AbstractContextManager[None]],
     stop: Callable[[], bool] = lambda: False,
+    rank: int = 0,
+    world_size: int = 1,
+    total: Callable[[Tensor], Tensor] = lambda values: values,
 ) -> HeldoutLoss | None:
     """Mean loss over the windows of ``text``.
 
-    ``stop`` is asked between batches; once it is true, the evaluation ends with None.
+    ``stop`` is asked between batches; once it is true, the evaluation ends with None. Of several ranks each takes every
+    ``world_size``-th batch, and ``total`` adds up a tensor over the ranks: all of them end with the same number, that
+    of one rank which reads the same batches.
     """
-    total = torch.zeros((), dtype=torch.float64, device=device)
-    num_bytes = 0
+    batches = range(0, len(text.starts), batch_size)
+    # By batch: its loss and its bytes. To add zeros changes no bit.
+    sums = torch.zeros(2, len(batches), dtype=torch.float64, device=device)
     was_training = model.training
     model.eval()
     try:
         with torch.inference_mode():
-            for first in range(0, len(text.starts), batch_size):
+            for first in range(0, len(batches), world_size):
                 if stop():
                     return None
-                rows = gather(text.tokens, text.starts[first : first + batch_size], text.seq_len)
-                num_bytes += int(text.vocabulary.lengths[rows[:, 1:]].sum())
+                # Who has none left goes along with the last, which does not count: shards are gathered by all ranks.
+                batch = min(first + rank, len(batches) - 1)
+                rows = gather(text.tokens, text.starts[batches[batch] :][:batch_size], text.seq_len)
                 reset = None
                 if text.resets:
                     starts = document_starts(rows, True, text.vocabulary.delimiter)
@@ -99,8 +106,11 @@ def evaluate(
                 windows = torch.from_numpy(rows).to(device)
                 with autocast():
                     logits, _ = model(windows[:, :-1], None, reset)
-                total += next_token_loss(logits, windows[:, 1:], reduction="sum")
+                if first + rank == batch:
+                    sums[0, batch] = next_token_loss(logits, windows[:, 1:], reduction="sum")
+                    sums[1, batch].fill_(int(text.vocabulary.lengths[rows[:, 1:]].sum()))
     finally:
         model.train(was_training)
+    nats, num_bytes = total(sums).sum(1).tolist()
     count = len(text.starts) * text.seq_len
-    return HeldoutLoss(total.item() / count, count, num_bytes)
+    return HeldoutLoss(nats / count, count, int(num_bytes))

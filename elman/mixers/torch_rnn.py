@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
 from elman.mixers.base import ExpandedConfig, Mixer, State
-from elman.ops import note_backend, recurrence
+from elman.ops import note_backend, note_recurrence, recurrence
 
 
 @dataclass(frozen=True)
@@ -118,12 +118,18 @@ class TorchRNN(Mixer):
         note_backend("cudnn" if x.is_cuda else "torch")
         # PyTorch's states have an axis of layers in front.
         h, state = self.rnn(x, tree_map(lambda s: s.unsqueeze(0), state) if state is not None else None)
+        note_recurrence((self._weight_hh,), self.gates, h)
         return h, tree_map(lambda s: s.squeeze(0), state)
 
     def _run_elman(self, x: Tensor, state: State, reset: Tensor | None) -> tuple[Tensor, State]:
-        weight_ih, weight_hh, bias_ih, bias_hh = self.rnn.all_weights[0]
+        weight_ih, _, bias_ih, bias_hh = self.rnn.all_weights[0]
         gates = (self.gates,) if self.gates > 1 else ()
-        size = self.rnn.hidden_size
-        pre = F.linear(x, weight_ih, bias_ih).view(*x.shape[:2], *gates, size)
-        weight, bias = weight_hh.view(*gates, size, size), bias_hh.view(self.gates, size)
-        return recurrence(pre, weight, state, cell=self.cell, bias=bias, reset=reset)
+        pre = F.linear(x, weight_ih, bias_ih).view(*x.shape[:2], *gates, self.rnn.hidden_size)
+        bias = bias_hh.view(self.gates, -1)
+        return recurrence(pre, self._weight_hh, state, cell=self.cell, bias=bias, reset=reset)
+
+    @property
+    def _weight_hh(self) -> Tensor:
+        """(gates, d, d), or (d, d) for one."""
+        _, weight, _, _ = self.rnn.all_weights[0]
+        return weight if self.gates == 1 else weight.view(self.gates, *[self.rnn.hidden_size] * 2)

@@ -3,7 +3,8 @@
 from elman.ops.backends import BACKENDS, backend_status
 from elman.ops.banks import banks
 from elman.ops.norm import add_norm
-from elman.ops.recurrence import note_backend, record_backends, recurrence
+from elman.ops.persistent import choosing_for_graphs
+from elman.ops.recurrence import note_backend, note_recurrence, record_backends, recurrence, watch_recurrences
 from elman.ops.scan import linear_scan
 
 __all__ = [
@@ -11,8 +12,11 @@ __all__ = [
     "add_norm",
     "backend_status",
     "banks",
+    "choosing_for_graphs",
     "linear_scan",
     "note_backend",
+    "note_recurrence",
     "record_backends",
     "recurrence",
+    "watch_recurrences",
 ]

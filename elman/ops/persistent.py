@@ -6,6 +6,7 @@ problem, and why there may be none.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -113,10 +114,27 @@ def pays(problem: Problem) -> bool:
     return _pays_on_device(problem.device.index, *_shape(problem), _is_captured())
 
 
+_will_be_captured = False
+
+
+@contextlib.contextmanager
+def choosing_for_graphs() -> Iterator[None]:
+    """Inside the ``with`` block ``auto`` chooses as for work in a CUDA graph: of what will be captured later.
+
+    So what is captured has run before, as it must, and what is traced for the compiler knows where it will run.
+    """
+    global _will_be_captured
+    before, _will_be_captured = _will_be_captured, True
+    try:
+        yield
+    finally:
+        _will_be_captured = before
+
+
 @constant_when_traced
 def _is_captured() -> bool:
-    """Whether what runs now goes into a CUDA graph; what is traced for the compiler may run either way."""
-    return torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
+    """Whether what runs now goes into a CUDA graph, or is to be chosen as if it did."""
+    return _will_be_captured or (torch.cuda.is_available() and torch.cuda.is_current_stream_capturing())
 
 
 @constant_when_traced

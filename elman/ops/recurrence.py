@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -14,9 +14,12 @@ from elman.errors import UsageError
 from elman.ops.backends import BACKENDS, Problem, choose
 from elman.ops.cells import CELLS, Cell, Tensors
 from elman.ops.log_space import as_joined, as_number
-from elman.ops.operators import make_operator, real_of
+from elman.ops.operators import Operator, make_operator, real_of
 
 _used: list[str] | None = None
+#: Is given the operator, in the dtype that ran, and h (T, B, H).
+Watcher = Callable[[Operator, Tensor], None]
+_watcher: Watcher | None = None
 
 
 @contextlib.contextmanager
@@ -36,6 +39,23 @@ def note_backend(name: str) -> None:
     """Tell ``record_backends`` what runs: of a mixer whose steps are not run by ``recurrence``."""
     if _used is not None:
         _used.append(name)
+
+
+@contextlib.contextmanager
+def watch_recurrences(watcher: Watcher) -> Iterator[None]:
+    """Shows ``watcher`` every recurrence that runs inside the ``with`` block, not compiled, when it has run."""
+    global _watcher
+    before, _watcher = _watcher, watcher
+    try:
+        yield
+    finally:
+        _watcher = before
+
+
+def note_recurrence(weights: Tensors, products: int, h: Tensor) -> None:
+    """Show what ``watch_recurrences`` asks for: of a mixer whose steps are not run by ``recurrence``."""
+    if _watcher is not None:
+        _watcher(make_operator(weights, h.shape[-1], products), h)
 
 
 def recurrence(
@@ -117,6 +137,8 @@ def recurrence(
             states = (*states[:-1], as_number(states[-1]))
         pre_bias = None if pre_bias is None else pre_bias.to(real_of(pre.dtype))
         h, last = BACKENDS[chosen].run(pre, operator, bias, states, rule, reset, pre_bias)
+        if _watcher is not None:
+            _watcher(operator, h)
         if rule.logarithmic:
             last = (*last[:-1], as_joined(last[-1]))
         return h, last[0] if rule.states == 1 else last

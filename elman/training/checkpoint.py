@@ -1,31 +1,39 @@
 """Checkpoints: folders that are whole or absent, and are checked when they are read.
 
 A checkpoint holds the weights (safetensors), the rest of the trainer's state (a tensors-only pickle, read with
-``weights_only``), and a manifest with the size and SHA-256 of both. Reading one executes no code.
+``weights_only``), and a manifest with the size and SHA-256 of each file. Where ranks have shards of the model, so has
+each a file of them, with the weights and all that the state has of their shapes. Reading one executes no code.
 """
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
 import pickle
 import re
 import shutil
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import safetensors.torch
 import torch
+import torch.distributed as dist
 from torch import Tensor
+from torch.utils._pytree import tree_map
 
 from elman.errors import UsageError
+from elman.training.distributed import Processes
 
-_FORMAT = "elman-checkpoint-1"
+_FORMAT, _SHARDED = "elman-checkpoint-1", "elman-checkpoint-sharded-1"
 _MODEL, _TRAINER, _MANIFEST = "model.safetensors", "trainer.pt", "manifest.json"
 # What reading a file of the right sum but the wrong content may raise.
 _UNREADABLE = (ValueError, KeyError, TypeError, RuntimeError, pickle.UnpicklingError, safetensors.SafetensorError)
+# What the names of shards begin with.
+_MODEL_PREFIX, _TRAINER_PREFIX = "model.", "trainer"
 _NAME = re.compile(r"step-(\d{8,})")
 
 
@@ -47,35 +55,124 @@ class Checkpoint:
     model: dict[str, Tensor]
     trainer: dict[str, Any] | None
 
+    def on_host(self) -> Checkpoint:
+        """A copy in the host's memory, which training does not change."""
+
+        def copied(leaf: Any) -> Any:
+            return leaf.detach().to("cpu", copy=True) if isinstance(leaf, Tensor) else leaf
+
+        return Checkpoint(self.step, tree_map(copied, dict(self.model)), tree_map(copied, self.trainer))
+
 
 def save_checkpoint(folder: Path, checkpoint: Checkpoint, keep: int = 2) -> Path:
     """Write a checkpoint into ``folder`` under its step's name, then remove all but the newest ``keep``."""
-    folder.mkdir(parents=True, exist_ok=True)
-    for leftover in folder.glob(".partial-*"):
-        shutil.rmtree(leftover)
-    final = folder / f"step-{checkpoint.step:08d}"
-    if final.exists():
+    if (final := _final(folder, checkpoint.step)).exists():
         return final
-    partial = folder / f".partial-{os.getpid()}"
-    partial.mkdir()
+    partial = _make_partial(folder)
     try:
         model = {name: tensor.detach().cpu().contiguous() for name, tensor in checkpoint.model.items()}
         safetensors.torch.save_file(model, partial / _MODEL)
         torch.save(checkpoint.trainer, partial / _TRAINER)
         files = {name: _fingerprint(partial / name) for name in (_MODEL, _TRAINER)}
-        manifest = {"format": _FORMAT, "step": checkpoint.step, "files": files}
-        (partial / _MANIFEST).write_text(json.dumps(manifest, indent=2))
-        # safetensors makes its file readable for its owner alone; a run is to be shared like any other file.
-        (partial / _MODEL).chmod((partial / _MANIFEST).stat().st_mode)
-        for name in (_MODEL, _TRAINER, _MANIFEST):
-            _sync(partial / name)
-        _sync(partial)
-        partial.rename(final)
-        _sync(folder)
+        return _finish(partial, final, _FORMAT, files, keep)
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
         raise
-    for old in list_checkpoints(folder)[:-keep]:
+
+
+def save_sharded(
+    folder: Path, checkpoint: Checkpoint, processes: Processes, group: dist.ProcessGroup, keep: int = 2
+) -> Callable[[], Path]:
+    """The same where ranks have shards of it. Called by all of them, and so is what it returns, which may be elsewhere.
+
+    Args:
+        folder: one that all ranks see.
+        checkpoint: its tensors may change once this returns.
+        processes: all ranks.
+        group: of their hosts, and for nothing else until what this returns has been called.
+        keep: how many to keep.
+
+    Returns:
+        What ends the writing, by files and ``group`` alone: to be called by a thread.
+    """
+    from elman.training.sharded import take_shards, write_shards
+
+    final = _final(folder, checkpoint.step)
+    makes = processes.is_main and not final.exists()
+    partial = processes.of_main(_make_partial(folder) if makes else None)
+    if partial is None:
+        return lambda: final
+    trainer, moments = take_shards(checkpoint.trainer, _TRAINER_PREFIX)
+    weights = {_MODEL_PREFIX + name: tensor for name, tensor in checkpoint.model.items()}
+    written = write_shards(weights | moments, partial, group)
+    trainer = Checkpoint(checkpoint.step, {}, trainer).on_host().trainer
+
+    def finish() -> Path:
+        try:
+            # Then all ranks have written theirs, and each works out the sums of some.
+            with _on_all(processes, group):
+                written.result()
+                if processes.is_main:
+                    torch.save(trainer, partial / _TRAINER)
+            names = sorted(path.name for path in partial.iterdir())
+            files: dict[str, Any] = {}
+            with _on_all(processes, group, files):
+                files |= {name: _fingerprint(partial / name) for name in names[processes.rank :: processes.size]}
+            with _on_all(processes, group):
+                if processes.is_main:
+                    _finish(partial, final, _SHARDED, files, keep)
+        except BaseException:
+            if processes.is_main:
+                shutil.rmtree(partial, ignore_errors=True)
+            raise
+        return final
+
+    return finish
+
+
+@contextlib.contextmanager
+def _on_all(processes: Processes, group: dist.ProcessGroup, files: dict[str, Any] | None = None) -> Iterator[None]:
+    """What is inside has been done by all ranks, or an error is raised on all; then ``files`` has all ranks' too."""
+    error: Exception | None = None
+    try:
+        yield
+    except Exception as raised:
+        error = raised
+    found: list[Any] = [None] * processes.size
+    dist.all_gather_object(found, (None if error is None else str(error), files or {}), group=group)
+    for message, theirs in found:
+        if message is not None:
+            raise error or OSError(message)
+        if files is not None:
+            files |= theirs
+
+
+def _final(folder: Path, step: int) -> Path:
+    return folder / f"step-{step:08d}"
+
+
+def _make_partial(folder: Path) -> Path:
+    """A folder to write into, those that were left behind being removed."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for leftover in folder.glob(".partial-*"):
+        shutil.rmtree(leftover)
+    partial = folder / f".partial-{os.getpid()}"
+    partial.mkdir()
+    return partial
+
+
+def _finish(partial: Path, final: Path, form: str, files: dict[str, Any], keep: int) -> Path:
+    """Add the manifest, have all of it on the disk, and only then give it its name."""
+    manifest = {"format": form, "step": _step(final), "files": files}
+    (partial / _MANIFEST).write_text(json.dumps(manifest, indent=2))
+    for name in (*files, _MANIFEST):
+        # safetensors makes its file readable for its owner alone; a run is to be shared like any other file.
+        (partial / name).chmod((partial / _MANIFEST).stat().st_mode)
+        _sync(partial / name)
+    _sync(partial)
+    partial.rename(final)
+    _sync(final.parent)
+    for old in list_checkpoints(final.parent)[:-keep]:
         shutil.rmtree(old)
     return final
 
@@ -91,7 +188,7 @@ def _step(path: Path) -> int:
 
 
 def load_checkpoint(path: Path, *, with_trainer: bool = True) -> Checkpoint:
-    """Read a checkpoint, every byte checked first.
+    """Read a checkpoint, every byte checked first. Its tensors are whole, and on the CPU.
 
     Raises:
         DamagedCheckpointError: missing, truncated, changed or foreign; the message says which file.
@@ -99,13 +196,21 @@ def load_checkpoint(path: Path, *, with_trainer: bool = True) -> Checkpoint:
     """
     try:
         manifest = json.loads((path / _MANIFEST).read_text())
-        if not isinstance(manifest, dict) or manifest.get("format") != _FORMAT:
+        form = manifest.get("format") if isinstance(manifest, dict) else None
+        if form not in (_FORMAT, _SHARDED):
             raise DamagedCheckpointError(f"checkpoint {path} is damaged, or not one of elman's ({_FORMAT})")
-        for name in (_MODEL, _TRAINER):
+        for name in manifest["files"] if form == _SHARDED else (_MODEL, _TRAINER):
             if _fingerprint(path / name) != manifest["files"][name]:
                 raise DamagedCheckpointError(f"checkpoint {path} is damaged: {name} was cut short or changed")
-        model = safetensors.torch.load_file(path / _MODEL)
         trainer = torch.load(path / _TRAINER, map_location="cpu", weights_only=True) if with_trainer else None
+        if form == _SHARDED:
+            from elman.training.sharded import put_shards, read_shards
+
+            weights = read_shards(path, _MODEL_PREFIX)
+            model = {name.removeprefix(_MODEL_PREFIX): tensor for name, tensor in weights.items()}
+            trainer = put_shards(trainer, read_shards(path, _TRAINER_PREFIX) if with_trainer else {})
+        else:
+            model = safetensors.torch.load_file(path / _MODEL)
         if manifest["step"] != _step(path):
             raise DamagedCheckpointError(f"checkpoint {path} is damaged: {_MANIFEST} speaks of step {manifest['step']}")
         return Checkpoint(_step(path), model, trainer)

@@ -42,9 +42,10 @@ class TrainConfig:
     seq_len: int = 512
     """Bytes, or tokens, a training window."""
     batch_size: int = 32
-    """Windows, or streams, a step."""
+    """Windows, or streams, a step, those of all processes."""
     grad_accum: int = 1
-    """Parts that a step's batch is split into, to save memory; the step stays the same."""
+    """Parts that a step's batch, or each process's share of it, is split into, to save memory; the step stays the
+    same."""
 
     steps: OptionalInt = None
     """Stop after this many steps."""
@@ -71,25 +72,41 @@ class TrainConfig:
 
     device: str = "auto"
     """cpu, cuda, cuda:1, ...; auto takes a CUDA GPU where there is one."""
+    parallel: Literal["auto", "none", "ddp", "fsdp"] = "auto"
+    """How the processes that torchrun starts share a step's batch: each with the whole model (ddp), or each with a part
+    of its weights and moments (fsdp). auto is ddp where torchrun started several processes, else none."""
+    ddp: InitVar[bool] = False
+    """Short for --parallel ddp."""
     precision: Literal["auto", "bf16", "fp16", "fp32"] = "auto"
     """Of the products; weights stay float32. auto is bf16 on a GPU, fp32 on a CPU. With fp16 the loss is scaled so that
     gradients neither vanish nor overflow."""
     compile: Literal["auto", "on", "off"] = "auto"
     """Fuse what stands between the products by torch.compile before training starts, which is not charged to
     --time-limit. auto does on a GPU, where a C compiler is there."""
+    graph: Literal["auto", "on", "off"] = "off"
+    """Capture a whole step in a CUDA graph and replay it, so that the host keeps up however many kernels a step has.
+    auto does where a recurrence runs as a loop of launches. For AdamW on one GPU."""
     eval_every: int = 500
     """Steps between evaluations on the held-out part; 0 evaluates only at the end."""
     eval_bytes: str = "1m"
     """Held-out bytes an evaluation reads, evenly spread."""
     save_every: int = 1000
     """Steps between checkpoints; 0 saves only at the end."""
+    profile: bool = False
+    """Show where a step's time goes, and leave a trace of three steps in the run folder. They are slower."""
+    stats_every: int = 100
+    """Steps between looks at the layers: activations, saturation, gradients and recurrent matrices; 0 never looks."""
+    tensorboard: Literal["auto", "on", "off"] = "auto"
+    """Show the metrics in TensorBoard too, from the run's folder tensorboard; auto does where the package is there."""
+    wandb: OptionalStr = None
+    """Show the metrics in this project of Weights & Biases too (package wandb)."""
     out: OptionalPath = None
     """Run folder to make; runs/MODEL-DATE-TIME if absent. An existing run is never overwritten."""
     resume: OptionalPath = None
     """Run folder to go on with, from its newest checkpoint and with its own options. A --steps or --time-limit given
     beside it replaces the run's end."""
 
-    def __post_init__(self, tbptt: bool) -> None:
+    def __post_init__(self, tbptt: bool, ddp: bool) -> None:
         check_choices(self)
         if self.optimizer == "schedulefree":
             object.__setattr__(self, "schedule", "constant")
@@ -97,13 +114,19 @@ class TrainConfig:
             if self.sampling == "documents":
                 raise UsageError("--tbptt is short for --sampling tbptt, not documents: give one of them")
             object.__setattr__(self, "sampling", "tbptt")
+        if ddp:
+            if self.parallel not in ("auto", "ddp"):
+                raise UsageError(f"--ddp is short for --parallel ddp, not {self.parallel}: give one of them")
+            object.__setattr__(self, "parallel", "ddp")
         if self.sampling == "tbptt" and self.tokenizer is not None:
             raise UsageError(
                 f"--sampling tbptt does not go with --tokenizer {self.tokenizer}: leave out --tokenizer, or give "
                 f"--sampling windows or documents"
             )
         check_at_least(self, seq_len=1, batch_size=1, grad_accum=1, steps=1, dim=1, depth=1, max_skipped=1)
-        check_at_least(self, warmup=0, eval_every=0, save_every=0, workers=0, weight_decay=0, grad_clip=0, seed=0)
+        check_at_least(
+            self, warmup=0, eval_every=0, save_every=0, stats_every=0, workers=0, weight_decay=0, grad_clip=0, seed=0
+        )
         if not 0 < self.lr < 100:
             raise UsageError(f"--lr {self.lr} is out of range: give a number above 0, such as 1e-3")
         if self.batch_size % self.grad_accum:

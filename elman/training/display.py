@@ -6,6 +6,7 @@ import os
 import sys
 import time
 from collections.abc import Iterable
+from pathlib import Path
 from types import TracebackType
 from typing import Any
 
@@ -15,6 +16,7 @@ from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, T
 from rich.table import Table
 from rich.text import Text
 
+from elman.training.profile import PROFILED_AT, Profile
 from elman.units import bits, format_bytes, format_count, format_duration
 
 #: Seconds between lines where there is no terminal to redraw.
@@ -78,14 +80,16 @@ class TrainingDisplay:
         loss: float,
         mean: float,
         tokens_per_second: float,
+        mfu: float | None,
         seconds: float,
         memory: int,
     ) -> None:
-        """Show where the run stands. ``mean`` is that of the last 100 losses; ``progress`` goes from 0 to 1."""
+        """Show where the run stands. ``mean`` is that of the last 100 losses; ``progress`` and ``mfu`` go to 1."""
         head = f"step {step}" + (f"/{steps}" if steps else "")
+        used = "" if mfu is None else f"MFU {mfu:.1%}  "
         status = (
             f"loss {loss:.3f}  mean {mean:.3f}  {bits(mean):.3f} bits/{self.unit}  "
-            f"{format_count(tokens_per_second)} tok/s  {format_bytes(memory)}"
+            f"{format_count(tokens_per_second)} tok/s  {used}{format_bytes(memory)}"
         )
         self._progress.update(self._task, completed=min(progress, 1.0), head=head, status=status)
         if not self.console.is_terminal and time.monotonic() - self._last_line >= _LINE_EVERY:
@@ -93,9 +97,22 @@ class TrainingDisplay:
             eta = format_duration(seconds * (1 - progress) / progress) if 0 < progress < 1 else "0s"
             self.say(f"{head}  {min(progress, 1):.0%}  {status}  ETA {eta}")
 
+    def show(self, what: RenderableType) -> None:
+        """What stays as well, such as a table."""
+        self._progress.console.print(what)
+
     def say(self, line: str) -> None:
         """A line that stays, above the bar."""
         self._progress.console.print(Text(line), soft_wrap=True)
+
+
+def show_profile(display: TrainingDisplay, profile: Profile | None, path: Path) -> None:
+    """Where a step's time goes, and where its trace lies."""
+    if profile is None:
+        display.say(f"--profile: no steps were profiled, for the run was shorter than {PROFILED_AT} steps")
+        return
+    display.show(profile.table())
+    display.say(f"trace of {profile.steps} steps in {path}: open it at ui.perfetto.dev")
 
 
 def say(console: Console, line: str) -> None:
@@ -115,6 +132,8 @@ def print_summary(console: Console, summary: dict[str, Any], sample: str) -> Non
     if summary["compiled"]:
         table.add_row("compiling, beside that", format_duration(summary["start_up_seconds"]))
     table.add_row("speed", f"{format_count(summary['tokens_per_second'])} tokens/s")
+    if summary["mfu"] is not None:
+        table.add_row("MFU", f"{summary['mfu']:.1%}")
     table.add_row("peak memory", format_bytes(summary["peak_memory_bytes"]))
     if summary["skipped_steps"]:
         table.add_row("steps skipped", f"{summary['skipped_steps']:,}")

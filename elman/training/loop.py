@@ -5,86 +5,101 @@ from __future__ import annotations
 import contextlib
 import functools
 import math
-import signal
 import time
-import warnings
 from collections import deque
 from contextlib import AbstractContextManager
-from dataclasses import asdict
-from types import FrameType
+from pathlib import Path
 from typing import Any
 
 import torch
 from rich.console import Console
-from safetensors import SafetensorError
 
 from elman.data.bytes import open_bytes
-from elman.data.loading import Loader
+from elman.data.loading import Loader, TensorBatch
 from elman.data.sampling import SAMPLERS
 from elman.data.vocabulary import open_vocabulary
-from elman.environment import is_out_of_memory, peak_memory, resolve_device, supports_bf16, total_memory
+from elman.environment import is_out_of_memory, peak_memory, supports_bf16
 from elman.errors import TrainingError, UsageError
 from elman.evaluation.heldout import HeldoutLoss, HeldoutText, evaluate
-from elman.generation import generate
 from elman.mixers import State
 from elman.model import LanguageModel, ModelConfig, next_token_loss
-from elman.ops import record_backends
-from elman.sizing import flops_per_token, num_params, state_size
-from elman.text import readable
+from elman.ops import choosing_for_graphs, record_backends
 from elman.training.carry import Carry
-from elman.training.checkpoint import Checkpoint, save_checkpoint
+from elman.training.checkpoint import Checkpoint, load_checkpoint, save_checkpoint, save_sharded
+from elman.training.checks import check_memory, check_mixers, rows_a_pass
+from elman.training.compiling import compile_training, first_line, ignoring_compiler_warnings
 from elman.training.config import TrainConfig
-from elman.training.display import TrainingDisplay, print_summary, say
-from elman.training.optim import build_optimizer, learning_rate
-from elman.training.plot import plot_losses
+from elman.training.display import TrainingDisplay, say, show_profile
+from elman.training.distributed import ALONE, Processes
+from elman.training.finish import finish
+from elman.training.graph import make_graph
+from elman.training.metrics import PendingRow, PendingRows
+from elman.training.mfu import Utilisation
+from elman.training.optim import build_optimizer, learning_rate, parameter_roles
+from elman.training.parallel import check_shareable, share_model
+from elman.training.profile import profiling
 from elman.training.run import RunFolder, load_newest, load_weights, newest_checkpoint
-from elman.units import format_bytes, format_count
-
-_SAMPLE_BYTES = 300
+from elman.training.saving import Saver
+from elman.training.statistics import LayerStatistics
+from elman.training.stop import StopSignal
+from elman.training.tracking import check_trackers, open_metrics
 
 
 class Trainer:
     """One run: the model, its optimiser, its place in the data and the state carried there, all in a checkpoint.
 
-    Batches are a function of the step, so the place in the data is the step itself.
+    Batches are a function of the step, so the place in the data is the step itself. Of several processes each has a
+    trainer, and all do the same at the same time, each with its rows of the batch.
     """
 
-    def __init__(self, config: TrainConfig, model_config: ModelConfig, console: Console) -> None:
+    def __init__(
+        self, config: TrainConfig, model_config: ModelConfig, console: Console, processes: Processes = ALONE
+    ) -> None:
         assert config.data is not None
         self.config = config
         self.model_config = model_config
         self.console = console
-        self.device = resolve_device(config.device)
-        for mixer in model_config.mixers:
-            mixer.check_device(self.device)
-        auto = "bf16" if supports_bf16(self.device) else "fp32"
-        self.precision = auto if config.precision == "auto" else config.precision
-        data = open_bytes(config.data, config.heldout)
-        self.fingerprint = data.fingerprint()
-        self.data = data
-        self.vocabulary = open_vocabulary(config.tokenizer)
-        if self.vocabulary.size != model_config.vocab_size:
-            raise UsageError(
-                f"--tokenizer {config.tokenizer} has {self.vocabulary.size} tokens, but the model was made for "
-                f"{model_config.vocab_size}: install the tiktoken that the run began with, or start a new run"
+        self.processes = processes
+        with processes.together():
+            self.device = processes.device(config.device)
+            #: Windows that a pass is over.
+            self.rows = rows_a_pass(config, processes)
+            for mixer in model_config.mixers:
+                mixer.check_device(self.device)
+            check_trackers(config)
+            auto = "bf16" if supports_bf16(self.device) else "fp32"
+            self.precision = auto if config.precision == "auto" else config.precision
+            data = open_bytes(config.data, config.heldout)
+            self.fingerprint = data.fingerprint()
+            self.data = data
+            self.vocabulary = open_vocabulary(config.tokenizer)
+            if self.vocabulary.size != model_config.vocab_size:
+                raise UsageError(
+                    f"--tokenizer {config.tokenizer} has {self.vocabulary.size} tokens, but the model was made for "
+                    f"{model_config.vocab_size}: install the tiktoken that the run began with, or start a new run"
+                )
+            self.sampler = SAMPLERS[config.sampling](
+                data.train, config.seq_len, config.batch_size, config.seed, self.vocabulary
             )
-        self.sampler = SAMPLERS[config.sampling](
-            data.train, config.seq_len, config.batch_size, config.seed, self.vocabulary
-        )
-        _check_mixers(model_config, config, self.sampler.resets, self.sampler.carries_state, self.device)
-        self.heldout = HeldoutText.cut(
-            data.heldout, config.seq_len, config.eval_byte_count, self.vocabulary, self.sampler.resets
-        )
-        self._loader = Loader(self.sampler, config.workers if config.tokenizer is not None else 0)
-        _check_memory(model_config, self.device)
-        torch.manual_seed(config.seed)
-        self.model = LanguageModel(model_config).to(self.device)
-        self.optimizer = build_optimizer(self.model, config)
+            check_mixers(model_config, config, self.sampler.resets, self.sampler.carries_state, self.device)
+            self.heldout = HeldoutText.cut(
+                data.heldout, config.seq_len, config.eval_byte_count, self.vocabulary, self.sampler.resets
+            )
+            workers = config.workers if config.tokenizer is not None else 0
+            self._loader = Loader(self.sampler, workers, processes.rank, processes.size)
+            check_memory(model_config, self.device, processes)
+            torch.manual_seed(config.seed)
+            self.model = LanguageModel(model_config).to(self.device)
+            roles = parameter_roles(self.model)
+            check_shareable(self.model, processes)
+        self.parallel = share_model(self.model, processes)
+        self.optimizer = build_optimizer(self.model, config, roles)
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.precision == "fp16")
         # Steps without an update, and how many of them came last; known as far as losses have been fetched.
         self.skipped, self.skipped_in_row = 0, 0
-        self.carry = Carry(config.grad_accum, self._forward_zeros() if self.sampler.carries_state else None)
+        self.carry = Carry(config.grad_accum, self._forward_zeros() if self.sampler.carries_state else None, processes)
         self.compiled = False
+        self.graph = make_graph(config, self.device)
         self.start_up_seconds = 0.0
         self._loss = next_token_loss
         self.step = 0
@@ -92,9 +107,10 @@ class Trainer:
         # Where this process took over: speed is shown for its own steps.
         self._first_step, self._first_second = 0, 0.0
         self.recent_losses: deque[float] = deque(maxlen=100)
-        # Reading a loss from a GPU waits for it, so losses are fetched several at a time.
+        self.statistics = LayerStatistics(self.model, config.stats_every)
+        self.utilisation = Utilisation(model_config, config.seq_len, self.device, self.precision, processes.size)
         self.fetch_every = 1 if self.device.type == "cpu" else 10
-        self._pending: list[tuple[dict[str, Any], torch.Tensor]] = []
+        self._pending = PendingRows()
 
     def restore(self, run: RunFolder) -> None:
         """Go back to the run's newest whole checkpoint; to the start, where this already is, if it has none yet.
@@ -103,10 +119,19 @@ class Trainer:
             UsageError: every checkpoint is damaged, or another model's or version's, or the data is not what the run
                 began with.
         """
-        found = load_newest(run, lambda line: say(self.console, line), set_aside=True)
-        if found is None:
+        found = None
+        with self.processes.together():
+            if self.processes.is_main:
+                found = load_newest(run, lambda line: say(self.console, line), set_aside=True)
+        path = self.processes.of_main(None if found is None else found[0])
+        if path is None:
             return
-        path, checkpoint = found
+        with self.processes.together():
+            self._go_back_to(path, load_checkpoint(path) if found is None else found[1])
+        rows = [row for row in run.read_metrics() if row["step"] <= self.step]
+        self.recent_losses.extend(row["loss"] for row in rows if isinstance(row.get("loss"), float))
+
+    def _go_back_to(self, path: Path, checkpoint: Checkpoint) -> None:
         assert checkpoint.trainer is not None
         if missing := self._state().keys() - checkpoint.trainer.keys():
             raise UsageError(
@@ -118,8 +143,8 @@ class Trainer:
                 f"--data {self.config.data} is not the file that the run began with: "
                 f"name that file by --data, or start a new run"
             )
-        load_weights(self.model, checkpoint.model, path)
-        self.optimizer.load_state_dict(checkpoint.trainer["optimizer"])
+        load_weights(self.model, checkpoint.model, path, self.parallel.place)
+        self.optimizer.load_state_dict(checkpoint.trainer["optimizer"], self.parallel.place)
         self.scaler.load_state_dict(checkpoint.trainer["scaler"])
         self.skipped, self.skipped_in_row = checkpoint.trainer["skipped"]
         torch.set_rng_state(checkpoint.trainer["rng"])
@@ -127,8 +152,6 @@ class Trainer:
         self.seconds = checkpoint.trainer["seconds"]
         self.step = checkpoint.step
         self._first_step, self._first_second = self.step, self.seconds
-        rows = [row for row in run.read_metrics() if row["step"] <= self.step]
-        self.recent_losses.extend(row["loss"] for row in rows if isinstance(row.get("loss"), float))
 
     @property
     def will_compile(self) -> bool:
@@ -142,27 +165,45 @@ class Trainer:
             UsageError: ``--compile on``, and it cannot be done.
         """
         started = time.perf_counter()
+        if self.graph is not None and self.config.graph == "auto" and "loop" not in self.backends():
+            self.graph = None
+        with self._choices():
+            self._prepare()
+        if self.device.type == "cuda" and self.statistics.every:
+            self._look()  # its few rows may take kernels of their own
+        self.start_up_seconds = time.perf_counter() - started
+
+    def _prepare(self) -> None:
         if self.will_compile:
+            reason: str | None = None
             try:
-                self._compile()
+                self._loss = compile_training(self.parallel.compile)
+                with ignoring_compiler_warnings():
+                    self._try_step()
             except Exception as error:
                 if is_out_of_memory(error):
                     raise
-                reason = _compiler_complaint(error)
-                if self.config.compile == "on":
-                    raise UsageError(
-                        f"--compile on: torch.compile fails here ({reason}); give --compile off"
-                    ) from error
+                reason = first_line(error)
+            # Ranks are all compiled or none, so that they keep in step.
+            reason = next((complaint for complaint in self.processes.gather(reason) if complaint is not None), None)
+            if reason is not None and self.config.compile == "on":
+                complaint = f"--compile on: torch.compile fails here ({reason}); give --compile off"
+                raise self.processes.failure(UsageError(complaint))
+            if reason is not None:
                 say(self.console, f"not compiled, so slower: torch.compile fails here ({reason})")
-                self.model.compile_training(lambda call: call)
+                self.parallel.compile(lambda call: call)
                 self._loss = next_token_loss
+            self.compiled = reason is None
         if self.device.type == "cuda" and not self.compiled:
             self._try_step()
-        self.start_up_seconds = time.perf_counter() - started
+
+    def _choices(self) -> AbstractContextManager[None]:
+        """Kernels are chosen for a graph where steps will be captured."""
+        return contextlib.nullcontext() if self.graph is None else choosing_for_graphs()
 
     def backends(self, steps: int = 1) -> list[str]:
         """What runs each mixer of the model, at this run's batch size, found out by a plain forward pass."""
-        with record_backends() as backends:
+        with record_backends() as backends, self._choices():
             self._forward_zeros(steps)
         if self.compiled and self.device.type == "cpu":
             backends = ["loop" if backend == "reference" else backend for backend in backends]
@@ -170,8 +211,7 @@ class Trainer:
 
     def _forward_zeros(self, steps: int = 1) -> State:
         """The state after a plain forward pass of a part's rows, from rest."""
-        rows = self.config.batch_size // self.config.grad_accum
-        tokens = torch.zeros(rows, steps, dtype=torch.long, device=self.device)
+        tokens = torch.zeros(self.rows, steps, dtype=torch.long, device=self.device)
         self.model.eval()
         reset = torch.zeros_like(tokens, dtype=torch.bool) if self.sampler.resets else None
         with torch.no_grad(), self.autocast():
@@ -179,28 +219,14 @@ class Trainer:
         self.model.train()
         return state
 
-    def _compile(self) -> None:
-        # Kernels chosen by timing would sum in another order in another process, and resuming would not be exact. Rows
-        # of products padded to 128 bytes would be copied before each op of ours, and the bias not be fused.
-        wanted = {"deterministic": True, "comprehensive_padding": False}
-        options = {name: value for name, value in wanted.items() if name in torch._inductor.list_options()}
-        # Each kind of layer is a compilation of the same function: none of a long pattern's may be refused.
-        torch._dynamo.config.recompile_limit = 64
-        wrap = functools.partial(torch.compile, fullgraph=True, options=options)
-        self.model.compile_training(wrap)
-        self._loss = wrap(next_token_loss)
-        with warnings.catch_warnings():
-            # PyTorch's compiler warns of its own code.
-            warnings.filterwarnings("ignore", module=r"torch\b")
-            self._try_step()
-        self.compiled = True
-
     def _try_step(self) -> None:
         """A step up to its gradients, which are thrown away, and so is the state that it ends with."""
         before = list(self.carry.states)
+        self.parallel.silent = True
         try:
             self._accumulate_gradients().item()
         finally:
+            self.parallel.silent = False
             self.carry.states = before
             self.optimizer.zero_grad()
 
@@ -219,7 +245,21 @@ class Trainer:
         """
         self.run = run
         shown = TrainingDisplay(self.console, self.vocabulary.unit)
-        with contextlib.closing(self._loader), _StopSignal() as stop, shown as display:
+        shows = open_metrics(run, self.config, self.step + 1)
+        trace = run.path / "profile.json.gz"
+        with (
+            contextlib.closing(self._loader),
+            shows as self.metrics,
+            Saver(run) as self._saver,
+            StopSignal(self.processes) as stop,
+            shown as display,
+            profiling(
+                self.config.profile and run.writes,
+                self.device,
+                trace,
+                lambda found: show_profile(display, found, trace),
+            ) as self._after_step,
+        ):
             while self.progress < 1 and not stop:
                 self._train_until_due(display, stop)
                 if self.progress >= 1 or stop:
@@ -228,25 +268,31 @@ class Trainer:
                     self._evaluate(display, stop)
                 if _due(self.step, self.config.save_every):
                     self._save()
+                self.capture()
             self._save()
             heldout = None if stop else self._evaluate(display, stop)
+            self._saver.wait()
             if heldout is None:
                 return False
-            self._finish(heldout, display)
+            finish(self, heldout, display)
         return True
 
-    def _train_until_due(self, display: TrainingDisplay, stop: _StopSignal) -> None:
+    def _train_until_due(self, display: TrainingDisplay, stop: StopSignal) -> None:
         """Steps up to the next evaluation, save or end. Only these count as training time."""
         before, started = self.seconds, time.perf_counter()
         while True:
             rate, values = self._train_step()
-            self.seconds = before + time.perf_counter() - started
-            self._pending.append(({"step": self.step, "lr": rate, "seconds": self.seconds}, values))
+            self._after_step()
+            self.seconds = stop.agree(before + time.perf_counter() - started)
+            self._pending.put({"step": self.step, "lr": rate, "seconds": self.seconds}, values)
             due = _due(self.step, self.config.eval_every) or _due(self.step, self.config.save_every)
+            due = due or (self.graph is not None and self.graph.due)
             last = due or stop or self.progress >= 1
             if last or self.step % self.fetch_every == 0:
-                self._fetch_losses(display)
-                self.seconds = before + time.perf_counter() - started
+                taken = list(self._pending.take(everything=bool(last)))
+                self.seconds = stop.agree(before + time.perf_counter() - started)
+                self._report(taken, display)
+                self.seconds = stop.agree(before + time.perf_counter() - started)
             if last:
                 return
 
@@ -254,36 +300,90 @@ class Trainer:
         """One step of the optimiser, skipped where the loss or the gradient is not finite.
 
         Returns:
-            The learning rate; and on the device, not waited for, (3,): loss, norm of the gradient, 1 if skipped.
+            The learning rate; and on the device, not waited for, (3,): loss, norm of the gradient, 1 if skipped. Where
+            layers are looked at, their statistics follow.
         """
         rate = learning_rate(self.config, self.step, self.progress)
         self.optimizer.set_rate(rate)
+        if self.graph is not None:
+            self.graph.place(self._loader.batch(self.step))
+        looks = self.statistics.due(self.step + 1)
+        seen = self._look() if looks else None
+        values = self._step_on_device(looks) if self.graph is None else self.graph(self._step_to_capture)
+        self.step += 1
+        return rate, values[:3] if seen is None else torch.cat((values, seen))
+
+    def _step_to_capture(self) -> torch.Tensor:
+        """A step that can be taken again on the same memory; whether layers are looked at, it cannot know."""
+        before = list(self.carry.states)
+        values = self._step_on_device(with_norms=self.config.stats_every > 0)
+        self.carry.settle(before)
+        return values
+
+    def capture(self) -> None:
+        """Capture a step, if that is wanted and it is time to; it is not taken, and its cost is no training time.
+
+        Raises:
+            TrainingError: ``--graph on``, and it cannot be done.
+        """
+        if self.graph is None or not self.graph.due:
+            return
+        started, before = time.perf_counter(), list(self.carry.states)
+        try:
+            self.graph.capture(self._step_to_capture)
+        except Exception as error:
+            reason = first_line(error)
+            if self.config.graph == "on" or self.precision == "fp16":  # the scaler of fp16 is in the midst of a step
+                raise TrainingError(f"a step cannot be captured here ({reason}): give --graph off") from error
+            say(self.console, f"not captured, so slower: a CUDA graph cannot hold a step here ({reason})")
+            self.graph, self.carry.states = None, before
+            self.optimizer.zero_grad()
+        self.start_up_seconds += time.perf_counter() - started
+
+    def _step_on_device(self, with_norms: bool) -> torch.Tensor:
+        """All of a step that its batch decides, in work for the device alone; gradients' norms by layer come last."""
         before = list(self.carry.states)
         loss = self._accumulate_gradients()
         for part in self.optimizer.parts:
             self.scaler.unscale_(part)
-        norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.config.grad_clip or float("inf"))
+        norms = self.statistics.gradient_norms() if with_norms else loss.new_empty(0)
+        norm = self.parallel.clip_gradients(self.config.grad_clip or float("inf"))
+        # The same on all ranks, and so is whether the step is skipped.
+        loss, norm = self.processes.mean(torch.stack((loss, norm)))
         skip = ~(loss + norm).isfinite()
         self.optimizer.step(skip)
         self.carry.undo(skip, before)
         self.scaler.update()
-        self.model.after_step()
+        self.parallel.after_step()
         self.optimizer.zero_grad()
-        self.step += 1
-        return rate, torch.stack((loss, norm, skip.float()))
+        return torch.cat((torch.stack((loss, norm, skip.float())), norms))
+
+    def _batch(self) -> TensorBatch:
+        """The batch of a step, on the device; that of steps to be captured lies where it was placed before."""
+        if self.graph is not None and self.graph.batch is not None:
+            return self.graph.batch
+        tokens, reset = self._loader.batch(self.step)
+        return self._to_device(tokens), None if reset is None else self._to_device(reset)
+
+    def _look(self) -> torch.Tensor:
+        """The statistics of this step's batch, before the step."""
+        tokens, reset = self._batch()
+        first = tokens.chunk(self.config.grad_accum)[0]
+        return self.statistics.look(first[:, :-1], self.carry.states[0], reset, self.autocast)
 
     def _accumulate_gradients(self) -> torch.Tensor:
-        """Both passes over this step's batch, a part at a time; the loss is their mean."""
-        windows, reset = self._loader.batch(self.step)
-        parts = self._to_device(windows).chunk(self.config.grad_accum)
-        resets = [None] * len(parts) if reset is None else self._to_device(reset).chunk(self.config.grad_accum)
+        """Both passes over this rank's rows of the step's batch, a part at a time; the loss is their mean."""
+        tokens, reset = self._batch()
+        parts = tokens.chunk(self.config.grad_accum)
+        resets = [None] * len(parts) if reset is None else reset.chunk(self.config.grad_accum)
         loss = torch.zeros((), device=self.device)
         for i, part in enumerate(parts):
-            with self.autocast():
-                logits, state = self.model(part[:, :-1], self.carry.states[i], resets[i])
-            self.carry.put(i, state)
-            part_loss = self._loss(logits, part[:, 1:]) / self.config.grad_accum
-            self.scaler.scale(part_loss).backward()  # type: ignore[no-untyped-call]
+            with self.parallel.part(last=i == len(parts) - 1):
+                with self.autocast():
+                    logits, state = self.parallel.forward(part[:, :-1], self.carry.states[i], resets[i])
+                self.carry.put(i, state)
+                part_loss = self._loss(logits, part[:, 1:]) / self.config.grad_accum
+                self.scaler.scale(part_loss).backward()  # type: ignore[no-untyped-call]
             loss += part_loss.detach()
         return loss
 
@@ -292,15 +392,16 @@ class Trainer:
             return tensor.pin_memory().to(self.device, non_blocking=True)
         return tensor.to(self.device)
 
-    def _fetch_losses(self, display: TrainingDisplay) -> None:
-        if not self._pending:
-            return
-        values = torch.stack([values for _, values in self._pending]).tolist()
+    def _report(self, taken: list[PendingRow], display: TrainingDisplay) -> None:
+        """What the device told of some steps, to metrics.jsonl and to the reader."""
+        self._saver.check()
         rows = []
-        for (row, _), (loss, norm, skip) in zip(self._pending, values, strict=True):
+        for row, (loss, norm, skip, *seen) in taken:
+            if seen:
+                row["stats"] = self.statistics.as_row(seen)
             measured = {"loss": loss, "grad_norm": norm}
             row |= {name: value for name, value in measured.items() if math.isfinite(value)}
-            row["tokens"] = row["step"] * self._tokens_per_step
+            row["tokens"] = row["step"] * self.tokens_per_step
             self.skipped_in_row = self.skipped_in_row + 1 if skip else 0
             if skip:
                 self.skipped += 1
@@ -309,44 +410,58 @@ class Trainer:
                 display.say(f"{what} ({self.skipped} skipped so far)")
             rows.append(row)
             if self.skipped_in_row >= self.config.max_skipped:
-                self.run.append_metrics(rows)
-                raise TrainingError(
+                self.metrics.append(rows)
+                self._saver.wait()
+                complaint = (
                     f"{what}, and so were all of the last {self.skipped_in_row} (--max-skipped): start anew with a "
                     f"lower --lr (it was {self.config.lr}), a longer --warmup or a lower --grad-clip; "
                     f"the last good checkpoint is {newest_checkpoint(self.run) or 'none: nothing was saved yet'}"
                 )
-        self._pending.clear()
-        self.run.append_metrics(rows)
+                raise self.processes.failure(TrainingError(complaint))
+        if not rows:
+            return
+        done = rows[-1]["step"] - self._first_step
+        speed = done * self.tokens_per_step / (self.seconds - self._first_second)
+        mfu = self.utilisation.at(speed)
+        rows[-1] |= {"tokens_per_second": speed, **({} if mfu is None else {"mfu": mfu})}
+        self.metrics.append(rows)
         self.recent_losses.extend(row["loss"] for row in rows if "loss" in row)
         display.update(
             step=self.step,
             steps=self.config.steps,
             progress=self.progress,
-            loss=values[-1][0],
-            mean=self._last_100_loss,
-            tokens_per_second=(self.step - self._first_step)
-            * self._tokens_per_step
-            / (self.seconds - self._first_second),
+            loss=loss,
+            mean=self.last_100_loss,
+            tokens_per_second=speed,
+            mfu=mfu,
             seconds=self.seconds,
             memory=peak_memory(self.device),
         )
 
-    def _evaluate(self, display: TrainingDisplay, stop: _StopSignal) -> HeldoutLoss | None:
+    def _evaluate(self, display: TrainingDisplay, stop: StopSignal) -> HeldoutLoss | None:
+        def stopped() -> bool:
+            stop.agree()
+            return bool(stop)
+
         with self.optimizer.averaged():
             heldout = evaluate(
                 self.model,
                 self.heldout,
-                batch_size=max(1, self.config.batch_size // self.config.grad_accum),
+                batch_size=self.rows,
                 device=self.device,
                 autocast=self.autocast,
-                stop=lambda: bool(stop),
+                stop=stopped,
+                rank=self.processes.rank,
+                world_size=self.processes.size,
+                total=self.processes.sum,
             )
         if heldout is not None:
             loss = heldout.nats_per_token
             if not math.isfinite(loss):
-                raise TrainingError(f"the held-out loss is {loss} at step {self.step}: lower the --lr")
+                complaint = f"the held-out loss is {loss} at step {self.step}: lower the --lr"
+                raise self.processes.failure(TrainingError(complaint))
             row = {"heldout_loss": loss, "heldout_bits_per_byte": heldout.bits_per_byte}
-            self.run.append_metrics([{"step": self.step, "seconds": self.seconds, **row}])
+            self.metrics.append([{"step": self.step, "seconds": self.seconds, **row}])
             display.say(
                 f"step {self.step}  held-out loss {loss:.4f} nats/{self.vocabulary.unit}  "
                 f"{heldout.bits_per_byte:.4f} bits/byte"
@@ -366,62 +481,19 @@ class Trainer:
         }
 
     def _save(self) -> None:
+        """Copy all that a checkpoint holds, and have it written while training goes on."""
+        self._saver.wait()
         trainer = self._state()
-        try:
-            with self.optimizer.averaged():
-                save_checkpoint(self.run.checkpoints, Checkpoint(self.step, self.model.state_dict(), trainer))
-        except (OSError, RuntimeError, SafetensorError) as error:
-            raise TrainingError(
-                f"the checkpoint of step {self.step} cannot be written to {self.run.checkpoints} ({error}); "
-                f"any before it is whole: once that is mended, go on with: elman train --resume {self.run.path}"
-            ) from None
-
-    def _finish(self, heldout: HeldoutLoss, display: TrainingDisplay) -> None:
-        """Sample, picture and, last of all, the summary: where it lies, the run is complete."""
-        tokens = self.step * self._tokens_per_step
-        summary = {
-            "model": self.model_config.pattern,
-            "params": num_params(self.model_config),
-            "dim": self.model_config.dim,
-            "depth": self.model_config.depth,
-            "flops_per_token": flops_per_token(self.model_config, self.config.seq_len),
-            "state_size": state_size(self.model_config, self.config.seq_len),
-            "seq_len": self.config.seq_len,
-            "batch_size": self.config.batch_size,
-            "steps": self.step,
-            "tokens": tokens,
-            "compiled": self.compiled,
-            "start_up_seconds": self.start_up_seconds,
-            "train_seconds": self.seconds,
-            "tokens_per_second": tokens / self.seconds,
-            "peak_memory_bytes": peak_memory(self.device),
-            "skipped_steps": self.skipped,
-            "last_100_loss": self._last_100_loss,
-            "unit": self.vocabulary.unit,
-            "heldout": {
-                **asdict(heldout),
-                "nats_per_byte": heldout.nats_per_byte,
-                "bits_per_byte": heldout.bits_per_byte,
-            },
-        }
+        folder = self.run.checkpoints
         with self.optimizer.averaged():
-            drawn = bytes(
-                generate(
-                    self.model.eval(),
-                    b"",
-                    _SAMPLE_BYTES,
-                    seed=self.config.seed,
-                    vocabulary=self.vocabulary,
-                    resets=self.sampler.resets,
-                )
-            )
-        sample = readable(drawn.decode("utf-8", "replace"))
-        (self.run.path / "sample.txt").write_text(sample, encoding="utf-8")
-        title = f"{self.model_config.pattern}, {format_count(num_params(self.model_config))} parameters"
-        plot_losses(self.run.read_metrics(), title, self.run.path / "loss.png", self.vocabulary.unit)
-        self.run.write_json("summary.json", summary)
-        display.close()
-        print_summary(self.console, summary, sample)
+            checkpoint = Checkpoint(self.step, self.model.state_dict(), trainer)
+            if self.processes.kind == "fsdp":
+                write = save_sharded(folder, checkpoint, self.processes, self.processes.background)
+            elif self.processes.is_main:
+                write = functools.partial(save_checkpoint, folder, checkpoint.on_host())
+            else:
+                return
+        self._saver.start(self.step, write)
 
     def autocast(self) -> AbstractContextManager[None]:
         """The precision of the forward pass."""
@@ -429,74 +501,15 @@ class Trainer:
         return torch.autocast(self.device.type, dtype, enabled=self.precision != "fp32")
 
     @property
-    def _tokens_per_step(self) -> int:
+    def tokens_per_step(self) -> int:
+        """That a step reads."""
         return self.config.batch_size * self.config.seq_len
 
     @property
-    def _last_100_loss(self) -> float:
+    def last_100_loss(self) -> float:
+        """The mean; NaN before there is one."""
         return sum(self.recent_losses) / len(self.recent_losses) if self.recent_losses else math.nan
-
-
-def fixed_memory(config: ModelConfig) -> int:
-    """Bytes that training takes whatever the batch: weights, gradients and two moments, 4 a number."""
-    return 16 * num_params(config)
-
-
-def _check_mixers(
-    model: ModelConfig, config: TrainConfig, resets: bool, carries_state: bool, device: torch.device
-) -> None:
-    for mixer in model.mixers:
-        if resets:
-            mixer.check_resets(device)
-        sizes = [mixer.state_size(model.dim, seq_len) for seq_len in (config.seq_len, config.seq_len + 1)]
-        if carries_state and sizes[0] != sizes[1]:
-            raise UsageError(
-                f"--sampling tbptt carries a model's state through the whole file, but that of {mixer.name} grows with "
-                f"the text: give --sampling documents or windows, or another --model"
-            )
-
-
-def _check_memory(config: ModelConfig, device: torch.device) -> None:
-    needed, there = fixed_memory(config), total_memory(device)
-    if needed > there:
-        raise UsageError(
-            f"a model of {format_count(num_params(config))} parameters needs {format_bytes(needed)} for weights and "
-            f"optimiser, but {device} has {format_bytes(there)}: give a smaller --params, --dim or --depth"
-        )
-
-
-def _compiler_complaint(error: Exception) -> str:
-    """The cause in one line, without torch.compile's wrapping."""
-    cause = getattr(error, "inner_exception", error)
-    lines = [line.strip() for line in str(cause).splitlines() if line.strip()]
-    return f"{type(cause).__name__}: {lines[0] if lines else 'no message'}"
 
 
 def _due(step: int, every: int) -> bool:
     return every > 0 and step % every == 0
-
-
-_STOPPING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-
-
-class _StopSignal:
-    """Turns SIGINT, SIGTERM and SIGHUP into a flag that the loop reads between steps. A second SIGINT ends at once."""
-
-    def __init__(self) -> None:
-        self.received: int | None = None
-
-    def __bool__(self) -> bool:
-        return self.received is not None
-
-    def __enter__(self) -> _StopSignal:
-        self._before = {number: signal.signal(number, self._receive) for number in _STOPPING}
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        for number, handler in self._before.items():
-            signal.signal(number, handler)
-
-    def _receive(self, number: int, frame: FrameType | None) -> None:
-        if self.received is not None and number == signal.SIGINT:
-            raise KeyboardInterrupt
-        self.received = number

@@ -13,7 +13,7 @@ from __future__ import annotations
 import contextlib
 import importlib
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, Literal
 
 import torch
@@ -49,12 +49,20 @@ def _role(module: nn.Module, name: str, parameter: nn.Parameter) -> Role:
 class Optimizer:
     """One of PyTorch's optimisers, or several that share the parameters: they step, are saved and are loaded as one."""
 
-    def __init__(self, *parts: torch.optim.Optimizer) -> None:
+    def __init__(self, *parts: torch.optim.Optimizer, rate: Tensor | None = None) -> None:
+        """``rate``: a scalar, the rate of all groups, on their device: for steps that a CUDA graph may hold."""
         self.parts = parts
+        self._rate = rate
+        self._share_rate()
         #: Those that train on other weights than they evaluate; they are in training mode but for ``averaged``.
         self._averaging: list[Any] = [part for part in parts if hasattr(part, "train")]
         for part in self._averaging:
             part.train()
+
+    def _share_rate(self) -> None:
+        if self._rate is not None:
+            for group in self.param_groups:
+                group["lr"] = self._rate
 
     @property
     def param_groups(self) -> list[dict[str, Any]]:
@@ -63,6 +71,9 @@ class Optimizer:
 
     def set_rate(self, rate: float) -> None:
         """The rate of the next step; what warms up by itself goes by its own, which is the same."""
+        if self._rate is not None:
+            self._rate.fill_(rate)
+            return
         for group in self.param_groups:
             if "warmup_steps" not in group:
                 group["lr"] = rate
@@ -76,6 +87,10 @@ class Optimizer:
         """
         for part in self.parts:
             if isinstance(part, torch.optim.AdamW):
+                capturing = skip.is_cuda and torch.cuda.is_current_stream_capturing()
+                for group in part.param_groups:
+                    # Means nothing to the fused kernels; without it PyTorch refuses a capture, with it warns elsewhere.
+                    group["capturable"] = capturing
                 part.found_inf = skip.float()  # type: ignore[attr-defined]  # what its fused kernels skip by
                 part.step()
             else:
@@ -108,15 +123,31 @@ class Optimizer:
     def state_dict(self) -> dict[str, Any]:
         """All that ``load_state_dict`` needs to go on to the bit, training's weights included where they are others."""
         weights = [parameter.detach().clone() for parameter in self._averaged_parameters()]
-        return {"parts": [part.state_dict() for part in self.parts], "weights": weights}
+        parts = [part.state_dict() for part in self.parts]
+        if self._rate is not None:
+            # As if the host kept it, for a run may go on where there is no such device.
+            for part in parts:
+                part["param_groups"] = [{**group, "lr": self._rate.item()} for group in part["param_groups"]]
+        return {"parts": parts, "weights": weights}
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go back to what ``state_dict`` returned, the model's weights being loaded already."""
+    def load_state_dict(
+        self, state: dict[str, Any], place: Callable[[Tensor, Tensor], Tensor] = lambda tensor, like: tensor
+    ) -> None:
+        """Go back to what ``state_dict`` returned, the model's weights being loaded already.
+
+        ``place`` makes of a whole tensor what this rank has of it: as much as of the parameter, its second argument.
+        """
         for part, saved in zip(self.parts, state["parts"], strict=True):
-            part.load_state_dict(saved)
+            parameters = [parameter for group in part.param_groups for parameter in group["params"]]
+            moments = {
+                i: {k: place(v, parameters[i]) if isinstance(v, Tensor) else v for k, v in values.items()}
+                for i, values in saved["state"].items()
+            }
+            part.load_state_dict({**saved, "state": moments})
+        self._share_rate()
         with torch.no_grad():
             for parameter, saved in zip(self._averaged_parameters(), state["weights"], strict=True):
-                parameter.copy_(saved)
+                parameter.copy_(place(saved, parameter))
 
 
 def _step_unless(skip: Tensor, optimizer: torch.optim.Optimizer) -> None:
@@ -133,13 +164,15 @@ def _step_unless(skip: Tensor, optimizer: torch.optim.Optimizer) -> None:
         torch.where(skip, old, tensor, out=tensor)
 
 
-def build_optimizer(model: nn.Module, config: TrainConfig) -> Optimizer:
+def build_optimizer(model: nn.Module, config: TrainConfig, roles: dict[str, Role] | None = None) -> Optimizer:
     """``config.optimizer`` for a model. Biases, norms and decays do not decay.
+
+    ``roles`` are those of its parameters before ranks shared them, which leaves no marks on them.
 
     Raises:
         UsageError: it is not installed.
     """
-    roles = parameter_roles(model)
+    roles = parameter_roles(model) if roles is None else roles
 
     def having(*wanted: Role) -> list[nn.Parameter]:
         return [parameter for name, parameter in model.named_parameters() if roles[name] in wanted]
@@ -166,7 +199,13 @@ def build_optimizer(model: nn.Module, config: TrainConfig) -> Optimizer:
         for parameter in having("matrix"):
             muon.state[parameter] = {"momentum_buffer": torch.zeros_like(parameter.detach())}
         return Optimizer(muon, torch.optim.AdamW(groups("weight"), lr=config.lr, betas=_BETAS, fused=True))
-    return Optimizer(torch.optim.AdamW(groups("matrix", "weight"), lr=config.lr, betas=_BETAS, fused=True))
+    adamw = torch.optim.AdamW(groups("matrix", "weight"), lr=config.lr, betas=_BETAS, fused=True)
+    device = next(model.parameters()).device
+    if device.type == "cpu" and config.graph == "off":
+        return Optimizer(adamw)
+    # Its kernel on a GPU takes no other type; on a CPU this one is what a Python number is.
+    dtype = torch.float32 if device.type == "cuda" else torch.float64
+    return Optimizer(adamw, rate=torch.full((), config.lr, dtype=dtype, device=device))
 
 
 def _schedule_free() -> Any:

@@ -2,11 +2,14 @@
 
 config.json     the options and the model, resolved
 env.json        machine, versions, commit; one entry for each time the run was started
-metrics.jsonl   a line a step (step, loss, lr, grad_norm, tokens, seconds) and a line an evaluation; a step that was
-                skipped has what of it was finite, and under "skipped" how many there were so far
+metrics.jsonl   a line a step (step, loss, lr, grad_norm, tokens, seconds; now and then tokens_per_second and mfu) and
+                a line an evaluation; a step that was skipped has what of it was finite, and under "skipped" how many
+                there were so far; every --stats-every steps "stats", see statistics.py
 summary.json    the outcome
 sample.txt, loss.png
 checkpoints/
+profile.json.gz             a trace, by --profile
+tensorboard/, wandb.json    where trackers show the same numbers, see tracking.py
 """
 
 from __future__ import annotations
@@ -24,6 +27,7 @@ from pathlib import Path
 from typing import Any
 
 import filelock
+from torch import Tensor
 
 from elman.data.sampling import SAMPLERS
 from elman.data.vocabulary import Vocabulary, open_vocabulary
@@ -35,9 +39,13 @@ from elman.training.config import TrainConfig
 
 @dataclass(frozen=True)
 class RunFolder:
-    """A run's files. Make one by ``create``, find one by ``open_run``."""
+    """A run's files. Make one by ``create``, find one by ``open_run``.
+
+    Of several processes that train one model, one ``writes``; for the others, what writes does nothing.
+    """
 
     path: Path
+    writes: bool = True
 
     @property
     def checkpoints(self) -> Path:
@@ -56,6 +64,9 @@ class RunFolder:
         Raises:
             UsageError: another process is writing to it.
         """
+        if not self.writes:
+            yield
+            return
         lock = filelock.FileLock(self.path / ".lock", blocking=False)
         try:
             lock.acquire()
@@ -95,6 +106,8 @@ class RunFolder:
 
     def write_json(self, name: str, value: Any) -> None:
         """Replace a file at once, so that a reader never sees half of it."""
+        if not self.writes:
+            return
         partial = self.path / f".{name}.partial"
         partial.write_text(json.dumps(value, indent=2, default=str) + "\n", encoding="utf-8")
         partial.replace(self.path / name)
@@ -114,6 +127,8 @@ class RunFolder:
 
     def append_metrics(self, rows: list[dict[str, Any]]) -> None:
         """Add lines to metrics.jsonl."""
+        if not self.writes:
+            return
         with self.metrics_file.open("a", encoding="utf-8") as file:
             file.write("".join(json.dumps(row) + "\n" for row in rows))
 
@@ -130,6 +145,8 @@ class RunFolder:
 
     def rewind_metrics(self, step: int) -> None:
         """Drop the lines of later steps, which a resumed run does again."""
+        if not self.writes:
+            return
         rows = [row for row in self.read_metrics() if row["step"] <= step]
         partial = self.path / ".metrics.jsonl.partial"
         partial.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
@@ -272,14 +289,24 @@ def load_text(path: Path | str) -> tuple[Vocabulary, bool]:
     return open_vocabulary(config.tokenizer), SAMPLERS[config.sampling].resets
 
 
-def load_weights(model: LanguageModel, weights: dict[str, Any], source: Path) -> None:
+def load_weights(
+    model: LanguageModel,
+    weights: dict[str, Tensor],
+    source: Path,
+    place: Callable[[Tensor, Tensor], Tensor] = lambda tensor, like: tensor,
+) -> None:
     """Load weights that must fit the model to the letter.
+
+    ``place`` makes of a whole tensor what the model has of it, which its second argument is like.
 
     Raises:
         UsageError: names or shapes differ: the checkpoint is another model's.
     """
     try:
-        model.load_state_dict(weights)
+        there = model.state_dict()
+        model.load_state_dict(
+            {name: place(tensor, there[name]) if name in there else tensor for name, tensor in weights.items()}
+        )
     except RuntimeError:
         expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
         found = {name: tuple(tensor.shape) for name, tensor in weights.items()}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import datetime
 from collections.abc import Iterator
+from contextlib import AbstractContextManager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ from rich.progress import Progress
 
 from elman.data.stdlib import pack_stdlib, stdlib_files, stdlib_path
 from elman.data.vocabulary import open_vocabulary
-from elman.environment import describe_environment, is_out_of_memory, total_memory
+from elman.environment import describe_environment, is_out_of_memory
 from elman.errors import TrainingError, UsageError
 from elman.mixers import MixerConfig
 from elman.model import ModelConfig
@@ -23,69 +24,121 @@ from elman.options import flag
 from elman.sizing import flops_per_token, num_params, size_model, state_size
 from elman.training.config import TrainConfig
 from elman.training.display import say
-from elman.training.loop import Trainer, fixed_memory
+from elman.training.distributed import Processes, process_group
+from elman.training.loop import Trainer
+from elman.training.memory import advice
 from elman.training.run import RunFolder, check_free, create, open_run
-from elman.units import format_bytes, format_count, format_duration
+from elman.units import format_count, format_duration
 
 #: What may be given anew when a run goes on; anything else would make it another run.
-_RESUMABLE = ("steps", "time_limit", "data", "device", "compile", "workers", "eval_every", "save_every", "max_skipped")
+_RESUMABLE = (
+    *("steps", "time_limit", "data", "device", "parallel", "compile", "workers"),
+    *("eval_every", "save_every", "max_skipped"),
+    *("graph", "profile", "stats_every", "tensorboard", "wandb"),
+)
 
 
 def start_run(config: TrainConfig, mixers: tuple[MixerConfig, ...], console: Console) -> int:
-    """Train a new run. Returns the exit code: 0, or 130 if it was stopped and saved."""
-    if config.out is not None:
-        check_free(config.out)
-    vocab_size = open_vocabulary(config.tokenizer).size
-    model_config = size_model(
-        mixers, params=config.param_count, dim=config.dim, depth=config.depth, vocab_size=vocab_size
-    )
-    config = replace(config, data=config.data if config.data is not None else demo_data(console))
-    trainer = Trainer(config, model_config, console)
-    _warm_up(trainer)
-    with create(config.out, model_config.pattern) as run:
-        _write_config(run, config, model_config)
-        return _train(trainer, run)
+    """Train a new run. Returns the exit code: 0, or 130 if it was stopped and saved.
+
+    Under torchrun every process calls this, and rank 0 writes and prints.
+    """
+    with process_group(config) as processes:
+        console = console if processes.is_main else Console(quiet=True)
+        with processes.together():
+            if config.out is not None:
+                check_free(config.out)
+            vocab_size = open_vocabulary(config.tokenizer).size
+            model_config = size_model(
+                mixers, params=config.param_count, dim=config.dim, depth=config.depth, vocab_size=vocab_size
+            )
+            # Packed by one process of each machine.
+            data = demo_data(console) if config.data is None and processes.local_rank == 0 else config.data
+        config = replace(config, data=data if data is not None else demo_data(console))
+        trainer = _build(config, model_config, console, processes)
+        with _write_to(create(config.out, model_config.pattern), processes) as run:
+            _write_config(run, config, model_config)
+            return _train(trainer, run)
 
 
 def resume_run(config: TrainConfig, mixers: tuple[MixerConfig, ...], console: Console) -> int:
     """Go on with ``config.resume``; ``config`` is that run's own but for what may be given anew."""
     assert config.resume is not None
+    with process_group(config) as processes:
+        console = console if processes.is_main else Console(quiet=True)
+        with _write_to(_reopened(config.resume), processes) as run:
+            with processes.together():
+                config, model_config = _changed(run, config, mixers)
+            trainer = _build(config, model_config, console, processes, run)
+            run.rewind_metrics(trainer.step)
+            _write_config(run, config, model_config)
+            say(console, f"going on from step {trainer.step}")
+            return _train(trainer, run)
+
+
+def _changed(run: RunFolder, config: TrainConfig, mixers: tuple[MixerConfig, ...]) -> tuple[TrainConfig, ModelConfig]:
+    """The options that a run goes on with, and its model."""
     assert config.data is not None
-    run = open_run(config.resume, "--resume")
-    with run.lock():
-        before, model_config = run.read_config()
-        config = replace(config, data=config.data.absolute(), resume=None)
-        changed = [name for name in vars(config) if getattr(config, name) != getattr(before, name)]
-        for new, old in zip(mixers, model_config.mixers, strict=False):
-            changed += [name for name in vars(new) if getattr(new, name) != getattr(old, name, None)]
-        for name in changed:
-            if name not in _RESUMABLE:
-                raise UsageError(
-                    f"{flag(name)} cannot change when a run goes on: drop it, or start a new run "
-                    f"({', '.join(map(flag, _RESUMABLE))} may be given anew)"
-                )
-        # An end given anew replaces the old one, be that in steps or in time.
-        if "steps" in changed and "time_limit" not in changed:
-            config = replace(config, time_limit=None)
-        if "time_limit" in changed and "steps" not in changed:
-            config = replace(config, steps=None)
-        trainer = Trainer(config, model_config, console)
-        trainer.restore(run)
-        if trainer.progress >= 1 and run.read_json("summary.json") is not None:
+    before, model_config = run.read_config()
+    config = replace(config, data=config.data.absolute(), resume=None)
+    changed = [name for name in vars(config) if getattr(config, name) != getattr(before, name)]
+    for new, old in zip(mixers, model_config.mixers, strict=False):
+        changed += [name for name in vars(new) if getattr(new, name) != getattr(old, name, None)]
+    for name in changed:
+        if name not in _RESUMABLE:
             raise UsageError(
-                f"--resume {run.path}: this run has reached its end (step {trainer.step}, "
-                f"{format_duration(trainer.seconds)}): give more --steps or a longer --time-limit"
+                f"{flag(name)} cannot change when a run goes on: drop it, or start a new run "
+                f"({', '.join(map(flag, _RESUMABLE))} may be given anew)"
             )
-        _warm_up(trainer)
-        run.rewind_metrics(trainer.step)
-        _write_config(run, config, model_config)
-        say(console, f"going on from step {trainer.step}")
-        return _train(trainer, run)
+    # An end given anew replaces the old one, be that in steps or in time.
+    if "steps" in changed and "time_limit" not in changed:
+        config = replace(config, time_limit=None)
+    if "time_limit" in changed and "steps" not in changed:
+        config = replace(config, steps=None)
+    return config, model_config
+
+
+@contextlib.contextmanager
+def _reopened(path: Path) -> Iterator[RunFolder]:
+    run = open_run(path, "--resume")
+    with run.lock():
+        yield run
+
+
+@contextlib.contextmanager
+def _write_to(opened: AbstractContextManager[RunFolder], processes: Processes) -> Iterator[RunFolder]:
+    """The folder that rank 0 makes or locks, for all ranks."""
+    with contextlib.ExitStack() as stack:
+        run: RunFolder | None = None
+        with processes.together():
+            if processes.is_main:
+                run = stack.enter_context(opened)
+        path = processes.of_main(None if run is None else run.path)
+        assert path is not None
+        yield run or RunFolder(path, writes=False)
+
+
+def _build(
+    config: TrainConfig, model: ModelConfig, console: Console, processes: Processes, run: RunFolder | None = None
+) -> Trainer:
+    """A trainer that is ready to go on with a run, or to begin one."""
+    trainer = Trainer(config, model, console, processes)
+    if run is not None:
+        trainer.restore(run)
+        with processes.together():
+            if trainer.progress >= 1 and run.read_json("summary.json") is not None:
+                raise UsageError(
+                    f"--resume {run.path}: this run has reached its end (step {trainer.step}, "
+                    f"{format_duration(trainer.seconds)}): give more --steps or a longer --time-limit"
+                )
+    _warm_up(trainer)
+    return trainer
 
 
 def _write_config(run: RunFolder, config: TrainConfig, model: ModelConfig) -> None:
     assert config.data is not None
-    run.write_config(replace(config, data=config.data.absolute(), out=run.path), model)
+    # A profile is taken where it is asked for, and not again when the run goes on.
+    run.write_config(replace(config, data=config.data.absolute(), out=run.path, profile=False), model)
 
 
 def demo_data(console: Console) -> Path:
@@ -114,14 +167,7 @@ def _advice_on_memory(trainer: Trainer) -> Iterator[None]:
     except (MemoryError, RuntimeError) as error:
         if not is_out_of_memory(error):
             raise
-        config, fixed = trainer.config, fixed_memory(trainer.model_config)
-        raise TrainingError(
-            f"out of memory at step {trainer.step} ({str(error).splitlines()[0]}): of the "
-            f"{format_bytes(total_memory(trainer.device))} of {trainer.device}, weights, gradients and optimiser take "
-            f"{format_bytes(fixed)} and the rest went to a pass over {config.batch_size // config.grad_accum} windows "
-            f"of {config.seq_len}: give a smaller --batch-size, --seq-len or --params, or a larger --grad-accum, which "
-            f"splits a step's batch into parts"
-        ) from None
+        raise TrainingError(advice(trainer, error)) from None
 
 
 def _train(trainer: Trainer, run: RunFolder) -> int:
@@ -151,6 +197,9 @@ def _environment(trainer: Trainer) -> dict[str, Any]:
         "from_step": trainer.step,
         "precision": trainer.precision,
         "compiled": trainer.compiled,
+        "captured": trainer.graph is not None,
+        "processes": trainer.processes.size,
+        "parallel": trainer.processes.kind,
         "start_up_seconds": trainer.start_up_seconds,
         "backends": trainer.backends(),
         **describe_environment(trainer.device),
@@ -162,6 +211,9 @@ def _print_head(trainer: Trainer, run: RunFolder) -> None:
     say(trainer.console, model_line(model, config.seq_len))
     where = torch.cuda.get_device_name(trainer.device) if trainer.device.type == "cuda" else str(trainer.device)
     how = f"{config.optimizer}, {trainer.precision}, {'compiled' if trainer.compiled else 'not compiled'}"
+    how += "" if trainer.graph is None else ", captured"
+    if trainer.processes.kind != "none":
+        how += f", {trainer.processes.kind} over {trainer.processes.size} processes"
     say(
         trainer.console,
         f"{config.data}: {len(trainer.data.train):,} bytes to train on, {len(trainer.data.heldout):,} held out; "

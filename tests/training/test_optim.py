@@ -159,6 +159,24 @@ def test_what_is_saved_goes_on_to_the_bit(name: str) -> None:
         assert same(tensors(model, optimizer), tensors(other, resumed))
 
 
+def test_a_rate_on_the_device_is_the_rate_and_is_saved_as_a_number() -> None:
+    """As a captured step has it; what it saves goes on with a rate of the host's, and the other way round."""
+    (model, optimizer), (other, reference) = build("adamw", graph="on"), build("adamw")
+    assert all(isinstance(group["lr"], torch.Tensor) for group in optimizer.param_groups)
+    for step in range(8):
+        for m, o in ((model, optimizer), (other, reference)):
+            o.set_rate(0.1 / (3 + step))
+            put_gradients(m, step)
+            o.step(torch.tensor(False))
+        assert same(tensors(model, optimizer), tensors(other, reference))
+        if step == 4:
+            states = copy.deepcopy((optimizer.state_dict(), reference.state_dict()))
+            assert [group["lr"] for state in states for group in state["parts"][0]["param_groups"]] == [0.1 / 7] * 4
+            reference.load_state_dict(states[0])
+            optimizer.load_state_dict(states[1])
+            assert len({id(group["lr"]) for group in optimizer.param_groups}) == 1
+
+
 @needs_schedulefree
 def test_schedulefree_evaluates_the_average_and_comes_back_to_the_bit() -> None:
     model, optimizer = build("schedulefree", weight_decay=0.0, warmup=0)

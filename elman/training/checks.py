@@ -1,0 +1,66 @@
+"""What must hold before a model is built: each says in words what does not, and the cure."""
+
+from __future__ import annotations
+
+import torch
+
+from elman.environment import total_memory
+from elman.errors import UsageError
+from elman.model import ModelConfig
+from elman.sizing import num_params
+from elman.training.config import TrainConfig
+from elman.training.distributed import Processes
+from elman.units import format_bytes, format_count
+
+
+def rows_a_pass(config: TrainConfig, processes: Processes) -> int:
+    """Windows that a rank's pass is over: its share of the batch, by parts.
+
+    Raises:
+        UsageError: the batch cannot be shared evenly.
+    """
+    parts = processes.size * config.grad_accum
+    if config.batch_size % parts:
+        raise UsageError(
+            f"--batch-size {config.batch_size} is that of all processes, and {processes.size} of them with "
+            f"--grad-accum {config.grad_accum} cannot share it evenly: give a multiple of {parts}"
+        )
+    return config.batch_size // parts
+
+
+def fixed_memory(config: ModelConfig, processes: Processes) -> int:
+    """Bytes that training takes of a rank whatever the batch: weights, gradients and two moments, 4 a number."""
+    return 16 * num_params(config) // (processes.size if processes.kind == "fsdp" else 1)
+
+
+def check_memory(config: ModelConfig, device: torch.device, processes: Processes) -> None:
+    """The model fits.
+
+    Raises:
+        UsageError: it does not.
+    """
+    needed, there = fixed_memory(config, processes), total_memory(device)
+    if needed > there:
+        raise UsageError(
+            f"a model of {format_count(num_params(config))} parameters needs {format_bytes(needed)} for weights and "
+            f"optimiser, but {device} has {format_bytes(there)}: give a smaller --params, --dim or --depth"
+        )
+
+
+def check_mixers(
+    model: ModelConfig, config: TrainConfig, resets: bool, carries_state: bool, device: torch.device
+) -> None:
+    """Every mixer can be trained by what the data's mode asks for.
+
+    Raises:
+        UsageError: one cannot.
+    """
+    for mixer in model.mixers:
+        if resets:
+            mixer.check_resets(device)
+        sizes = [mixer.state_size(model.dim, seq_len) for seq_len in (config.seq_len, config.seq_len + 1)]
+        if carries_state and sizes[0] != sizes[1]:
+            raise UsageError(
+                f"--sampling tbptt carries a model's state through the whole file, but that of {mixer.name} grows with "
+                f"the text: give --sampling documents or windows, or another --model"
+            )

@@ -1,0 +1,131 @@
+"""A whole step of training as one CUDA graph: both passes, clipping, the optimiser, and what follows the weights.
+
+A graph is launched at once, however many kernels it holds, so that a step no longer waits for the host: what a model
+costs whose recurrence runs as a loop of launches, tens of thousands a step. It replays what was captured, on the same
+memory. So all that differs between steps must come from the device: the batch is copied into tensors that stay, the
+learning rate and the flag of a skipped step lie on the device, and a carried state is moved back to where it was read.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from elman.data.loading import TensorBatch
+from elman.errors import UsageError
+from elman.ops import choosing_for_graphs
+from elman.training.config import TrainConfig
+
+Step = Callable[[], Tensor]
+
+#: Plain steps before the capture: the first makes the optimiser's moments, which a capture would make anew every time.
+_WARM_UP_STEPS = 3
+
+
+class Recorder(Protocol):
+    """How a step is captured."""
+
+    def run(self, step: Step) -> Tensor:
+        """A plain step, where it will be captured."""
+        ...
+
+    def record(self, step: Step) -> Step:
+        """Capture a step without taking it; returns what replays it, its result being overwritten every time."""
+        ...
+
+
+class CudaRecorder:
+    """By a CUDA graph."""
+
+    def __init__(self, device: torch.device) -> None:
+        # Plain steps run on the stream of the capture too: the libraries' workspaces belong to streams.
+        self._stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+
+    def run(self, step: Step) -> Tensor:
+        current = torch.cuda.current_stream(self._stream.device)
+        self._stream.wait_stream(current)
+        with torch.cuda.stream(self._stream):
+            values = step()
+        current.wait_stream(self._stream)
+        values.record_stream(current)
+        return values
+
+    def record(self, step: Step) -> Step:
+        graph = torch.cuda.CUDAGraph()
+        # Other threads, of a loader or of a checkpoint, may go on with what a capture forbids in its own.
+        with torch.cuda.graph(graph, stream=self._stream, capture_error_mode="thread_local"):
+            values = step()
+
+        def replay() -> Tensor:
+            graph.replay()
+            return values
+
+        return replay
+
+
+class StepGraph:
+    """A step that runs plainly a few times, is captured once, and is replayed from then on."""
+
+    def __init__(self, recorder: Recorder, device: torch.device) -> None:
+        self._recorder = recorder
+        self._device = device
+        #: Where every step reads its batch; None before the first.
+        self.batch: TensorBatch | None = None
+        self._plain_steps = 0
+        self._replay: Step | None = None
+
+    def place(self, batch: TensorBatch) -> None:
+        """Put the next step's batch where every step reads it, and wait for nothing."""
+        if self.batch is None:
+            tokens, reset = (None if x is None else torch.empty_like(x, device=self._device) for x in batch)
+            assert tokens is not None
+            self.batch = tokens, reset
+        for place, given in zip(self.batch, batch, strict=True):
+            if place is not None and given is not None:
+                place.copy_(given.pin_memory() if place.is_cuda else given, non_blocking=True)
+
+    @property
+    def due(self) -> bool:
+        """Whether it is time to capture."""
+        return self._replay is None and self._plain_steps >= _WARM_UP_STEPS
+
+    def capture(self, step: Step) -> None:
+        """Capture a step; it is not taken."""
+        with choosing_for_graphs():
+            self._replay = self._recorder.record(step)
+
+    def __call__(self, step: Step) -> Tensor:
+        """Take a step, plainly or by what was captured: then ``step`` itself is not called."""
+        if self._replay is not None:
+            return self._replay().clone()
+        self._plain_steps += 1
+        with choosing_for_graphs():
+            return self._recorder.run(step)
+
+
+def why_not(config: TrainConfig, device: torch.device) -> str | None:
+    """In words, why a run's steps cannot be captured, the cure included; None if they can."""
+    if device.type != "cuda":
+        return f"a CUDA graph needs an NVIDIA GPU, not device {device}: give --graph off"
+    if config.optimizer != "adamw":
+        return f"--optimizer {config.optimizer} counts on the host: give --optimizer adamw, or --graph off"
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        return "steps of several processes are not captured: give --graph off"
+    return None
+
+
+def make_graph(config: TrainConfig, device: torch.device) -> StepGraph | None:
+    """What ``--graph`` asks for; None where that is nothing, or ``auto`` and cannot be done.
+
+    Raises:
+        UsageError: ``--graph on``, and it cannot be done.
+    """
+    if config.graph == "off":
+        return None
+    reason = why_not(config, device)
+    if reason is not None and config.graph == "on":
+        raise UsageError(f"--graph on: {reason}")
+    return None if reason is not None else StepGraph(CudaRecorder(device), device)

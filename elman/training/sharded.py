@@ -1,0 +1,140 @@
+"""A model of which each rank has a part (FSDP2), and files of such parts that any number of ranks can read.
+
+PyTorch's distributed checkpoint writes them, a safetensors file a rank: reading them executes no code, which its own
+format, a pickle, would. This is imported where it is needed: it takes long.
+"""
+
+from __future__ import annotations
+
+import functools
+import warnings
+from collections.abc import Callable
+from concurrent.futures import Future
+from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from torch import Tensor, nn
+from torch.distributed.checkpoint import HuggingFaceStorageReader, HuggingFaceStorageWriter
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.utils._pytree import keystr, tree_map, tree_map_with_path
+
+from elman.mixers.base import FollowsWeights
+from elman.model import LanguageModel
+from elman.training.parallel import Whole, Wrap
+
+#: What stands in a tree in place of a tensor that lies in the shards, and the tensor's name behind it.
+_MARK = "in the shards: "
+
+
+class Shards(Whole):
+    """Each rank keeps a part of the weights and moments, and gathers a layer's when it is run.
+
+    Mixers are gathered one by one; the norms, which a layer shares with the one before, and the embedding, which the
+    head needs again, all the time that the model runs.
+    """
+
+    def __init__(self, model: LanguageModel) -> None:
+        super().__init__(model)
+        # The logits are a view of what the head computes, in place of which nothing is written.
+        warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
+        # By the model's device: PyTorch would take a GPU where there is one.
+        mesh = init_device_mesh(model.embedding.weight.device.type, (dist.get_world_size(),))
+        for layer in model.layers:
+            fully_shard(layer.mixer, mesh=mesh)  # type: ignore[arg-type]
+        # Else the last evaluation's would stay gathered, and the next step run by them.
+        fully_shard(model, mesh=mesh, reshard_after_forward=True)
+
+    def part(self, last: bool) -> AbstractContextManager[None]:
+        assert isinstance(self.model, FSDPModule)
+        # Even where silent: gradients that wait to be shared are not let go of by the optimiser.
+        self.model.set_requires_gradient_sync(last)
+        return nullcontext()
+
+    def compile(self, wrap: Wrap) -> None:
+        """Mixers alone: gathering their weights is nothing that a compiler takes."""
+        run = wrap(_forward)
+        for layer in self.model.layers:
+            mixer: Any = layer.mixer
+            if mixer.compiles:
+                mixer.forward = functools.partial(_forward_in_training, run, mixer)
+
+    def after_step(self) -> None:
+        for layer in self.model.layers:
+            mixer: Any = layer.mixer
+            following = [module for module in mixer.modules() if isinstance(module, FollowsWeights)]
+            if following:
+                mixer.unshard()
+                for module in following:
+                    module.after_step()
+                mixer.reshard()
+
+    def clip_gradients(self, limit: float) -> Tensor:
+        norm = super().clip_gradients(limit)
+        return norm.full_tensor() if isinstance(norm, DTensor) else norm
+
+    def place(self, tensor: Tensor, like: Tensor) -> Tensor:
+        if not isinstance(like, DTensor) or isinstance(tensor, DTensor) or tensor.shape != like.shape:
+            return tensor
+        return distribute_tensor(tensor.to(like.device), like.device_mesh, like.placements, src_data_rank=None)
+
+
+def _forward(mixer: nn.Module, *arguments: Any) -> Any:
+    return type(mixer).forward(mixer, *arguments)
+
+
+def _forward_in_training(run: Callable[..., Any], mixer: nn.Module, *arguments: Any) -> Any:
+    return (run if mixer.training else _forward)(mixer, *arguments)
+
+
+def take_shards(tree: Any, name: str) -> tuple[Any, dict[str, Tensor]]:
+    """A tree without its sharded tensors, which are marked, and these by names that begin with ``name``."""
+    shards: dict[str, Tensor] = {}
+
+    def take(path: Any, leaf: Any) -> Any:
+        if not isinstance(leaf, DTensor):
+            return leaf
+        key = name + keystr(path)
+        shards[key] = leaf.detach()
+        return _MARK + key
+
+    return tree_map_with_path(take, tree), shards
+
+
+def put_shards(tree: Any, shards: dict[str, Tensor]) -> Any:
+    """The tree of ``take_shards``, the tensors back in their places."""
+
+    def put(leaf: Any) -> Any:
+        return shards[leaf.removeprefix(_MARK)] if isinstance(leaf, str) and leaf.startswith(_MARK) else leaf
+
+    return tree_map(put, tree)
+
+
+def write_shards(shards: dict[str, Tensor], folder: Path, group: dist.ProcessGroup) -> Future[Any]:
+    """Write each rank's shards into a folder, in the background; the tensors may change once this returns.
+
+    Called by all ranks. ``group``: of their hosts, for nothing else.
+    """
+    writer = HuggingFaceStorageWriter(str(folder), save_distributed=True)
+    future = dcp.async_save(shards, storage_writer=writer, process_group=group)
+    assert isinstance(future, Future)
+    return future
+
+
+def read_shards(folder: Path, prefix: str = "") -> dict[str, Tensor]:
+    """The tensors, whole and on the CPU, whose names begin with ``prefix``; each process reads for itself."""
+    found = HuggingFaceStorageReader(str(folder)).read_metadata().state_dict_metadata
+    tensors = {
+        name: torch.empty(about.size, dtype=about.properties.dtype)  # type: ignore[union-attr]
+        for name, about in found.items()
+        if name.startswith(prefix)
+    }
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="torch.distributed is disabled")
+        dcp.load(tensors, storage_reader=HuggingFaceStorageReader(str(folder)), no_dist=True)
+    return tensors

@@ -1,0 +1,482 @@
+"""Two ranks on the CPU: they train, skip, stop, save and resume as one process does."""
+
+import contextlib
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import pytest
+import torch
+from torch.distributed.tensor import DTensor
+
+from elman.errors import TrainingError, UsageError
+from elman.evaluation import heldout
+from elman.mixers import MixerConfig, mixer_config
+from elman.model import next_token_loss
+from elman.training import loop
+from elman.training.checkpoint import load_checkpoint
+from elman.training.config import TrainConfig
+from elman.training.distributed import LostRanksError, Processes, launched
+from elman.training.loop import Trainer
+from elman.training.run import RunFolder, load_model, newest_checkpoint
+from tests.data.tiny_encoding import NAME, constructor, tiktoken
+from tests.training.ranks import Ranks
+from tests.training.runs import CAPPED, E1, losses, resume, start
+from tests.training.test_optim import OPTIMIZERS, needs_schedulefree
+
+KINDS = ("ddp", "fsdp")
+HYBRID = (mixer_config("e10")(), mixer_config("gru")(kernels="elman"))
+
+
+@pytest.fixture(scope="module")
+def ranks() -> Iterator[Ranks]:
+    ranks = Ranks(2)
+    yield ranks
+    ranks.close()
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    """As the ranks have it: then one process that runs as many parts adds the same numbers in the same order."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture
+def config(config: TrainConfig) -> TrainConfig:
+    return replace(config, steps=7, save_every=3)
+
+
+def finish(results: list[Any]) -> list[Any]:
+    """Both ranks went to the end. Returns what each printed."""
+    for result in results:
+        if isinstance(result, BaseException):
+            raise result
+    assert [code for code, _ in results] == [0, 0]
+    return [output for _, output in results]
+
+
+def both(path: Path | None) -> tuple[dict[int, float], Any]:
+    """All that a run measured of the model: losses by step, and the held-out loss."""
+    assert path is not None
+    return losses(path), RunFolder(path).read_json("summary.json")["heldout"]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(
+    ("sampling", "mixers"), [("windows", E1), ("documents", E1), ("tbptt", E1), ("tbptt", HYBRID)], ids=str
+)
+def test_two_ranks_give_the_losses_of_one_process_to_the_last_bit(
+    ranks: Ranks, config: TrainConfig, tmp_path: Path, kind: Any, sampling: Any, mixers: tuple[MixerConfig, ...]
+) -> None:
+    """Of one that splits the batch as they do: else the rows of a product, and so its sums, may be others. And of
+    shards where nothing is clipped, for their norm is summed shard by shard."""
+    config = replace(config, sampling=sampling, grad_clip=0.0 if kind == "fsdp" else 0.5)
+    start(replace(config, out=tmp_path / "one", grad_accum=2), mixers)
+    start(replace(config, out=tmp_path / "whole"), mixers)
+    outputs = finish(ranks.run(start, replace(config, parallel=kind), mixers))
+    assert both(config.out) == both(tmp_path / "one")
+    assert losses(config.out) == pytest.approx(losses(tmp_path / "whole"), rel=1e-4)
+    assert "held-out loss" in outputs[0]
+    assert f"{kind} over 2 processes" in outputs[0]
+    assert outputs[1] == ""
+    run = RunFolder(config.out)  # type: ignore[arg-type]
+    summary = run.read_json("summary.json")
+    assert (summary["processes"], summary["parallel"], summary["tokens"]) == (2, kind, 7 * 8 * 32)
+    assert [row["step"] for row in run.read_metrics() if "lr" in row] == list(range(1, 8))
+    assert load_model(run.path) is not None
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+def test_parts_optimisers_and_spectral_norms_go_with_ranks(
+    ranks: Ranks, config: TrainConfig, tmp_path: Path, kind: Any, optimizer: Any
+) -> None:
+    config = replace(config, optimizer=optimizer, grad_clip=0.3, steps=10)
+    start(replace(config, out=tmp_path / "one", grad_accum=4), CAPPED)
+    finish(ranks.run(start, replace(config, parallel=kind, grad_accum=2), CAPPED))
+    (found, heldout), (wanted, one) = both(config.out), both(tmp_path / "one")
+    assert found == pytest.approx(wanted, rel=1e-5)
+    assert heldout["nats_per_token"] == pytest.approx(one["nats_per_token"], rel=1e-5)
+
+
+def test_text_is_tokenised_by_each_rank_for_itself(ranks: Ranks, config: TrainConfig, tmp_path: Path) -> None:
+    config = replace(config, tokenizer=NAME, workers=1, steps=4)
+    start_tiny(replace(config, out=tmp_path / "one", grad_accum=2))
+    finish(ranks.run(start_tiny, replace(config, parallel="ddp")))
+    assert both(config.out) == both(tmp_path / "one")
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("precision", ["fp32", "fp16"])
+def test_a_step_that_one_rank_cannot_take_is_skipped_by_all(
+    ranks: Ranks, config: TrainConfig, kind: Any, precision: Any
+) -> None:
+    """fp16 in a CPU's tests has gradients that overflow at first on every rank, beside."""
+    config = replace(config, parallel=kind, precision=precision, steps=8, max_skipped=20)
+    results = ranks.run(spoilt, config, range(3, 6))
+    finish([(code, output) for code, output, _ in results])
+    rows = [row for row in RunFolder(config.out).read_metrics() if "lr" in row]  # type: ignore[arg-type]
+    skipped = [row["step"] for row in rows if "skipped" in row]
+    assert set(skipped) >= {3, 4, 5}
+    assert precision == "fp16" or skipped == [3, 4, 5]
+    assert results[0][2] == results[1][2]
+    assert all(tensor.isfinite().all() for tensor in load_model(config.out).state_dict().values())  # type: ignore[arg-type]
+
+
+def test_too_many_skipped_steps_end_all_and_one_tells(ranks: Ranks, config: TrainConfig) -> None:
+    error, other = ranks.run(spoilt, replace(config, parallel="ddp", max_skipped=2), range(5, 99))
+    assert isinstance(error, TrainingError)
+    assert re.search(r"step 6 is skipped: its loss is nan.*checkpoint is .*step-00000003", str(error))
+    assert isinstance(other, SystemExit)
+    assert other.code == 1
+
+
+@pytest.mark.parametrize("sampling", ["windows", "tbptt"])
+@pytest.mark.parametrize(("before", "after"), [("none", "ddp"), ("ddp", "none"), ("none", "fsdp"), ("fsdp", "none")])
+def test_a_run_goes_on_by_another_number_of_ranks(
+    ranks: Ranks, config: TrainConfig, tmp_path: Path, sampling: Any, before: Any, after: Any
+) -> None:
+    """What one process reads and carries as parts of a batch, two ranks do, and the other way round."""
+    config = replace(config, sampling=sampling, grad_clip=0.0, schedule="constant")
+    start(replace(config, out=tmp_path / "one", grad_accum=2), CAPPED)
+
+    def go_on(kind: str, first: bool) -> None:
+        given = replace(config, parallel=kind, steps=4 if first else 7)  # type: ignore[arg-type]
+        step = [start, given, CAPPED] if first else [goes_on, given]
+        if kind == "none":
+            assert step[0](*step[1:])[0] == 0
+        else:
+            finish(ranks.run(*step))
+
+    go_on(before, True)
+    go_on(after, False)
+    assert losses(config.out) == pytest.approx(losses(tmp_path / "one"), rel=1e-4)
+    assert max(losses(config.out)) == 7
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("optimizer", ["adamw", pytest.param("schedulefree", marks=needs_schedulefree)])
+def test_a_signal_to_one_rank_ends_all_in_a_whole_checkpoint_from_which_they_go_on_to_the_bit(
+    ranks: Ranks, config: TrainConfig, tmp_path: Path, kind: Any, optimizer: Any
+) -> None:
+    config = replace(config, parallel=kind, optimizer=optimizer, sampling="tbptt")
+    finish(ranks.run(start, replace(config, out=tmp_path / "whole"), CAPPED))
+    for code, output in ranks.run(signalled, config, CAPPED, 1, 4):
+        assert code == 130, output
+    assert newest_checkpoint(RunFolder(config.out)).name == "step-00000004"  # type: ignore[arg-type, union-attr]
+    outputs = finish(ranks.run(resume, config))
+    assert "going on from step 4" in outputs[0]
+    assert both(config.out) == both(tmp_path / "whole")
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_signal_in_evaluation_ends_all(ranks: Ranks, config: TrainConfig, kind: Any) -> None:
+    config = replace(config, parallel=kind, eval_bytes="1m")
+    for code, output in ranks.run(signalled_in_evaluation, config, 1):
+        assert code == 130, output
+    assert newest_checkpoint(RunFolder(config.out)).name == "step-00000005"  # type: ignore[arg-type, union-attr]
+
+
+def test_ranks_go_by_one_clock(ranks: Ranks, config: TrainConfig) -> None:
+    """The learning rate follows the time, of which each rank has measured another."""
+    config = replace(config, parallel="ddp", steps=None, time_limit="0.5s", save_every=0, eval_every=0)
+    results = ranks.run(slowed, config, 1)
+    finish([(code, output) for code, output, _ in results])
+    assert results[0][2] == results[1][2]
+
+
+def test_an_error_on_one_rank_ends_all(ranks: Ranks, config: TrainConfig) -> None:
+    lost, error = ranks.run(broken, replace(config, parallel="ddp"), 1)
+    assert isinstance(error, ZeroDivisionError)
+    assert isinstance(lost, LostRanksError)
+    assert "rank 0 of 2 lost the others" in str(lost)
+
+
+def test_a_file_that_one_rank_does_not_see_is_told_of_by_the_main_one(ranks: Ranks, config: TrainConfig) -> None:
+    error, other = ranks.run(without_data, replace(config, parallel="ddp"), 1)
+    assert isinstance(error, UsageError)
+    assert re.search("rank 1: --data .*: no such file", str(error))
+    assert isinstance(other, SystemExit)
+    assert not config.out.exists()  # type: ignore[union-attr]
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"batch_size": 6, "grad_accum": 2}, r"--batch-size 6 .*2 of them .*--grad-accum 2.*: give a multiple of 4"),
+        ({"parallel": "none"}, r"--parallel none .* 2 processes that torchrun started: give --parallel ddp or fsdp"),
+    ],
+)
+def test_a_mistake_is_told_once(ranks: Ranks, config: TrainConfig, changes: dict[str, Any], message: str) -> None:
+    results = ranks.run(start, replace(config, **changes))
+    assert isinstance(results[0], UsageError)
+    assert re.search(message, str(results[0]))
+    assert isinstance(results[1], SystemExit)
+
+
+def test_a_single_number_cannot_be_shared(ranks: Ranks, config: TrainConfig) -> None:
+    scaled = (mixer_config("e1")(constraint="scaled_orthogonal"),)
+    error, _ = ranks.run(start, replace(config, parallel="fsdp"), scaled)
+    assert isinstance(error, UsageError)
+    assert re.search(r"--parallel fsdp cannot share .*weight_h\.s, .*: give --parallel ddp", str(error))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_without_torchrun_there_is_nothing_to_share(config: TrainConfig, kind: Any) -> None:
+    with pytest.raises(UsageError, match=f"--parallel {kind} shares .*: start them by torchrun --nproc_per_node=N"):
+        start(replace(config, parallel=kind))
+    assert launched({}) is None
+    assert launched({"RANK": "3", "WORLD_SIZE": "4", "LOCAL_RANK": "1"}) == Processes(3, 4, 1)
+
+
+def test_a_gpu_for_each_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    assert Processes(3, 4, 1, "ddp").device("auto") == torch.device("cuda", 1)
+    with pytest.raises(UsageError, match="--device cuda:1 is one GPU, but torchrun started 4 processes: give --device"):
+        Processes(3, 4, 1, "ddp").device("cuda:1")
+    with pytest.raises(UsageError, match=r"process 2 on this machine, which has 2 GPU.*: give --nproc_per_node=2"):
+        Processes(2, 4, 2, "fsdp").device("cuda")
+
+
+def test_ddp_is_short_for_parallel() -> None:
+    assert TrainConfig(steps=1, ddp=True).parallel == "ddp"
+    with pytest.raises(UsageError, match="--ddp is short for --parallel ddp, not fsdp"):
+        TrainConfig(steps=1, ddp=True, parallel="fsdp")
+
+
+def test_damaged_shards_are_found_and_the_checkpoint_before_is_taken(
+    ranks: Ranks, config: TrainConfig, tmp_path: Path
+) -> None:
+    config = replace(config, parallel="fsdp")
+    finish(ranks.run(start, config))
+    assert config.out is not None
+    newest = newest_checkpoint(RunFolder(config.out))
+    assert newest is not None
+    whole = load_checkpoint(newest)
+    assert whole.trainer is not None
+    assert whole.trainer["optimizer"]["parts"][0]["state"][0]["exp_avg"].any()
+    shard = sorted(newest.glob("shard-*"))[1]
+    content = bytearray(shard.read_bytes())
+    content[-1] ^= 1
+    shard.write_bytes(content)
+    with pytest.warns(UserWarning, match=rf"step-00000007 is damaged: {shard.name} .*; going by step-00000006"):
+        load_model(config.out)
+    outputs = finish(ranks.run(resume, config))
+    assert "going by step-00000006" in outputs[0]
+    assert "going on from step 6" in outputs[0]
+    restored = load_checkpoint(newest)
+    assert all(torch.equal(whole.model[name], restored.model[name]) for name in whole.model)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_checkpoint_that_cannot_be_written_is_absent_and_ends_all(
+    ranks: Ranks, config: TrainConfig, kind: Any
+) -> None:
+    error, other = ranks.run(with_full_disk, replace(config, parallel=kind))
+    assert isinstance(error, TrainingError)
+    assert re.search("checkpoint of step 3 cannot be written to .*No space left", str(error))
+    assert isinstance(other, SystemExit)
+    assert list((config.out / "checkpoints").iterdir()) == []  # type: ignore[operator]
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs g++ on a CPU")
+@pytest.mark.parametrize("kind", KINDS)
+def test_compiled_ranks_train_as_plain_ones(ranks: Ranks, config: TrainConfig, tmp_path: Path, kind: Any) -> None:
+    config = replace(config, parallel=kind)
+    finish(ranks.run(start, replace(config, out=tmp_path / "plain")))
+    finish(ranks.run(start, replace(config, compile="on")))
+    assert RunFolder(config.out).read_json("summary.json")["compiled"] is True  # type: ignore[arg-type]
+    assert losses(config.out) == pytest.approx(losses(tmp_path / "plain"), rel=1e-4)
+
+
+def test_under_torchrun_a_signal_ends_the_run_in_a_checkpoint_and_one_rank_tells(
+    config: TrainConfig, tmp_path: Path
+) -> None:
+    command = [
+        sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "train_ladder.py", "--ddp",
+        "--data", config.data, "--out", config.out, "--dim", "16", "--depth", "2", "--seq-len", "32", "--batch-size",
+        "8", "--steps", "1000000", "--eval-bytes", "500", "--device", "cpu",
+    ]  # fmt: skip
+    process = subprocess.Popen(
+        list(map(str, command)), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1"}, cwd=Path(__file__).parents[2],
+    )  # fmt: skip
+    metrics = config.out / "metrics.jsonl"  # type: ignore[operator]
+    deadline = time.monotonic() + 100
+    while not metrics.exists() and time.monotonic() < deadline:
+        time.sleep(0.05)
+    process.send_signal(signal.SIGTERM)
+    output, errors = process.communicate(timeout=60)
+    assert output.count("stopped at step") == 1, errors
+    assert output.count("parameters") == 1
+    assert load_model(config.out) is not None  # type: ignore[arg-type]
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="fewer than two GPUs")
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+def test_two_gpus_give_the_losses_of_one_and_go_on_to_the_bit(
+    ranks: Ranks, config: TrainConfig, tmp_path: Path, kind: Any, optimizer: Any
+) -> None:
+    """In bf16 and compiled where that works, with kernels of ours; copies wait for nothing after their first steps."""
+    config = replace(config, device="cuda", dim=64, steps=30, schedule="constant", save_every=20, optimizer=optimizer)
+    start(replace(config, out=tmp_path / "one", grad_accum=2), CAPPED)
+    config = replace(config, parallel=kind)
+    finish(ranks.run(watched, replace(config, out=tmp_path / "whole")))
+    finish(ranks.run(start, replace(config, steps=20), CAPPED))
+    finish(ranks.run(goes_on, config))
+    assert losses(config.out) == losses(tmp_path / "whole")
+    assert losses(config.out) == pytest.approx(losses(tmp_path / "one"), rel=0.02)
+    assert load_model(config.out) is not None  # type: ignore[arg-type]
+
+
+# What the ranks do.
+
+
+def watched(config: TrainConfig) -> tuple[int, str]:
+    """Copies do not wait for the GPU; of shards PyTorch itself does."""
+    train_step = Trainer._train_step
+
+    def step(trainer: Trainer) -> Any:
+        watch = trainer.processes.kind == "ddp" and trainer.step >= 5
+        torch.cuda.set_sync_debug_mode("error" if watch else "default")
+        try:
+            return train_step(trainer)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+
+    with mock.patch.object(Trainer, "_train_step", step):
+        return start(config, CAPPED)
+
+
+def goes_on(config: TrainConfig) -> tuple[int, str]:
+    return resume(config, steps=config.steps, parallel=config.parallel)
+
+
+def start_tiny(config: TrainConfig) -> tuple[int, str]:
+    tiktoken.list_encoding_names()
+    with mock.patch.dict(tiktoken.registry.ENCODING_CONSTRUCTORS, {NAME: constructor}):
+        return start(config)
+
+
+def with_weights(config: TrainConfig) -> tuple[int, str, float]:
+    """As ``start``; and a sum of the weights at the end, of which two that differ at all differ."""
+    weights: list[float] = []
+    finish = loop.finish
+
+    def summed(trainer: Trainer, *arguments: Any) -> None:
+        whole = [p.full_tensor() if isinstance(p, DTensor) else p for p in trainer.model.parameters()]
+        weights.append(sum(p.detach().double().abs().sum().item() for p in whole))
+        finish(trainer, *arguments)
+
+    with mock.patch.object(loop, "finish", summed):
+        return *start(config), weights[0]
+
+
+def spoilt(config: TrainConfig, steps: range) -> tuple[int, str, float]:
+    """Rank 1 has no loss at some steps."""
+    accumulate = Trainer._accumulate_gradients
+
+    def without_loss(trainer: Trainer) -> torch.Tensor:
+        bad = trainer.processes.rank == 1 and trainer.step + 1 in steps
+        factor = torch.nan if bad else 1.0
+        trainer._loss = lambda logits, targets: next_token_loss(logits, targets) * factor
+        return accumulate(trainer)
+
+    with mock.patch.object(Trainer, "_accumulate_gradients", without_loss):
+        return with_weights(config)
+
+
+def at_step(rank: int, step: int, do: Any) -> Any:
+    """Have a rank do something behind a step."""
+    train_step = Trainer._train_step
+
+    def then_do(trainer: Trainer) -> Any:
+        result = train_step(trainer)
+        if (trainer.processes.rank, trainer.step) == (rank, step):
+            do()
+        return result
+
+    return mock.patch.object(Trainer, "_train_step", then_do)
+
+
+def signalled(config: TrainConfig, mixers: tuple[MixerConfig, ...], rank: int, step: int) -> tuple[int, str]:
+    with at_step(rank, step, lambda: os.kill(os.getpid(), signal.SIGTERM)):
+        return start(config, mixers)
+
+
+def signalled_in_evaluation(config: TrainConfig, rank: int) -> tuple[int, str]:
+    gather = heldout.gather
+
+    def kill(*arguments: Any) -> Any:
+        if os.environ["RANK"] == str(rank):
+            os.kill(os.getpid(), signal.SIGTERM)
+        return gather(*arguments)
+
+    with mock.patch.object(heldout, "gather", kill):
+        return start(config)
+
+
+def slowed(config: TrainConfig, rank: int) -> tuple[int, str, float]:
+    with contextlib.ExitStack() as stack:
+        for step in range(1, 4):
+            stack.enter_context(at_step(rank, step, lambda: time.sleep(0.05)))
+        return with_weights(config)
+
+
+def broken(config: TrainConfig, rank: int) -> tuple[int, str]:
+    def divide() -> None:
+        raise ZeroDivisionError
+
+    with at_step(rank, 3, divide):
+        return start(config)
+
+
+def without_data(config: TrainConfig, rank: int) -> tuple[int, str]:
+    nowhere = Path("nowhere") if os.environ["RANK"] == str(rank) else config.data
+    return start(replace(config, data=nowhere))
+
+
+def with_full_disk(config: TrainConfig) -> tuple[int, str]:
+    def full(*arguments: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    with mock.patch.object(torch, "save", full):
+        return start(config)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("mixers", [E1, HYBRID], ids=str)
+def test_statistics_of_ranks_change_no_bit_and_are_those_of_the_whole_gradient(
+    ranks: Ranks, config: TrainConfig, tmp_path: Path, kind: Any, mixers: tuple[MixerConfig, ...]
+) -> None:
+    config = replace(config, grad_clip=0.0, stats_every=2, schedule="constant")
+    start(replace(config, out=tmp_path / "one", grad_accum=2), mixers)
+    finish(ranks.run(start, replace(config, parallel=kind, profile=True, steps=14), mixers))
+    finish(ranks.run(start, replace(config, parallel=kind, out=tmp_path / "without", stats_every=0, steps=14), mixers))
+    assert both(config.out) == both(tmp_path / "without")
+    rows = [
+        {row["step"]: row["stats"] for row in RunFolder(path).read_metrics() if "stats" in row}  # type: ignore[arg-type]
+        for path in (config.out, tmp_path / "one")
+    ]
+    for step in (2, 4, 6):
+        found, wanted = (row[step] for row in rows)
+        assert found.keys() == wanted.keys()
+        for name, values in wanted.items():
+            assert found[name] == pytest.approx(values, rel=1e-4), name
+    assert (config.out / "tensorboard").exists()  # type: ignore[operator]
+    assert (config.out / "profile.json.gz").exists()  # type: ignore[operator]
