@@ -16,12 +16,14 @@ from unittest import mock
 
 import pytest
 import torch
+from rich.console import Console
 from torch.distributed.tensor import DTensor
 
 from elman.errors import TrainingError, UsageError
 from elman.evaluation import heldout
+from elman.evaluation.heldout import evaluate
 from elman.mixers import MixerConfig, mixer_config
-from elman.model import next_token_loss
+from elman.model import ModelConfig, next_token_loss
 from elman.training.checkpoint import load_checkpoint
 from elman.training.config import TrainConfig
 from elman.training.distributed import LostRanksError, Processes, launched
@@ -95,6 +97,27 @@ def test_two_ranks_give_the_losses_of_one_process_to_the_last_bit(
     assert (summary["processes"], summary["parallel"], summary["tokens"]) == (2, kind, 7 * 8 * 32)
     assert [row["step"] for row in run.read_metrics() if "lr" in row] == list(range(1, 8))
     assert load_model(run.path) is not None
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 3])
+def test_ranks_share_an_evaluation_whatever_the_number_of_batches(config: TrainConfig, world_size: int) -> None:
+    trainer = Trainer(config, ModelConfig(16, 2, E1), Console(quiet=True))
+    given: dict[str, Any] = {"batch_size": 4, "device": trainer.device, "autocast": trainer.autocast}
+    parts: list[torch.Tensor] = []
+
+    def keep(values: torch.Tensor) -> torch.Tensor:
+        parts.append(values.clone())
+        return values
+
+    for rank in range(world_size):
+        evaluate(trainer.model, trainer.heldout, rank=rank, world_size=world_size, total=keep, **given)
+    whole = evaluate(trainer.model, trainer.heldout, **given)
+    assert whole is not None
+    batches = torch.stack(parts)
+    assert batches.shape == (world_size, 2, 4)
+    assert ((batches != 0).sum(0) == 1).all()
+    nats, num_bytes = batches.sum(0).sum(1).tolist()
+    assert (nats / whole.tokens, num_bytes) == (whole.nats_per_token, whole.bytes)
 
 
 @pytest.mark.parametrize("kind", KINDS)
