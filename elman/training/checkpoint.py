@@ -104,14 +104,14 @@ def save_sharded(
         return lambda: final
     trainer, moments = take_shards(checkpoint.trainer, _TRAINER_PREFIX)
     weights = {_MODEL_PREFIX + name: tensor for name, tensor in checkpoint.model.items()}
-    written = write_shards(weights | moments, partial, group)
+    finish_shards = write_shards(weights | moments, partial, group)
     trainer = Checkpoint(checkpoint.step, {}, trainer).on_host().trainer
 
     def finish() -> Path:
         try:
             # Then all ranks have written theirs, and each works out the sums of some.
             with _on_all(processes, group):
-                written.result()
+                finish_shards()
                 if processes.is_main:
                     torch.save(trainer, partial / _TRAINER)
             names = sorted(path.name for path in partial.iterdir())

@@ -17,6 +17,7 @@ from unittest import mock
 import pytest
 import torch
 from rich.console import Console
+from torch.distributed.checkpoint import HuggingFaceStorageWriter
 from torch.distributed.tensor import DTensor
 
 from elman.errors import TrainingError, UsageError
@@ -303,11 +304,11 @@ def test_damaged_shards_are_found_and_the_checkpoint_before_is_taken(
     assert all(torch.equal(whole.model[name], restored.model[name]) for name in whole.model)
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(("kind", "what"), [("ddp", "trainer"), ("fsdp", "trainer"), ("fsdp", "shards")])
 def test_a_checkpoint_that_cannot_be_written_is_absent_and_ends_all(
-    ranks: Ranks, config: TrainConfig, kind: Any
+    ranks: Ranks, config: TrainConfig, kind: Any, what: str
 ) -> None:
-    error, other = ranks.run(with_full_disk, replace(config, parallel=kind))
+    error, other = ranks.run(with_full_disk, replace(config, parallel=kind), what)
     assert isinstance(error, TrainingError)
     assert re.search("checkpoint of step 3 cannot be written to .*No space left", str(error))
     assert isinstance(other, SystemExit)
@@ -473,9 +474,15 @@ def without_data(config: TrainConfig, rank: int) -> tuple[int, str]:
     return start(replace(config, data=nowhere))
 
 
-def with_full_disk(config: TrainConfig) -> tuple[int, str]:
-    def full(*arguments: Any) -> None:
+def with_full_disk(config: TrainConfig, what: str) -> tuple[int, str]:
+    """Rank 0 cannot write what the trainer keeps, or rank 1 its shards."""
+    write = HuggingFaceStorageWriter.write_data
+
+    def full(*arguments: Any) -> Any:
+        if what == "shards" and os.environ["RANK"] == "0":
+            return write(*arguments)
         raise OSError(28, "No space left on device")
 
-    with mock.patch.object(torch, "save", full):
+    where = (torch, "save") if what == "trainer" else (HuggingFaceStorageWriter, "write_data")
+    with mock.patch.object(*where, full):
         return start(config)
