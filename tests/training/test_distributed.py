@@ -397,17 +397,17 @@ def start_tiny(config: TrainConfig) -> tuple[int, str]:
 
 
 def with_weights(config: TrainConfig) -> tuple[int, str, float]:
-    """As ``start``; and a sum of the weights at the end, of which two that differ at all differ."""
+    """As ``start``; and a sum of the weights when they were last saved, of which two that differ at all differ."""
     weights: list[float] = []
-    finish = Trainer._finish
+    save = Trainer._save
 
-    def summed(trainer: Trainer, *arguments: Any) -> None:
+    def summed(trainer: Trainer) -> None:
         whole = [p.full_tensor() if isinstance(p, DTensor) else p for p in trainer.model.parameters()]
         weights.append(sum(p.detach().double().abs().sum().item() for p in whole))
-        finish(trainer, *arguments)
+        save(trainer)
 
-    with mock.patch.object(Trainer, "_finish", summed):
-        return *start(config), weights[0]
+    with mock.patch.object(Trainer, "_save", summed):
+        return *start(config), weights[-1]
 
 
 def spoilt(config: TrainConfig, steps: range) -> tuple[int, str, float]:
