@@ -57,11 +57,21 @@ class Checkpoint:
 
     def on_host(self) -> Checkpoint:
         """A copy in the host's memory, which training does not change."""
+        on_gpu = False
 
         def copied(leaf: Any) -> Any:
-            return leaf.detach().to("cpu", copy=True) if isinstance(leaf, Tensor) else leaf
+            nonlocal on_gpu
+            if not isinstance(leaf, Tensor):
+                return leaf
+            on_gpu = on_gpu or leaf.is_cuda
+            # A GPU writes to pinned memory many times as fast; PyTorch keeps it for the next time.
+            host = torch.empty(leaf.shape, dtype=leaf.dtype, pin_memory=leaf.is_cuda)
+            return host.copy_(leaf.detach(), non_blocking=True)
 
-        return Checkpoint(self.step, tree_map(copied, dict(self.model)), tree_map(copied, self.trainer))
+        copy = Checkpoint(self.step, tree_map(copied, dict(self.model)), tree_map(copied, self.trainer))
+        if on_gpu:
+            torch.cuda.synchronize()
+        return copy
 
 
 def save_checkpoint(folder: Path, checkpoint: Checkpoint, keep: int = 2) -> Path:
@@ -104,14 +114,14 @@ def save_sharded(
         return lambda: final
     trainer, moments = take_shards(checkpoint.trainer, _TRAINER_PREFIX)
     weights = {_MODEL_PREFIX + name: tensor for name, tensor in checkpoint.model.items()}
-    written = write_shards(weights | moments, partial, group)
+    finish_shards = write_shards(weights | moments, partial, group)
     trainer = Checkpoint(checkpoint.step, {}, trainer).on_host().trainer
 
     def finish() -> Path:
         try:
             # Then all ranks have written theirs, and each works out the sums of some.
             with _on_all(processes, group):
-                written.result()
+                finish_shards()
                 if processes.is_main:
                     torch.save(trainer, partial / _TRAINER)
             names = sorted(path.name for path in partial.iterdir())

@@ -9,7 +9,7 @@ from elman.errors import UsageError
 from elman.model import ModelConfig
 from elman.sizing import num_params
 from elman.training.config import TrainConfig
-from elman.training.distributed import Processes
+from elman.training.distributed import ALONE, Processes
 from elman.units import format_bytes, format_count
 
 
@@ -28,7 +28,7 @@ def rows_a_pass(config: TrainConfig, processes: Processes) -> int:
     return config.batch_size // parts
 
 
-def fixed_memory(config: ModelConfig, processes: Processes) -> int:
+def fixed_memory(config: ModelConfig, processes: Processes = ALONE) -> int:
     """Bytes that training takes of a rank whatever the batch: weights, gradients and two moments, 4 a number."""
     return 16 * num_params(config) // (processes.size if processes.kind == "fsdp" else 1)
 

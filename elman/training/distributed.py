@@ -198,8 +198,9 @@ def process_group(config: TrainConfig) -> Iterator[Processes]:
         processes = replace(processes, background=dist.new_group(backend="gloo"))
     try:
         yield processes
-        # Nobody leaves while another still talks to it.
-        processes.largest(0.0)
+        # Nobody leaves while another still talks to it. Kept, this is not for gloo's thread to let go of: see below.
+        last = torch.zeros(1)
+        dist.all_reduce(last)
     except SystemExit:
         if not processes.is_main:
             # As soon as one process ends, torchrun ends the others, and rank 0 is about to tell why.
@@ -213,8 +214,8 @@ def process_group(config: TrainConfig) -> Iterator[Processes]:
             f"({str(error).splitlines()[0]}): one of them tells why"
         ) from None
     finally:
-        # gloo's threads need Python's lock to let go of the last tensors, and who destroys the group holds it while it
-        # waits for them.
+        # gloo's threads need Python's lock to let go of a last tensor, and who destroys the group holds it while it
+        # waits for them: they hang, if they have not done so yet.
         time.sleep(0.1)
         dist.destroy_process_group()
 

@@ -28,7 +28,7 @@ class Saver:
         self._step = 0
 
     def start(self, step: int, write: Callable[[], object]) -> None:
-        """Calls ``write`` for the checkpoint of a step, that before being whole; training changes nothing of it."""
+        """Have ``write`` called, which reads nothing that training changes; the checkpoint before is written."""
         assert self._writing is None
         self._step = step
         self._writing = self._thread.submit(write)

@@ -6,9 +6,10 @@ format, a pickle, would. This is imported where it is needed: it takes long.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
@@ -18,7 +19,7 @@ import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import Tensor, nn
-from torch.distributed.checkpoint import HuggingFaceStorageReader, HuggingFaceStorageWriter
+from torch.distributed.checkpoint import CheckpointException, HuggingFaceStorageReader, HuggingFaceStorageWriter
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
@@ -115,15 +116,33 @@ def put_shards(tree: Any, shards: dict[str, Tensor]) -> Any:
     return tree_map(put, tree)
 
 
-def write_shards(shards: dict[str, Tensor], folder: Path, group: dist.ProcessGroup) -> Future[Any]:
+@contextlib.contextmanager
+def _plain_errors() -> Iterator[None]:
+    """What went wrong on some rank as an ``OSError``: PyTorch's own is no ``Exception``."""
+    try:
+        yield
+    except CheckpointException as error:
+        failures = [failure for failure, _ in error.failures.values()]
+        raise OSError(
+            "; ".join(dict.fromkeys(f"{type(failure).__name__}: {failure}" for failure in failures))
+        ) from None
+
+
+def write_shards(shards: dict[str, Tensor], folder: Path, group: dist.ProcessGroup) -> Callable[[], None]:
     """Write each rank's shards into a folder, in the background; the tensors may change once this returns.
 
-    Called by all ranks. ``group``: of their hosts, for nothing else.
+    Called by all ranks. ``group``: of their hosts, for nothing else. What it returns comes back when all have written
+    theirs, or raises an ``OSError`` on all.
     """
     writer = HuggingFaceStorageWriter(str(folder), save_distributed=True)
     future = dcp.async_save(shards, storage_writer=writer, process_group=group)
     assert isinstance(future, Future)
-    return future
+
+    def finish() -> None:
+        with _plain_errors():
+            future.result()
+
+    return finish
 
 
 def read_shards(folder: Path, prefix: str = "") -> dict[str, Tensor]:
@@ -134,7 +153,7 @@ def read_shards(folder: Path, prefix: str = "") -> dict[str, Tensor]:
         for name, about in found.items()
         if name.startswith(prefix)
     }
-    with warnings.catch_warnings():
+    with _plain_errors(), warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="torch.distributed is disabled")
         dcp.load(tensors, storage_reader=HuggingFaceStorageReader(str(folder)), no_dist=True)
     return tensors

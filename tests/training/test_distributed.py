@@ -16,13 +16,15 @@ from unittest import mock
 
 import pytest
 import torch
+from rich.console import Console
+from torch.distributed.checkpoint import HuggingFaceStorageWriter
 from torch.distributed.tensor import DTensor
 
 from elman.errors import TrainingError, UsageError
 from elman.evaluation import heldout
+from elman.evaluation.heldout import evaluate
 from elman.mixers import MixerConfig, mixer_config
-from elman.model import next_token_loss
-from elman.training import loop
+from elman.model import ModelConfig, next_token_loss
 from elman.training.checkpoint import load_checkpoint
 from elman.training.config import TrainConfig
 from elman.training.distributed import LostRanksError, Processes, launched
@@ -96,6 +98,27 @@ def test_two_ranks_give_the_losses_of_one_process_to_the_last_bit(
     assert (summary["processes"], summary["parallel"], summary["tokens"]) == (2, kind, 7 * 8 * 32)
     assert [row["step"] for row in run.read_metrics() if "lr" in row] == list(range(1, 8))
     assert load_model(run.path) is not None
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 3])
+def test_ranks_share_an_evaluation_whatever_the_number_of_batches(config: TrainConfig, world_size: int) -> None:
+    trainer = Trainer(config, ModelConfig(16, 2, E1), Console(quiet=True))
+    given: dict[str, Any] = {"batch_size": 4, "device": trainer.device, "autocast": trainer.autocast}
+    parts: list[torch.Tensor] = []
+
+    def keep(values: torch.Tensor) -> torch.Tensor:
+        parts.append(values.clone())
+        return values
+
+    for rank in range(world_size):
+        evaluate(trainer.model, trainer.heldout, rank=rank, world_size=world_size, total=keep, **given)
+    whole = evaluate(trainer.model, trainer.heldout, **given)
+    assert whole is not None
+    batches = torch.stack(parts)
+    assert batches.shape == (world_size, 2, 4)
+    assert ((batches != 0).sum(0) == 1).all()
+    nats, num_bytes = batches.sum(0).sum(1).tolist()
+    assert (nats / whole.tokens, num_bytes) == (whole.nats_per_token, whole.bytes)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -281,11 +304,11 @@ def test_damaged_shards_are_found_and_the_checkpoint_before_is_taken(
     assert all(torch.equal(whole.model[name], restored.model[name]) for name in whole.model)
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(("kind", "what"), [("ddp", "trainer"), ("fsdp", "trainer"), ("fsdp", "shards")])
 def test_a_checkpoint_that_cannot_be_written_is_absent_and_ends_all(
-    ranks: Ranks, config: TrainConfig, kind: Any
+    ranks: Ranks, config: TrainConfig, kind: Any, what: str
 ) -> None:
-    error, other = ranks.run(with_full_disk, replace(config, parallel=kind))
+    error, other = ranks.run(with_full_disk, replace(config, parallel=kind), what)
     assert isinstance(error, TrainingError)
     assert re.search("checkpoint of step 3 cannot be written to .*No space left", str(error))
     assert isinstance(other, SystemExit)
@@ -374,17 +397,17 @@ def start_tiny(config: TrainConfig) -> tuple[int, str]:
 
 
 def with_weights(config: TrainConfig) -> tuple[int, str, float]:
-    """As ``start``; and a sum of the weights at the end, of which two that differ at all differ."""
+    """As ``start``; and a sum of the weights when they were last saved, of which two that differ at all differ."""
     weights: list[float] = []
-    finish = loop.finish
+    save = Trainer._save
 
-    def summed(trainer: Trainer, *arguments: Any) -> None:
+    def summed(trainer: Trainer) -> None:
         whole = [p.full_tensor() if isinstance(p, DTensor) else p for p in trainer.model.parameters()]
         weights.append(sum(p.detach().double().abs().sum().item() for p in whole))
-        finish(trainer, *arguments)
+        save(trainer)
 
-    with mock.patch.object(loop, "finish", summed):
-        return *start(config), weights[0]
+    with mock.patch.object(Trainer, "_save", summed):
+        return *start(config), weights[-1]
 
 
 def spoilt(config: TrainConfig, steps: range) -> tuple[int, str, float]:
@@ -451,11 +474,17 @@ def without_data(config: TrainConfig, rank: int) -> tuple[int, str]:
     return start(replace(config, data=nowhere))
 
 
-def with_full_disk(config: TrainConfig) -> tuple[int, str]:
-    def full(*arguments: Any) -> None:
+def with_full_disk(config: TrainConfig, what: str) -> tuple[int, str]:
+    """Rank 0 cannot write what the trainer keeps, or rank 1 its shards."""
+    write = HuggingFaceStorageWriter.write_data
+
+    def full(*arguments: Any) -> Any:
+        if what == "shards" and os.environ["RANK"] == "0":
+            return write(*arguments)
         raise OSError(28, "No space left on device")
 
-    with mock.patch.object(torch, "save", full):
+    where = (torch, "save") if what == "trainer" else (HuggingFaceStorageWriter, "write_data")
+    with mock.patch.object(*where, full):
         return start(config)
 
 

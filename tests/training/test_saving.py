@@ -106,11 +106,13 @@ def test_what_is_being_written_becomes_whole_though_the_run_fails(tmp_path: Path
     assert (tmp_path / "written").exists()
 
 
-def test_a_copy_on_the_host_does_not_change_with_the_tensors() -> None:
-    weight = torch.ones(3)
-    copied = Checkpoint(1, {"w": weight}, {"a": [weight, 2], "b": (weight,)}).on_host()
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def test_a_copy_on_the_host_does_not_change_with_the_tensors(device: str) -> None:
+    weight = torch.ones(1 << 20, device=device)
+    copied = Checkpoint(1, {"w": weight}, {"a": [weight, 2], "b": (weight.view(2, -1).T,)}).on_host()
     weight.zero_()
     assert copied.trainer is not None
-    for tensor in (copied.model["w"], copied.trainer["a"][0], copied.trainer["b"][0]):
-        assert torch.equal(tensor, torch.ones(3))
+    for tensor in (copied.model["w"], copied.trainer["a"][0], copied.trainer["b"][0].T.reshape(-1)):
+        assert tensor.device.type == "cpu"
+        assert torch.equal(tensor, torch.ones(1 << 20))
     assert copied.trainer["a"][1] == 2
