@@ -4,9 +4,9 @@
 
 Several runs share the GPU at a time, so their speed says nothing; their losses are what they would be alone. What is
 told of a run is read from its folder: the mean of its last 100 losses, the held-out loss, the largest norm of the
-gradient (as it was before clipping), and spikes: steps behind the warm-up whose loss is more than half a nat above the
-median of the 50 before. A run ends at the first loss or norm that is no finite number. Every row is printed and written
-as soon as it is known, to benchmarks/results/ and to the folder ``--out``.
+gradient (as it was before clipping), steps skipped, whose loss or gradient was no finite number, and spikes: steps
+behind the warm-up whose loss is more than half a nat above the median of the 50 before. Every row is printed and
+written as soon as it is known, to benchmarks/results/ and to the folder ``--out``.
 """
 
 from __future__ import annotations
@@ -87,12 +87,13 @@ class Row:
     Attributes:
         model: as ``elman train --model`` takes it, options included.
         outcome: ``finished``, or how it ended.
-        steps: whose loss and norm were finite numbers.
+        steps: whose loss was a finite number.
         last_100: mean of the last 100 losses, nats a byte.
         heldout: held-out loss, nats a byte.
         max_norm: largest norm of the gradient.
         max_norm_later: the same, behind the warm-up.
         spikes: see the top of this file.
+        skipped: steps without an update, because their loss or gradient was no finite number.
         backends: what ran each mixer's recurrence, and how many of them.
     """
 
@@ -107,14 +108,15 @@ class Row:
     max_norm: float | None = None
     max_norm_later: float | None = None
     spikes: int = 0
+    skipped: int = 0
     train_seconds: float | None = None
     backends: dict[str, int] = field(default_factory=dict)
 
     @property
     def stable(self) -> bool:
-        """It came to its end, its loss never jumped, and it knows more than that there are 256 bytes."""
+        """It came to its end, skipped no step, its loss never jumped, and it knows more than the byte's range."""
         learned = self.last_100 is not None and self.last_100 < math.log(256)
-        return self.outcome == "finished" and self.spikes == 0 and learned
+        return self.outcome == "finished" and self.spikes == self.skipped == 0 and learned
 
 
 def command(case: Case, data: Path, run: Path, options: Options) -> list[str]:
@@ -173,9 +175,11 @@ def read_run(label: str, run: RunFolder, last_line: str, warmup: int) -> Row:
         row.train_seconds, row.heldout = summary["train_seconds"], summary["heldout"]["nats_per_byte"]
     if steps:
         row.last_100 = statistics.fmean(row["loss"] for row in steps[-100:])
-        row.max_norm = max(row["grad_norm"] for row in steps)
-        later = [row["grad_norm"] for row in steps if row["step"] > warmup]
-        row.max_norm_later = max(later) if later else None
+        # Of a step that was skipped the norm may be no number, and is not told.
+        norms = {row["step"]: row["grad_norm"] for row in steps if "grad_norm" in row}
+        row.max_norm = max(norms.values(), default=None)
+        row.max_norm_later = max((norm for step, norm in norms.items() if step > warmup), default=None)
+        row.skipped = max((row["skipped"] for row in rows if "skipped" in row), default=0)
         row.spikes = spikes([row["loss"] for row in steps], warmup)
     return row
 
@@ -190,13 +194,13 @@ def spikes(losses: Sequence[float], warmup: int) -> int:
 
 def table(rows: Sequence[Row]) -> str:
     """Markdown: a line a model, the lowest held-out loss first."""
-    columns = ["model", "width × depth", "last 100", "held out", "largest norm", "behind warm-up", "spikes"]
+    columns = ["model", "width × depth", "last 100", "held out", "largest norm", "behind warm-up", "spikes", "skipped"]
     columns += ["stable", "recurrence", "steps, outcome"]
     lines = ["| " + " | ".join(columns) + " |", "|---" * len(columns) + "|"]
     for row in sorted(rows, key=lambda row: (row.heldout is None, row.heldout or row.last_100 or 99.0)):
         size = "-" if row.dim is None else f"{row.dim} × {row.depth}"
         numbers = [_number(row.last_100, 4), _number(row.heldout, 4), _number(row.max_norm, 2)]
-        numbers += [_number(row.max_norm_later, 2), str(row.spikes), "yes" if row.stable else "NO"]
+        numbers += [_number(row.max_norm_later, 2), str(row.spikes), str(row.skipped), "yes" if row.stable else "NO"]
         values = [row.model, size, *numbers, words(row.backends), f"{row.steps}, {row.outcome}"]
         lines.append("| " + " | ".join(values) + " |")
     return "\n".join(lines)

@@ -31,7 +31,8 @@ class E5Config(WeightOptions):
     constraint: Literal["free", "spectral_norm"] = "free"
     """What holds U_h V_h: nothing, or a bound of 0.99 on its largest singular value."""
     rank: OptionalInt = None
-    """Of every matrix; 0.176 D (270 at a model width of 1536), but at least 16, if absent."""
+    """Of every matrix; if absent 0.176 D, at least 16, and a multiple of 8, as tensor cores read rows (272 at a model
+    width of 1536, where the seeds had 270)."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -39,7 +40,7 @@ class E5Config(WeightOptions):
 
     def recurrent_weight(self, dim: int) -> WeightConfig:
         """U_h V_h at model width ``dim``."""
-        rank = self.rank or min(dim, max(16, round(dim * 270 / 1536)))
+        rank = self.rank or min(dim, max(16, 8 * round(dim * 270 / 1536 / 8)))
         return WeightConfig(dim, self, "low_rank", rank=rank)
 
     def build(self, dim: int) -> E5:

@@ -53,6 +53,15 @@ def test_spikes_and_runs_that_end_early_are_not_stable(tmp_path: Path) -> None:
     assert (row.outcome, row.spikes, row.stable) == ("finished", 0, False)
 
 
+def test_skipped_steps_are_counted_and_their_norms_left_out(tmp_path: Path) -> None:
+    run = write_run(tmp_path / "skipped", [5.0 - 0.01 * i for i in range(200)])
+    run.append_metrics(
+        [{"step": 201 + i, "seconds": 0.1, "skipped": 1 + i} | ({} if i else {"loss": 3.0}) for i in (0, 1)]
+    )
+    row = stability.read_run("ladder_6", run, "", warmup=9)
+    assert (row.steps, row.skipped, row.max_norm, row.stable) == (201, 2, 9.0, False)
+
+
 def test_spikes_are_told_from_slopes() -> None:
     assert stability.spikes([6.0 - 0.02 * i for i in range(200)], warmup=10) == 0
     assert stability.spikes([2.0] * 60 + [9.0] + [2.0] * 60, warmup=10) == 1
