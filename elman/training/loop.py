@@ -250,7 +250,7 @@ class Trainer:
         with (
             contextlib.closing(self._loader),
             shows as self.metrics,
-            Saver(run) as self._saver,
+            Saver(run, self.processes) as self._saver,
             StopSignal(self.processes) as stop,
             shown as display,
             profiling(

@@ -9,7 +9,7 @@ from types import TracebackType
 from safetensors import SafetensorError
 
 from elman.errors import TrainingError
-from elman.training.distributed import ALONE, Processes
+from elman.training.distributed import Processes
 from elman.training.run import RunFolder
 
 
@@ -20,7 +20,7 @@ class Saver:
     ``check`` are called by all ranks, whether they write or not: where one cannot, all stop.
     """
 
-    def __init__(self, run: RunFolder, processes: Processes = ALONE) -> None:
+    def __init__(self, run: RunFolder, processes: Processes) -> None:
         self._run = run
         self._processes = processes
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")

@@ -12,6 +12,7 @@ from elman.errors import TrainingError
 from elman.training import loop
 from elman.training.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
 from elman.training.config import TrainConfig
+from elman.training.distributed import ALONE
 from elman.training.loop import Trainer
 from elman.training.run import RunFolder
 from elman.training.saving import Saver
@@ -77,7 +78,7 @@ def test_errors_surface_once(tmp_path: Path) -> None:
     def fail() -> None:
         raise OSError(5, "Input/output error")
 
-    with Saver(RunFolder(tmp_path)) as saver:
+    with Saver(RunFolder(tmp_path), ALONE) as saver:
         saver.wait()
         saver.check()
         saver.start(3, fail)
@@ -96,7 +97,7 @@ def test_what_is_being_written_becomes_whole_though_the_run_fails(tmp_path: Path
         (tmp_path / "written").touch()
 
     def fail_while_writing() -> None:
-        with Saver(RunFolder(tmp_path)) as saver:
+        with Saver(RunFolder(tmp_path), ALONE) as saver:
             saver.start(1, write)
             raise ZeroDivisionError
 
