@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from benchmarks.sanitize import __main__ as driver_mode
-from benchmarks.sanitize import control, record, replay
+from benchmarks.sanitize import cases, control, record, replay
 from benchmarks.sanitize import launches as files
 from benchmarks.sanitize.launches import Buffer, Launch, Place
 from elman.ops import gated_softmax, loop, norm, persistent, scan
@@ -31,14 +31,14 @@ def recorded() -> record.Recorder:
     """All cases, on a GPU whose kernels do nothing and whose memory is the CPU's."""
     names = dict(
         enumerate(
-            name for cell in FUSED_CELLS for dtype in record.DTYPES for name in loop.step_module(cell, dtype).kernels
+            name for cell in FUSED_CELLS for dtype in cases.DTYPES for name in loop.step_module(cell, dtype).kernels
         )
     )
     kernels = {name: types.SimpleNamespace(handle=number) for number, name in names.items()}
     recorder = record.Recorder(lambda *args, **options: None, lambda module: Binary(b"", record._AnyName(), ""))
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(persistent, "chip_of", lambda index: H200)
-        patch.setattr(record.banks, "_has_kernel", lambda h, decay: True)
+        patch.setattr(cases.banks, "_has_kernel", lambda h, decay: True)
         patch.setattr(scan, "_has_kernel", lambda h: True)
         patch.setattr(norm, "_blocks", lambda direction, x: 2)
         patch.setattr(gated_softmax, "_turns", lambda tiles, device: 2)
@@ -48,7 +48,7 @@ def recorded() -> record.Recorder:
         patch.setattr(torch.cuda, "current_stream", lambda device: types.SimpleNamespace(cuda_stream=0))
         patch.setattr(core, "Device", lambda index: types.SimpleNamespace(set_current=lambda: None))
         patch.setattr(driver, "cuLaunchKernel", lambda *args: (driver.CUresult.CUDA_SUCCESS,))
-        record.record(record.cases(H200), recorder, "cpu")
+        record.record(cases.cases(H200), recorder, "cpu")
     return recorder
 
 
@@ -62,7 +62,7 @@ def test_every_family_is_recorded_and_comes_early(recorded: record.Recorder) -> 
     names = " ".join(launch.symbol for launch in recorded.launches)
     for cell in FUSED_CELLS.values():
         for number in ("bf16", "fp16"):
-            for exchange in record.EXCHANGES:
+            for exchange in cases.EXCHANGES:
                 for direction in ("forward", "backward"):
                     assert any(
                         f"persistent_{direction}<{number}, {cell.functor}," in launch.symbol
@@ -111,7 +111,7 @@ def test_grids_are_small_but_ctas_have_others_to_wait_for(recorded: record.Recor
             seen[launch.family, "tiles", tiles] += 1
             seen[launch.family, "blocks", blocks] += 1
             seen[launch.family, "shared", int(shared_units) > 0] += 1
-    for exchange, tiles in record._TILES.items():
+    for exchange, tiles in cases._TILES.items():
         assert seen[f"persistent {exchange}", "tiles", tiles] >= 2 * 2 * len(FUSED_CELLS)
         assert seen[f"persistent {exchange}", "tiles", 1] > 0
         assert seen[f"persistent {exchange}", "blocks", "2"] == 4
