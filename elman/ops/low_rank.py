@@ -69,7 +69,7 @@ class LowRankPlan:
 
     source = "low_rank.cuh"
     threads = THREADS
-    cluster = 1
+    cluster = None
     cooperative = True
 
     def kernel(self, task: Task, number: str) -> str:

@@ -56,9 +56,9 @@ class Plan:
     threads = THREADS
 
     @property
-    def cluster(self) -> int:
-        """CTAs of a cluster; 1 where there are none."""
-        return self.columns if self.exchange == "ClusterPush" else 1
+    def cluster(self) -> int | None:
+        """CTAs of a cluster; one alone is launched as a cluster too, since it pushes to itself as to a peer."""
+        return self.columns if self.exchange == "ClusterPush" else None
 
     @property
     def cooperative(self) -> bool:

@@ -336,7 +336,7 @@ def _launch(task: Task, operator: Operator, tensors: tuple[Tensor | None, ...], 
         (tensors[0], *weights, *tensors[1:], ring, *sizes),
         like.device,
         shared_bytes=plan.shared_bytes,
-        cluster=plan.cluster if plan.cluster > 1 else None,
+        cluster=plan.cluster,
         cooperative=plan.cooperative,
     )
 

@@ -56,7 +56,7 @@ class WidePlan:
 
     source = "wide.cuh"
     threads = (_GROUPS + 1) * _GROUP_THREADS
-    cluster = 1
+    cluster = None
     cooperative = True
 
     def kernel(self, task: Task, number: str) -> str:

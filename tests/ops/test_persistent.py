@@ -261,6 +261,21 @@ def test_arguments_are_in_the_kernels_order() -> None:
         assert [part.split()[-1].lstrip("*") for part in parameters[1].split(",")] == expected.split()
 
 
+@pytest.mark.parametrize("hidden", [8, 64, 512])
+def test_what_pushes_to_a_cluster_is_launched_as_one(monkeypatch: pytest.MonkeyPatch, hidden: int) -> None:
+    """Of one CTA too: outside a cluster the instruction is illegal."""
+    launches: list[dict[str, object]] = []
+    monkeypatch.setattr(persistent, "chip_of", lambda index: H200)
+    monkeypatch.setattr(persistent, "launch", lambda *args, **options: launches.append(options))
+    p = draw(2, 3, hidden, dtype=torch.bfloat16)
+    given = (p.pre.unsqueeze(2), Dense(parts(p.weight)[0]), None, [], None, CELLS["tanh"], True)
+    persistent.forward(*given)
+    plan = persistent.make_plan(H200, 3, hidden, TANH)
+    assert isinstance(plan, Plan)
+    assert plan.exchange == "ClusterPush"
+    assert [options["cluster"] for options in launches] == [plan.columns]
+
+
 def run_like_the_kernels(
     task: Task,
     operator: Operator,
