@@ -213,6 +213,7 @@ def test_autocast_keeps_the_residual_stream_and_rounds_what_products_read() -> N
 
 
 @pytest.mark.gpu
+@pytest.mark.filterwarnings("ignore:torch.get_autocast_gpu_dtype:DeprecationWarning")  # the official Mamba2
 @pytest.mark.parametrize("name", mixer_names())
 @compiles
 def test_compiled_training_on_the_gpu_errs_no_more_than_plain(name: str) -> None:

@@ -187,13 +187,18 @@ def test_what_grows_fast_or_vanishes_stays_a_number() -> None:
 
 @pytest.mark.gpu
 @pytest.mark.filterwarnings("ignore:Synchronization debug mode")
-@pytest.mark.parametrize("mixer", [mixer_config("e1")(), mixer_config("gru")()], ids=str)
+@pytest.mark.parametrize(
+    ("mixer", "square"), [(mixer_config("e1")(), "weight_h.weight"), (mixer_config("gru")(), "weight_hh_l0")], ids=str
+)
 def test_on_the_gpu_compiled_they_wait_for_nothing_and_change_no_bit(
-    config: TrainConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, mixer: MixerConfig
+    config: TrainConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, mixer: MixerConfig, square: str
 ) -> None:
     step = Trainer._train_step
+    weights: list[torch.Tensor] = []
 
     def watched(trainer: Trainer) -> Any:
+        if trainer.step == 59:
+            weights.extend(p.detach().clone() for name, p in trainer.model.named_parameters() if name.endswith(square))
         torch.cuda.set_sync_debug_mode("error" if trainer.step >= 20 else "default")
         try:
             return step(trainer)
@@ -206,4 +211,7 @@ def test_on_the_gpu_compiled_they_wait_for_nothing_and_change_no_bit(
     start(replace(config, stats_every=10), (mixer,))
     assert losses(config.out) == losses(tmp_path / "without")
     assert sorted(stats(config.out)) == [10, 20, 30, 40, 50, 60]
-    assert all(0.5 < value < 1.5 for value in stats(config.out)[60]["recurrent_norm"])
+    blocks = [weight.view(-1, weight.shape[1], weight.shape[1]) for weight in weights]
+    norms = [torch.linalg.matrix_norm(block, 2).max().item() for block in blocks]
+    assert len(norms) == 2
+    assert stats(config.out)[60]["recurrent_norm"] == pytest.approx(norms, rel=0.02)
