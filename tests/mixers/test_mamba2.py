@@ -171,6 +171,31 @@ def test_the_official_kernels_compute_the_same(steps: int) -> None:
         assert (found.grad.double() - expected.grad).norm() <= 1e-2 * expected.grad.norm(), name
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(mamba2.official()[0] is None, reason=str(mamba2.official()[1]))
+@pytest.mark.parametrize("batch", [1, 4])
+@pytest.mark.parametrize("steps", [1, 2, 5, 600])
+def test_the_official_kernels_err_no_more_in_bf16(steps: int, batch: int) -> None:
+    """Than the plain path in bf16, over float64; of a projection whose rows are no multiple of 8 numbers long."""
+    fused, plain = build(248).cuda(), build(248, kernels="torch").cuda()
+    assert fused.in_proj.weight.shape[0] % 8
+    exact = build(248, kernels="torch").double().cuda()
+    x = torch.randn(steps, batch, 248, device="cuda")
+    truth, truth_state = exact(x.double(), None, None)
+    with torch.autocast("cuda", torch.bfloat16):
+        (y, state), (y_plain, state_plain) = (mixer(x, None, None) for mixer in (fused, plain))
+    for found, other, expected in zip((y, *state), (y_plain, *state_plain), (truth, *truth_state), strict=True):
+        assert (found.double() - expected).norm() <= 2 * (other.double() - expected).norm()
+
+
+def test_one_step_of_one_row_is_none_of_the_official_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
+    """They refuse it where the projection's rows are no multiple of 8 numbers long: a prompt of one token."""
+    monkeypatch.setattr(mamba2.Mamba2, "_takes_official", lambda self, x: True)
+    monkeypatch.setattr(mamba2.Mamba2, "_run_official", lambda self, x: pytest.fail("called"))
+    y, _ = build()(torch.randn(1, 1, D), None, None)
+    assert y.shape == (1, 1, D)
+
+
 def test_the_official_kernels_refuse_documents_told_apart() -> None:
     with pytest.raises(UsageError, match=r"--kernels official: .*no state and no resets: give --sampling windows, or"):
         mixer_config("mamba2")().check_resets(torch.device("cuda"))
