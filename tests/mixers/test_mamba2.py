@@ -177,10 +177,10 @@ def test_the_official_kernels_compute_the_same(steps: int) -> None:
 @pytest.mark.parametrize("steps", [1, 2, 5, 600])
 def test_the_official_kernels_err_no_more_in_bf16(steps: int, batch: int) -> None:
     """Than the plain path in bf16, over float64; of a projection whose rows are no multiple of 8 numbers long."""
-    fused, plain = build(248).cuda(), build(248, kernels="torch").cuda()
+    fused, plain = build(272).cuda(), build(272, kernels="torch").cuda()
     assert fused.in_proj.weight.shape[0] % 8
-    exact = build(248, kernels="torch").double().cuda()
-    x = torch.randn(steps, batch, 248, device="cuda")
+    exact = build(272, kernels="torch").double().cuda()
+    x = torch.randn(steps, batch, 272, device="cuda")
     truth, truth_state = exact(x.double(), None, None)
     with torch.autocast("cuda", torch.bfloat16):
         (y, state), (y_plain, state_plain) = (mixer(x, None, None) for mixer in (fused, plain))
