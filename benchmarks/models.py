@@ -57,6 +57,7 @@ class Row:
         state: numbers carried a sequence.
         ms_per_step: the median of ``steps``.
         backends: what runs each mixer's recurrence, and how many of them.
+        captured: whether a step is a CUDA graph, as ``--graph auto`` decides.
         launches: kernels that a step runs on the GPU.
         kernels: those of them that run recurrences.
     """
@@ -68,6 +69,7 @@ class Row:
     params: int | None = None
     state: int | None = None
     compiled: bool | None = None
+    captured: bool = False
     start_up_seconds: float | None = None
     steps: int = 0
     ms_per_step: float | None = None
@@ -79,6 +81,11 @@ class Row:
     note: str = ""
 
     @property
+    def runs(self) -> str:
+        """What runs the recurrences, and whether whole steps are replayed."""
+        return words(self.backends) + (", captured" if self.captured else "")
+
+    @property
     def line(self) -> str:
         """The row in words, for the log."""
         head = f"{self.model}, B = {self.batch_size}: "
@@ -86,7 +93,7 @@ class Row:
             return head + self.note
         return head + (
             f"{self.tokens_per_second:,.0f} tokens/s, {self.ms_per_step:.1f} ms a step ({self.steps}), "
-            f"{self.peak_gib:.2f} GiB, {words(self.backends)}, start-up {self.start_up_seconds:.1f} s"
+            f"{self.peak_gib:.2f} GiB, {self.runs}, start-up {self.start_up_seconds:.1f} s"
         )
 
 
@@ -159,10 +166,14 @@ def _fill(row: Row, case: Case, batch_size: int, setting: Setting, console: Cons
     row.params, row.state = num_params(model), state_size(model, options.seq_len)
     trainer = setting.trainer(case, batch_size, console)
     trainer.warm_up()
-    row.compiled, row.start_up_seconds = trainer.compiled, trainer.start_up_seconds
+    row.compiled = trainer.compiled
     row.backends = dict(Counter(trainer.backends(options.seq_len)))
     (first,) = step_times(trainer, 1)
     about = first if first > _SLOW_STEP else step_times(trainer, 4)[-1]
+    trainer.capture()
+    row.captured, row.start_up_seconds = trainer.graph is not None, trainer.start_up_seconds
+    if row.captured:
+        about = step_times(trainer, 2)[-1]
     row.steps = max(2, min(options.steps, int(1e3 * options.seconds / about)))
     if trainer.device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
@@ -253,7 +264,7 @@ def path_table(rows: Sequence[Row]) -> str:
         if row.ms_per_step is not None:
             kernels = ", ".join(f"{kernel['calls']} × {short(kernel['name'])}" for kernel in row.kernels)
             launches = "not profiled" if row.launches is None else f"{row.launches:,}"
-            values = [row.model, str(row.batch_size), words(row.backends), launches, kernels or "-", loops(row)]
+            values = [row.model, str(row.batch_size), row.runs, launches, kernels or "-", loops(row)]
             lines.append("| " + " | ".join(values) + " |")
     return "\n".join(lines)
 

@@ -203,39 +203,64 @@ def _fill(row: Row, setting: Setting, options: Options, data: Path, tell: Callab
 
 
 def overheads(trainer: Trainer, steps: int) -> list[dict[str, Any]]:
-    """What ``elman train``'s loop takes beside its steps, by timing what it calls, and as a whole.
+    """What ``elman train``'s loop takes beside its steps.
 
-    The parts are the host's time, during which the GPU works on: only that of the statistics, measured with the GPU
-    waited for, is surely a step's loss. The whole is the loop's time a step, saving and evaluating left out, over the
-    median of bare steps before and after it.
+    What a batch costs is the median step less that with a batch which stays on the device, in turns. Metrics are the
+    host's time, while the GPU works on; statistics and checkpoints are timed with the GPU waited for. The whole is the
+    loop's time a step, saving and evaluating left out, over the median of as many bare steps, half of them before it
+    and half behind, since a GPU that has been at work for a while is slower. A first loop takes what a run takes once,
+    as the memory that checkpoints are copied to.
     """
-    bare = step_times(trainer, 10)
-    trainer.config = replace(trainer.config, steps=trainer.step + steps, eval_every=0, save_every=0)
-    with (
-        tempfile.TemporaryDirectory() as folder,
-        _stopwatch(trainer, "_batch") as data,
-        _stopwatch(trainer, "_report") as metrics,
-        _stopwatch(trainer, "_look", wait=True) as looks,
-        _stopwatch(trainer, "_save") as saves,
-    ):
-        before = trainer.seconds
-        if not trainer.train(RunFolder(Path(folder))):
-            raise KeyboardInterrupt
-        whole = 1e3 * (trainer.seconds - before) / steps
-    trainer.model.train()  # its last act was to write a sample
-    bare += step_times(trainer, 10)
+    first_saves = _run_loop(trainer, max(1, steps // 5))[1]["_save"]
+    fresh, still = [], []
+    for _ in range(4):
+        fresh += step_times(trainer, max(1, steps // 10))
+        with _one_batch(trainer):
+            still += step_times(trainer, max(1, steps // 10))
+    bare = step_times(trainer, max(1, steps // 2))
+    whole, times = _run_loop(trainer, steps)
+    bare += step_times(trainer, max(1, steps // 2))
     step = statistics.median(bare)
+    looks, saves = times["_look"], times["_save"]
     parts = {
-        "data": sum(data) / steps,
-        "metrics": sum(metrics) / steps,
+        "data": statistics.median(fresh) - statistics.median(still),
+        "metrics": sum(times["_report"]) / steps,
         f"statistics, every {_STATS_EVERY} steps": statistics.mean(looks) / _STATS_EVERY if looks else None,
         f"checkpoint, every {_SAVE_EVERY} steps": statistics.mean(saves) / _SAVE_EVERY,
         "all of the loop but checkpoints": whole - step,
+        "a run's first checkpoint, once": statistics.mean(first_saves),
     }
     return [
-        {"what": what, "ms": ms, "part": ms / step} if ms is not None else {"what": what, "ms": None, "part": None}
+        {"what": what, "ms": ms, "part": None if ms is None or "once" in what else ms / step}
         for what, ms in parts.items()
     ]
+
+
+def _run_loop(trainer: Trainer, steps: int) -> tuple[float, dict[str, list[float]]]:
+    """Milliseconds a step of ``elman train``'s own loop, and of each call of what it calls beside steps."""
+    trainer.config = replace(trainer.config, steps=trainer.step + steps, eval_every=0, save_every=0)
+    before = trainer.seconds
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        _stopwatch(trainer, "_report") as metrics,
+        _stopwatch(trainer, "_look", wait=True) as looks,
+        _stopwatch(trainer, "_save", wait=True) as saves,
+    ):
+        if not trainer.train(RunFolder(Path(folder))):
+            raise KeyboardInterrupt
+    trainer.model.train()  # its last act was to write a sample
+    return 1e3 * (trainer.seconds - before) / steps, {"_report": metrics, "_look": looks, "_save": saves}
+
+
+@contextlib.contextmanager
+def _one_batch(trainer: Trainer) -> Iterator[None]:
+    """Inside the ``with`` block every step reads the same batch, which lies on the device."""
+    batch = trainer._batch()
+    trainer._batch = lambda: batch  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        del trainer._batch
 
 
 @contextlib.contextmanager
@@ -323,8 +348,11 @@ def overhead_table(rows: Sequence[Row]) -> str:
         values = [name]
         for row in apart:
             part = next((part for part in row.overheads if part["what"] == name), None)
-            known = part is not None and part["ms"] is not None
-            values += [f"{part['ms']:.3f}", f"{part['part']:.2%}"] if part is not None and known else ["-", "-"]
+            numbers = (None, None) if part is None else (part["ms"], part["part"])
+            values += [
+                "-" if number is None else f"{number:{form}}"
+                for number, form in zip(numbers, (".3f", ".2%"), strict=True)
+            ]
         lines.append("| " + " | ".join(values) + " |")
     return "\n".join(lines)
 

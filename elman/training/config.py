@@ -83,9 +83,9 @@ class TrainConfig:
     compile: Literal["auto", "on", "off"] = "auto"
     """Fuse what stands between the products by torch.compile before training starts, which is not charged to
     --time-limit. auto does on a GPU, where a C compiler is there."""
-    graph: Literal["auto", "on", "off"] = "off"
+    graph: Literal["auto", "on", "off"] = "auto"
     """Capture a whole step in a CUDA graph and replay it, so that the host keeps up however many kernels a step has.
-    auto does where a recurrence runs as a loop of launches. For AdamW on one GPU."""
+    auto does where a recurrence runs as a loop of launches, but not in fp16. For AdamW on one GPU."""
     eval_every: int = 500
     """Steps between evaluations on the held-out part; 0 evaluates only at the end."""
     eval_bytes: str = "1m"

@@ -123,7 +123,8 @@ def make_graph(config: TrainConfig, device: torch.device) -> StepGraph | None:
     Raises:
         UsageError: ``--graph on``, and it cannot be done.
     """
-    if config.graph == "off":
+    # A step that is captured in vain cannot be taken back with fp16's scaler, and auto must never end a run.
+    if config.graph == "off" or (config.graph == "auto" and config.precision == "fp16"):
         return None
     reason = why_not(config, device)
     if reason is not None and config.graph == "on":

@@ -201,8 +201,11 @@ class Trainer:
         """Kernels are chosen for a graph where steps will be captured."""
         return contextlib.nullcontext() if self.graph is None else choosing_for_graphs()
 
-    def backends(self, steps: int = 1) -> list[str]:
-        """What runs each mixer of the model, at this run's batch size, found out by a plain forward pass."""
+    def backends(self, steps: int = 2) -> list[str]:
+        """What runs each mixer of the model, at this run's batch size, found out by a plain forward pass.
+
+        Of one step some models run otherwise, as in generation.
+        """
         with record_backends() as backends, self._choices():
             self._forward_zeros(steps)
         if self.compiled and self.device.type == "cpu":
@@ -333,7 +336,7 @@ class Trainer:
             self.graph.capture(self._step_to_capture)
         except Exception as error:
             reason = first_line(error)
-            if self.config.graph == "on" or self.precision == "fp16":  # the scaler of fp16 is in the midst of a step
+            if self.config.graph == "on":
                 raise TrainingError(f"a step cannot be captured here ({reason}): give --graph off") from error
             say(self.console, f"not captured, so slower: a CUDA graph cannot hold a step here ({reason})")
             self.graph, self.carry.states = None, before

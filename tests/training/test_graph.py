@@ -60,7 +60,7 @@ def test_captured_steps_are_those_of_a_plain_run_bit_for_bit(
     changes: dict[str, Any],
 ) -> None:
     config = replace(config, steps=20, **changes)
-    start(replace(config, out=tmp_path / "plain"), mixers)
+    start(replace(config, graph="off", out=tmp_path / "plain"), mixers)
     assert not recorders
     _, output = start(replace(config, graph="on"), mixers)
     (recorder,) = recorders
@@ -74,7 +74,7 @@ def test_captured_steps_are_those_of_a_plain_run_bit_for_bit(
 def test_the_stand_in_would_notice_a_rate_that_the_host_keeps(
     config: TrainConfig, tmp_path: Path, recorders: list[TapeRecorder], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    start(replace(config, out=tmp_path / "plain"))
+    start(replace(config, graph="off", out=tmp_path / "plain"))
     monkeypatch.setattr("elman.training.optim.Optimizer._share_rate", lambda optimizer: None)
     start(replace(config, graph="on"))
     captured, plain = losses(config.out), losses(tmp_path / "plain")
@@ -85,7 +85,7 @@ def test_the_stand_in_would_notice_a_state_that_moves(
     config: TrainConfig, tmp_path: Path, recorders: list[TapeRecorder], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     config = replace(config, sampling="tbptt")
-    start(replace(config, out=tmp_path / "plain"))
+    start(replace(config, graph="off", out=tmp_path / "plain"))
     monkeypatch.setattr("elman.training.carry.Carry.settle", lambda carry, places: None)
     start(replace(config, graph="on"))
     captured, plain = losses(config.out), losses(tmp_path / "plain")
@@ -144,7 +144,7 @@ def test_what_cannot_be_captured_goes_on_plainly_or_ends_with_its_reason(
     config: TrainConfig, tmp_path: Path, recorders: list[TapeRecorder], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A step that asks its device for a number."""
-    start(replace(config, out=tmp_path / "plain", sampling="tbptt"))
+    start(replace(config, graph="off", out=tmp_path / "plain", sampling="tbptt"))
     accumulate = Trainer._accumulate_gradients
 
     def ask(trainer: Trainer) -> torch.Tensor:
@@ -254,7 +254,7 @@ def test_on_the_gpu_a_captured_run_has_the_losses_of_a_plain_one_bit_for_bit(
     config: TrainConfig, tmp_path: Path, mixer: MixerConfig, changes: dict[str, Any], compile_: Any
 ) -> None:
     config = replace(config, device="cuda", steps=40, dim=64, warmup=5, compile=compile_, **changes)
-    start(replace(config, out=tmp_path / "plain"), (mixer,))
+    start(replace(config, graph="off", out=tmp_path / "plain"), (mixer,))
     start(replace(config, graph="on"), (mixer,))
     assert losses(config.out) == losses(tmp_path / "plain")
     assert RunFolder(config.out).read_json("env.json")[0]["captured"] is True  # type: ignore[arg-type]
