@@ -9,6 +9,7 @@ with any operator; the loop over time is written once for all of them. Each cell
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -164,9 +165,12 @@ def _gru_backward(saved: Sequence[Tensor], h: Tensor, dh: Tensor, dmemory: Tenso
 
 
 def _power(v: Tensor, exponent: Tensor) -> Tensor:
-    """sign(c) |c|^α, c = v clamped to [−1, 1], α = 1 + softplus(exponent)."""
+    """sign(c) e (|c| / e)^α, c = v clamped to [−1, 1], α = 1 + softplus(exponent).
+
+    Its slope, α (|c| / e)^(α − 1), is at most α e^(1 − α), so at most 1 whatever α is.
+    """
     c = v.clamp(-1, 1)
-    return c.sgn() * c.abs().pow(1 + F.softplus(exponent))
+    return math.e * c.sgn() * (c.abs() / math.e).pow(1 + F.softplus(exponent))
 
 
 def _polynomial_forward(pre: Sequence[Tensor], rec: Sequence[Tensor], h: Tensor) -> tuple[Tensors, Tensors]:
@@ -182,10 +186,9 @@ def _polynomial_backward(
     dcandidate = dh * torch.sigmoid(d)
     candidate, more = _power(v, exponent), F.softplus(exponent)
     # At 0 the power and its slopes are 0, where the formulas' are 0 times infinity.
-    flat = (v == 0) | (v.abs() > 1)
-    size = torch.where(flat, 1, v.abs())
-    dv = torch.where(flat, 0, dcandidate * (1 + more) * size.pow(more))
-    dexponent = dcandidate * candidate * size.log() * torch.sigmoid(exponent)
+    part = torch.where(v == 0, 1, v.abs().clamp(max=1)) / math.e
+    dv = torch.where((v == 0) | (v.abs() > 1), 0, dcandidate * (1 + more) * part.pow(more))
+    dexponent = dcandidate * candidate * part.log() * torch.sigmoid(exponent)
     dd = dh * (candidate - h) * _sigmoid_derivative(d)
     return (dv, dd, dexponent), (dv,), dh * torch.sigmoid(-d)
 
@@ -299,7 +302,7 @@ CELLS: dict[str, Cell] = {
         ),
         Cell(
             "polynomial",
-            "h = (1 − δ) h + δ sign(c) |c|^α, c = clamp(pre₀ + rec, ±1), δ = σ(pre₁), α = 1 + softplus(pre₂)",
+            "h = (1 − δ) h + δ sign(c) e (|c| / e)^α, c = clamp(pre₀ + rec, ±1), δ = σ(pre₁), α = 1 + softplus(pre₂)",
             "Polynomial",
             _polynomial_forward,
             _polynomial_backward,

@@ -24,7 +24,7 @@ def tanh(v: Array, alpha: Array) -> Array:
 
 def clamped_power(v: Array, alpha: Array) -> Array:
     c = np.clip(v, -1, 1)
-    return np.sign(c) * np.abs(c) ** alpha
+    return np.sign(c) * np.e * (np.abs(c) / np.e) ** alpha
 
 
 def bounded_power(v: Array, alpha: Array) -> Array:

@@ -1,5 +1,7 @@
 """The reference recurrence against PyTorch's own layers, gradcheck, and its own contract."""
 
+import math
+
 import pytest
 import torch
 from torch import Tensor
@@ -72,7 +74,7 @@ def test_polynomial_is_its_equation_and_flat_beyond_one() -> None:
     for v, d, e in (pre_t.unbind(1) for pre_t in p.pre):
         c = (v + p.weight * h).clamp(-1, 1)
         rate = 1 / (1 + torch.exp(-d))
-        h = (1 - rate) * h + rate * c.sign() * c.abs() ** (1 + torch.log1p(torch.exp(e)))
+        h = (1 - rate) * h + rate * c.sign() * math.e * (c.abs() / math.e) ** (1 + torch.log1p(torch.exp(e)))
         outputs.append(h)
     torch.testing.assert_close(p.run("reference")[0], torch.stack(outputs))
     pre = torch.tensor([0.0, 0.5, 1.5, -1.5], dtype=torch.float64)
@@ -83,7 +85,18 @@ def test_polynomial_is_its_equation_and_flat_beyond_one() -> None:
         (gradient,) = torch.autograd.grad(h.sum(), given)
         assert gradient.isfinite().all()
         assert (gradient[0, 0, 0] != 0).tolist() == [False, True, False, False]
-        assert (gradient[0, 0, 2] != 0).tolist() == [False, True, False, False]
+        assert (gradient[0, 0, 2] != 0).tolist() == [False, True, True, True]
+
+
+def test_the_polynomial_never_stretches() -> None:
+    """Whatever its exponent: fed back to itself by a diagonal of 1 it neither grows nor lets gradients grow."""
+    v = torch.linspace(-2, 2, 401, dtype=torch.float64).expand(8, 401).clone().requires_grad_()
+    exponent = torch.linspace(-6, 30, 8, dtype=torch.float64).view(8, 1).expand(8, 401)
+    pre = torch.stack((v, torch.full_like(v, 50), exponent), dim=1).unsqueeze(0)
+    h, _ = recurrence(pre, torch.zeros(401, dtype=torch.float64), cell="polynomial")
+    (slope,) = torch.autograd.grad(h.sum(), v)
+    assert h.abs().max() <= 1
+    assert 0.99 < slope.max() <= 1
 
 
 @pytest.mark.parametrize("cell", FUSED_CELLS)

@@ -320,7 +320,8 @@ struct Gru {
   }
 };
 
-// h = (1 - δ) h + δ sign(c) |c|^α with c = clamp(v, ±1), δ = σ(d) and α = 1 + softplus(e): v, d, e.
+// h = (1 - δ) h + δ sign(c) e (|c| / e)^α with c = clamp(v, ±1), δ = σ(d) and α = 1 + softplus(a): v, d, a. The power's
+// slope is at most 1 whatever α is.
 struct Polynomial {
   static constexpr int kGates = 3, kProducts = 1, kStates = 1, kSaved = 3, kSlopes = 4;
   static constexpr bool kReadsMemory = true, kAdditive = true, kLogarithmic = false;
@@ -329,10 +330,16 @@ struct Polynomial {
   static __device__ __forceinline__ Real forward(const Real (&pre)[3], const Real (&rec)[1], Real& memory,
                                                  Real (&saved)[3]) {
     saved[0] = pre[0] + rec[0], saved[1] = pre[1], saved[2] = pre[2];
-    const Real alpha = exponent<Math>(saved[2]);
-    const Real size = Math::power(alpha * Math::log(at_most_one(fabs(saved[0]))));  // of 0 it is power(-infinity)
+    const Real log = exponent<Math>(saved[2]) * log_part<Math>(at_most_one(fabs(saved[0])));
+    const Real size = Math::power(Math::in_base(Real(1)) + log);  // of 0 it is power(-infinity)
     memory += sigmoid<Math>(saved[1]) * (copysign(size, saved[0]) - memory);
     return memory;
+  }
+
+  // log (x / e), to the base of Math.
+  template <class Math, class Real = typename Math::Real>
+  static __device__ __forceinline__ Real log_part(Real x) {
+    return Math::log(x) - Math::in_base(Real(1));
   }
 
   // 1 + softplus(e), in nats.
@@ -346,10 +353,9 @@ struct Polynomial {
     const Gate<Math> rate(saved[1]), bent(saved[2]);
     const Real size = fabs(saved[0]), more = Math::in_nats(softplus<Math>(Math::in_base(saved[2]), bent.e));
     // At 0 the power and its slopes are 0, where the formulas' are 0 times infinity.
-    const bool inside = !(size == Real(0) || size > Real(1));
-    const Real log = inside ? Math::log(size) : Real(0), root = Math::power(more * log);
-    const Real power = copysign(at_most_one(size) * root, saved[0]), steep = rate.open * root;
-    slope[0] = inside ? steep + more * steep : Real(0);
+    const Real cut = at_most_one(size), log = size == Real(0) ? Real(0) : log_part<Math>(cut);
+    const Real root = Math::power(more * log), power = copysign(cut * root, saved[0]), steep = rate.open * root;
+    slope[0] = size == Real(0) || size > Real(1) ? Real(0) : steep + more * steep;
     slope[1] = rate.slope * (power - memory);
     slope[2] = rate.open * power * Math::in_nats(log) * bent.open;
     slope[3] = rate.shut;
