@@ -85,7 +85,7 @@ class TrainConfig:
     --time-limit. auto does on a GPU, where a C compiler is there."""
     graph: Literal["auto", "on", "off"] = "auto"
     """Capture a whole step in a CUDA graph and replay it, so that the host keeps up however many kernels a step has.
-    auto does where a recurrence runs as a loop of launches, but not in fp16. For AdamW on one GPU."""
+    auto does where it can: for AdamW on one GPU, but not in fp16."""
     eval_every: int = 500
     """Steps between evaluations on the held-out part; 0 evaluates only at the end."""
     eval_bytes: str = "1m"

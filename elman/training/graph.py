@@ -1,7 +1,8 @@
 """A whole step of training as one CUDA graph: both passes, clipping, the optimiser, and what follows the weights.
 
-A graph is launched at once, however many kernels it holds, so that a step no longer waits for the host: what a model
-costs whose recurrence runs as a loop of launches, tens of thousands a step. It replays what was captured, on the same
+A graph is launched at once, however many kernels it holds, so that a step no longer waits for the host: what costs a
+small batch some of its speed, and most of it a model whose recurrence runs as a loop of launches, tens of thousands a
+step. It replays what was captured, on the same
 memory. So all that differs between steps must come from the device: the batch is copied into tensors that stay, the
 learning rate and the flag of a skipped step lie on the device, and a carried state is moved back to where it was read.
 """

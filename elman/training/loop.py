@@ -165,8 +165,6 @@ class Trainer:
             UsageError: ``--compile on``, and it cannot be done.
         """
         started = time.perf_counter()
-        if self.graph is not None and self.config.graph == "auto" and "loop" not in self.backends():
-            self.graph = None
         with self._choices():
             self._prepare()
         if self.device.type == "cuda" and self.statistics.every:

@@ -153,7 +153,6 @@ def test_what_cannot_be_captured_goes_on_plainly_or_ends_with_its_reason(
         return loss
 
     monkeypatch.setattr(Trainer, "_accumulate_gradients", ask)
-    monkeypatch.setattr(Trainer, "backends", lambda trainer, steps=1: ["loop"])
     code, output = start(replace(config, graph="auto", sampling="tbptt"))
     assert code == 0
     assert "not captured, so slower: a CUDA graph cannot hold a step here (RuntimeError: operation not" in output
@@ -162,18 +161,14 @@ def test_what_cannot_be_captured_goes_on_plainly_or_ends_with_its_reason(
         start(replace(config, out=tmp_path / "on", graph="on"))
 
 
-@pytest.mark.parametrize(("backend", "captures"), [("loop", True), ("persistent", False)])
-def test_auto_captures_loops_of_launches(
-    config: TrainConfig,
-    recorders: list[TapeRecorder],
-    monkeypatch: pytest.MonkeyPatch,
-    backend: str,
-    captures: bool,
-) -> None:
-    monkeypatch.setattr(Trainer, "backends", lambda trainer, steps=1: [backend])
-    _, output = start(replace(config, graph="auto"))
-    assert sum(recorder.recorded for recorder in recorders) == captures
-    assert (", captured" in output) == captures
+def test_auto_captures_where_it_can(config: TrainConfig, recorders: list[TapeRecorder]) -> None:
+    """Not in fp16, where a capture that fails could not be taken back."""
+    for precision, captures in (("fp32", True), ("fp16", False)):
+        recorders.clear()
+        out = config.out.with_name(precision)  # type: ignore[union-attr]
+        _, output = start(replace(config, out=out, precision=precision, graph="auto"))  # type: ignore[arg-type]
+        assert sum(recorder.recorded for recorder in recorders) == captures
+        assert (", captured" in output) == captures
 
 
 @pytest.mark.parametrize(
@@ -231,7 +226,7 @@ def test_kernels_are_chosen_for_graphs_before_there_is_one(
     start(replace(config, graph="on"))
     assert seen["step"] == {True}
     assert seen["evaluate"] == {False}
-    start(replace(config, out=config.out.with_name("plain")))  # type: ignore[union-attr]
+    start(replace(config, graph="off", out=config.out.with_name("plain")))  # type: ignore[union-attr]
     assert seen["step"] == {True, False}
 
 
