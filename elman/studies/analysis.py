@@ -242,17 +242,17 @@ def _ranking(comparison: Comparison) -> list[str]:
     def by_how_much(other: Group) -> str:
         found = of_best[other.label]
         interval = f"{found.low:.4f} to {found.high:.4f}"
-        return f"{other.label} by {found.nats:.4f} nats (95% interval {interval}, p {_p(found.adjusted)})"
+        return f"{other.label} ({found.nats:.4f} nats behind, 95% interval {interval}, p {_p(found.adjusted)})"
 
     if supported:
         lines.append(f"More than chance between seeds can explain, it is below {_words(map(by_how_much, supported))}.")
     if unclear:
         lines.append(
-            f"The seeds do not tell it from {_words(map(by_how_much, unclear))}: no claim is made there, one way or "
-            f"the other."
+            f"The seeds do not tell it apart from {_words(map(by_how_much, unclear))}: no claim is made there, one way "
+            f"or the other."
         )
     if untested:
-        gaps = _words(f"{other.label} (by {of_best[other.label].nats:.4f} nats)" for other in untested)
+        gaps = _words(f"{other.label} ({of_best[other.label].nats:.4f} nats behind)" for other in untested)
         lines.append(
             f"It is below {gaps} in these runs alone: with one seed a row, or seeds that all gave the same, no test "
             f"can say whether other seeds would agree."
@@ -272,6 +272,15 @@ def _caveats(comparison: Comparison, records: Sequence[Record]) -> list[str]:
         )
     else:
         lines.append(f"This is a statement about equal {_KINDS[kind]}; it says nothing of equal wall-clock.")
+    devices = sorted({record.device for record in records})
+    if kind != "time" and len(devices) > 1:
+        lines.append(f"The runs are of unequal devices ({'; '.join(devices)}): their speeds do not compare.")
+    for what, of in (("commits of elman", "git_commit"), ("versions of torch", "torch")):
+        values = {
+            str(session.get(of) or (session.get("packages") or {}).get(of)) for r in records for session in r.sessions
+        }
+        if len(values) > 1:
+            lines.append(f"The runs are of several {what} ({', '.join(sorted(values))}), which may compute otherwise.")
     if any(not session.get("gpu") for record in records for session in record.sessions):
         lines.append(
             "The runs are of a CPU, where every model runs in plain PyTorch: their speed, and so what they reach in a "
@@ -343,10 +352,10 @@ def sweep_remarks(sweep: Sequence[Record], finals: Sequence[Record]) -> list[str
     """Rows whose learning rate was the lowest or highest of the sweep, beyond which a better one may lie."""
     tried: dict[str, set[float]] = {}
     for record in sweep:
-        tried.setdefault(record.label, set()).add(record.lr)
+        tried.setdefault(record.run, set()).add(record.lr)
     lines = []
-    for label in dict.fromkeys(record.label for record in finals):
-        chosen = {record.lr for record in finals if record.label == label}
+    for label in dict.fromkeys(record.run for record in finals):
+        chosen = {record.lr for record in finals if record.run == label}
         rates = tried.get(label, set())
         for rate in sorted(chosen):
             if len(rates) > 1 and rate in (min(rates), max(rates)):

@@ -37,7 +37,8 @@ def run_study(options: RunStudy, console: Console) -> int:
     plan = _plan(options, study, console)
     device = resolve_device(options.device) if options.launcher == "local" else torch.device("cuda")
     if options.dry_run:
-        show_plan(plan, _jobs(options, device), device.type, console)
+        jobs = len(_slots(options, device)) if options.launcher == "local" else options.jobs or 1
+        show_plan(plan, jobs, device.type, console)
         return 0
     code = run_plan(plan, _launcher(options, plan, device), console)
     say(console, f"report: elman study report {options.study}" + _place(options, plan))
@@ -88,22 +89,20 @@ def _budget(options: RunStudy, study: Study) -> Budget:
     return Budget(kind, given[kind]()) if given else study.budget_of(kind)
 
 
-def _jobs(options: RunStudy, device: torch.device) -> int:
+def _slots(options: RunStudy, device: torch.device) -> list[str | None]:
+    """Where jobs run on this machine: a GPU each, unless one device is named."""
     if options.jobs is not None and options.jobs < 1:
         raise UsageError(f"--jobs {options.jobs} is out of range: give a number of at least 1")
-    if options.launcher == "slurm":
-        return options.jobs or 1
-    return len(gpu_slots(torch.cuda.device_count() if device.type == "cuda" else 0, options.jobs))
+    every_gpu = device.type == "cuda" and device.index is None
+    return gpu_slots(torch.cuda.device_count() if every_gpu else 0, options.jobs)
 
 
 def _launcher(options: RunStudy, plan: Plan, device: torch.device) -> Launcher:
-    _jobs(options, device)
-    logs = plan.folder / "logs"
+    logs = (plan.folder / "logs").absolute()
     if options.launcher == "local":
         if options.slurm:
             raise UsageError("--slurm is of no use to --launcher local: drop it, or give --launcher slurm")
-        count = torch.cuda.device_count() if device.type == "cuda" and device.index is None else 0
-        return LocalLauncher(gpu_slots(count, options.jobs), logs)
+        return LocalLauncher(_slots(options, device), logs)
     parameters: dict[str, Any] = {}
     for word in options.slurm:
         name, equals, value = word.partition("=")

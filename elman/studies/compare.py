@@ -101,8 +101,10 @@ def _settings(records: list[Record]) -> list[tuple[str, list[str]]]:
 def _facts(record: Record) -> dict[str, str]:
     facts: dict[str, str] = {}
     if record.config is not None and record.model is not None:
-        facts = {"model": record.model.pattern, "width × depth": f"{record.model.dim} × {record.model.depth}"}
-        facts |= {name: str(value) for name, value in settings(record).items() if name != "model"}
+        facts = {
+            "model": record.model.pattern,
+        }
+        facts |= {name: str(value) for name, value in settings(record).items()}
         facts["seed"] = str(record.config.seed)
         facts["data"] = str(record.config.data)
     for session in record.sessions[-1:]:

@@ -39,6 +39,8 @@ def most_memory(model: ModelConfig, batch_size: int, seq_len: int, bf16: bool) -
         with torch.device("meta"):
             plain = LanguageModel(part)
         plain = plain.to_empty(device="cpu").train()
+        for tensor in (*plain.parameters(), *plain.buffers()):
+            tensor.detach().zero_()  # places in tables are read from some of them
         kept = []
         for steps in (4, 8):
             tokens = torch.zeros(2, steps + 1, dtype=torch.long)

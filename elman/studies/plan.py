@@ -32,7 +32,7 @@ from elman.training.config import TrainConfig
 from elman.training.run import RunFolder
 
 #: Options of ``elman train`` that change neither what a run computes nor how fast it trains, or that the model tells.
-_NOT_IDENTITY = frozenset(
+NOT_IDENTITY = frozenset(
     ("model", "params", "dim", "depth", "data", "out", "resume", "device", "workers", "eval_every", "save_every",
      "profile", "stats_every", "tensorboard", "wandb")
 )  # fmt: skip
@@ -50,7 +50,7 @@ def identity(config: TrainConfig, model: ModelConfig, fingerprint: str) -> str:
     train = {
         name: value
         for name, value in vars(config).items()
-        if name not in _NOT_IDENTITY and value != defaults.get(name, dataclasses.MISSING)
+        if name not in NOT_IDENTITY and value != defaults.get(name, dataclasses.MISSING)
     }
     shape: dict[str, Any] = model.to_dict()
     for options in shape["mixers"]:
@@ -79,6 +79,7 @@ class Plan:
         device: as for ``elman train``; None where the runs go to other machines.
         batches: each run's batch, where the study holds memory equal and they have been found.
         only: names of the runs to train now; all if empty.
+        refusals: runs that are refused beside those whose size or path is wrong, and why.
     """
 
     study: Study
@@ -89,6 +90,7 @@ class Plan:
     device: str | None = "auto"
     batches: Mapping[str, int] = field(default_factory=dict)
     only: frozenset[str] = frozenset()
+    refusals: Mapping[str, str] = field(default_factory=dict)
 
     @functools.cached_property
     def fingerprint(self) -> str:
@@ -106,6 +108,8 @@ class Plan:
         return [row for row in self.rows if row.model is not None and (not self.only or row.run.name in self.only)]
 
     def _size(self, run: Run) -> Row:
+        if run.name in self.refusals:
+            return Row(run, refused=self.refusals[run.name])
         vocabulary = open_vocabulary(self.study.options(run).get("tokenizer"))
         try:
             model = self.study.model(run, vocabulary.size)
@@ -134,7 +138,7 @@ class Plan:
         digest = identity(config, row.model, self.fingerprint)
         budget = self.budget.part(part)
         name = f"{slug(row.run.name)}-{budget.short}-lr{lr:g}-seed{seed}-{digest}"
-        folder = self.folder / ("sweep" if role == "sweep" else "runs") / name
+        folder = self.folder.absolute() / ("sweep" if role == "sweep" else "runs") / name
         facts = {**self.facts, "role": role, "run": row.run.name, "identity": digest,
                  "series": row.run.series or row.run.model, "target_params": self.study.target(row.run)}  # fmt: skip
         return TrainJob(f"{row.run.name}, lr {lr:g}, seed {seed}", replace(config, out=folder), row.model, facts)

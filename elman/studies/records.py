@@ -16,7 +16,7 @@ from typing import Any
 from elman.errors import UsageError
 from elman.model import ModelConfig
 from elman.sizing import TOLERANCE, flops_per_token, num_params
-from elman.studies.plan import identity
+from elman.studies.plan import NOT_IDENTITY, identity
 from elman.training.config import TrainConfig
 from elman.training.run import RunFolder
 from elman.units import bits, format_count, format_duration
@@ -56,6 +56,11 @@ class Record:
     summary: dict[str, Any] = field(default_factory=dict)
     sessions: list[dict[str, Any]] = field(default_factory=list)
     rows: list[dict[str, Any]] = field(default_factory=list)
+
+    @property
+    def run(self) -> str:
+        """The study's name for it."""
+        return str(self.facts.get("run", self.label))
 
     @property
     def series(self) -> str:
@@ -283,25 +288,29 @@ def _looks_like_run(path: Path) -> bool:
 
 
 def name_apart(records: Sequence[Record]) -> None:
-    """Give runs that are of no study and differ in more than the seed labels that differ, by their options."""
-    own = [record for record in records if "run" not in record.facts and record.config and record.model]
-    by_label: dict[str, list[Record]] = {}
-    for record in own:
-        by_label.setdefault(record.label, []).append(record)
-    for same in by_label.values():
-        values = [settings(record) for record in same]
-        names = sorted(set().union(*values))
-        telling = [name for name in names if len({str(options.get(name)) for options in values}) > 1]
-        for record, options in zip(same, values, strict=True):
-            record.label += "".join(f", {name.rpartition('.')[2]} {options.get(name)}" for name in telling)
+    """Give runs of one label and budget that differ in more than the seed labels that differ, by what they differ in.
+
+    Such are runs of no study; and those of a study that was run again after it was changed.
+    """
+    alike: dict[tuple[object, ...], list[Record]] = {}
+    for record in records:
+        if record.config is not None and record.model is not None:
+            alike.setdefault((record.label, record.budget), []).append(record)
+    for same in alike.values():
+        found = [settings(record) for record in same]
+        names = list(dict.fromkeys(name for values in found for name in values))
+        telling = [name for name in names if len({str(values.get(name)) for values in found}) > 1]
+        for record, values in zip(same, found, strict=True):
+            record.label += "".join(f", {name.rpartition('.')[2]} {values.get(name)}" for name in telling)
 
 
 def settings(record: Record) -> dict[str, Any]:
-    """The options of training and of the mixers (by their place, ``0.gate``), seed, size and place left out."""
+    """What a run computes, its seed left out: options of training, the model's size, and its mixers' (``0.gate``)."""
     assert record.config is not None
     assert record.model is not None
-    ignored = {"seed", "out", "resume", "data", "device", "params", "dim", "depth"}
-    options = {name: value for name, value in vars(record.config).items() if name not in ignored}
+    left_out = NOT_IDENTITY | {"seed"}
+    values = {name: value for name, value in vars(record.config).items() if name not in left_out}
+    values |= {"width": record.model.dim, "depth": record.model.depth}
     for i, mixer in enumerate(record.model.mixers):
-        options |= {f"{i}.{name}": value for name, value in asdict(mixer).items()}
-    return options
+        values |= {f"{i}.{name}": value for name, value in asdict(mixer).items()}
+    return values

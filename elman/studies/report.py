@@ -54,13 +54,21 @@ class Picture:
 
 
 @dataclass(frozen=True)
+class Table:
+    """Columns, and rows of as many words."""
+
+    columns: list[str]
+    rows: list[list[str]]
+
+
+@dataclass(frozen=True)
 class Section:
     """A comparison as the page shows it."""
 
     title: str
-    columns: list[str]
-    rows: list[list[str]]
     verdict: list[str]
+    results: Table
+    costs: Table
     pictures: list[Picture]
 
 
@@ -77,8 +85,7 @@ class Report:
     sections: list[Section] = field(default_factory=list)
     across: list[Picture] = field(default_factory=list)
     laws: list[str] = field(default_factory=list)
-    sweep_columns: list[str] = field(default_factory=list)
-    sweep: list[list[str]] = field(default_factory=list)
+    sweep: Table | None = None
     sweep_remarks: list[str] = field(default_factory=list)
     left_out: list[tuple[str, str]] = field(default_factory=list)
     remarks: list[tuple[str, str]] = field(default_factory=list)
@@ -117,7 +124,7 @@ def make_report(paths: Sequence[Path]) -> Report:
         UsageError: no such folder, no runs in it, or runs of several studies.
     """
     records = [read_run(path) for path in run_folders(paths)]
-    name_apart(records)
+    name_apart([record for record in records if not record.is_sweep])
     studies = sorted({str(record.facts["study"]) for record in records if "study" in record.facts})
     if len(studies) > 1:
         raise UsageError(f"RUN: these runs are of several studies ({', '.join(studies)}): report one at a time")
@@ -128,7 +135,8 @@ def make_report(paths: Sequence[Path]) -> Report:
     finals = [record for record in records if not record.is_sweep]
     comparisons = compare(finals)
     good = [record for record in finals if not record.problems]
-    styles = figures.Styles([record.label for record in good])
+    planned = [] if newest is None else [str(label) for label in newest.facts.get("planned", [])]
+    styles = figures.Styles([*planned, *(record.label for record in good)])
     for number, comparison in enumerate(comparisons, 1):
         report.sections.append(_section(comparison, number, styles, several=len(comparisons) > 1))
     if newest is not None and newest.facts.get("axis"):
@@ -159,7 +167,7 @@ def _tell_study(report: Report, facts: dict[str, Any], records: Sequence[Record]
     budgets = {record.budget for record in records if record.facts.get("budget")}
     for budget in sorted(budgets):
         of_budget = [r for r in records if r.facts.get("budget") and r.budget == budget and not r.is_sweep]
-        there = {(record.label, record.seed) for record in of_budget}
+        there = {(record.run, record.seed) for record in of_budget}
         behind = f" at equal {budget[0]}" if len(budgets) > 1 else ""
         for label in facts.get("planned", []):
             missing = [seed for seed in facts.get("seeds", []) if (label, seed) not in there]
@@ -168,17 +176,17 @@ def _tell_study(report: Report, facts: dict[str, Any], records: Sequence[Record]
                 report.left_out.append((str(label), f"planned{behind}, and not there: seed {seeds}"))
 
 
-_COLUMNS = [
-    "run", "width × depth", "parameters", "batch", "lr", "seeds", "steps", "tokens", "last 100, nats/token",
-    "held out, nats/byte", "bits/byte", "behind the best", "p", "tokens/s", "MFU", "peak memory", "training FLOPs",
-    "trained, s", "start-up, s",
-]  # fmt: skip
+_RESULTS = ["run", "width × depth", "parameters", "batch", "lr", "seeds", "last 100, nats/token",
+            "held out, nats/byte", "bits/byte", "behind the best", "p"]  # fmt: skip
+_COSTS = ["run", "steps", "tokens", "training FLOPs", "trained, s", "start-up, s", "tokens/s", "MFU", "peak memory",
+          "state"]  # fmt: skip
 
 
 def _section(comparison: Comparison, number: int, styles: figures.Styles, several: bool) -> Section:
     ranked = comparison.ranked
     from_best = {d.worse.label: d for d in comparison.differences() if d.better is ranked[0]}
-    rows = [_row(group, from_best.get(group.label)) for group in ranked]
+    results = Table(_RESULTS, [_result(group, from_best.get(group.label)) for group in ranked])
+    costs = Table(_COSTS, [_cost(group) for group in ranked])
     title = f"At {comparison.budget} a run"
     if comparison.target is not None:
         title += f", {format_count(comparison.target)} parameters"
@@ -194,10 +202,10 @@ def _section(comparison: Comparison, number: int, styles: figures.Styles, severa
             figures.curves(comparison, styles, unit),
         ),
     ]
-    return Section(title, _COLUMNS, rows, verdict(comparison), pictures)
+    return Section(title, verdict(comparison), results, costs, pictures)
 
 
-def _row(group: Group, behind: Difference | None) -> list[str]:
+def _result(group: Group, behind: Difference | None) -> list[str]:
     first = group.records[0]
     spread = group.spread
     assert first.model is not None
@@ -208,19 +216,26 @@ def _row(group: Group, behind: Difference | None) -> list[str]:
         str(first.summary["batch_size"]),
         ", ".join(_rate(rate) for rate in sorted({record.lr for record in group.records})),
         str(len(group.records)),
-        _mean(group, "steps", lambda value: f"{value:,.0f}"),
-        _mean(group, "tokens", format_count),
         _mean(group, "last_100_loss", lambda value: f"{value:.4f}"),
         f"{group.mean:.4f}" + ("" if spread is None else f" ± {spread:.4f}"),
         f"{bits(group.mean):.4f}" + ("" if spread is None else f" ± {bits(spread):.4f}"),
         "" if behind is None else f"{behind.nats:.4f}",
         "" if behind is None or behind.adjusted is None else _p(behind.adjusted),
-        _mean(group, "tokens_per_second", format_count),
-        _mean(group, "mfu", lambda value: f"{value:.1%}"),
-        _mean(group, "peak_memory_bytes", format_bytes),
+    ]
+
+
+def _cost(group: Group) -> list[str]:
+    return [
+        group.label,
+        _mean(group, "steps", lambda value: f"{value:,.0f}"),
+        _mean(group, "tokens", format_count),
         f"{group.average(lambda record: record.train_flops):.3g}",
         _mean(group, "train_seconds", lambda value: f"{value:,.1f}"),
         f"{group.average(lambda record: record.start_up_seconds):.1f}",
+        _mean(group, "tokens_per_second", format_count),
+        _mean(group, "mfu", lambda value: f"{value:.1%}"),
+        _mean(group, "peak_memory_bytes", format_bytes),
+        _mean(group, "state_size", format_count),
     ]
 
 
@@ -262,15 +277,16 @@ def _tell_sweep(report: Report, sweep: Sequence[Record], finals: Sequence[Record
         return
     chosen: dict[str, set[float]] = {}
     for record in finals:
-        chosen.setdefault(record.label, set()).add(record.lr)
-    report.sweep_columns = ["run", "learning rate", "budget", "last 100, nats/token", "steps skipped", ""]
+        chosen.setdefault(record.run, set()).add(record.lr)
+    columns = ["run", "learning rate", "budget", "last 100, nats/token", "steps skipped", ""]
+    report.sweep = Table(columns, [])
     for record in sorted(sweep, key=lambda record: (record.label, record.budget, record.lr)):
         if record.problems:
             continue
         budget = Budget(record.budget[0], record.budget[1]).part(record.facts["sweep_part"])  # type: ignore[arg-type]
-        used = "chosen" if record.lr in chosen.get(record.label, ()) else ""
+        used = "chosen" if record.lr in chosen.get(record.run, ()) else ""
         loss, skipped = f"{record.last_100:.4f}", str(record.summary.get("skipped_steps", 0))
-        report.sweep.append([record.label, _rate(record.lr), str(budget), loss, skipped, used])
+        report.sweep.rows.append([record.label, _rate(record.lr), str(budget), loss, skipped, used])
     report.sweep_remarks = sweep_remarks(sweep, finals)
     report.sweep_remarks += uneven_speeds([record for record in sweep if not record.problems])
 

@@ -64,17 +64,15 @@ def find_batches(plan: Plan, launcher: Launcher, console: Console, tally: Tally)
     """The plan with each run's largest batch that fits the study's memory; those without one are refused."""
     probes = {row.run.name: probe(plan, row) for row in plan.accepted}
     wanted = [job for job in probes.values() if job.found() is None]
-    complaints = _launch(wanted, launcher, console, "batches")
-    tally.complaints += complaints
-    batches = {name: job.found() for name, job in probes.items()}
-    found = {name: batch for name, batch in batches.items() if batch is not None}
-    found_plan = replace(plan, batches=found)
-    # Rows are worked out anew for each plan: those without a batch are refused in this one.
-    found_plan.__dict__["rows"] = [
-        row if row.model is None or row.run.name in found else Row(row.run, refused="no batch fits the study's memory")
-        for row in plan.rows
-    ]
-    return found_plan
+    tally.complaints += _launch(wanted, launcher, console, "batches")
+    return with_batches(plan, [name for name, job in probes.items() if job.found() is None])
+
+
+def with_batches(plan: Plan, without: Sequence[str] = ()) -> Plan:
+    """The plan with the batches that have been found; ``without`` are the runs of which none fits."""
+    found = {row.run.name: probe(plan, row).found() for row in plan.accepted}
+    batches = {name: batch for name, batch in found.items() if batch is not None}
+    return replace(plan, batches=batches, refusals=dict.fromkeys(without, "no batch fits the study's memory"))
 
 
 def probe(plan: Plan, row: Row) -> ProbeJob:
@@ -177,9 +175,12 @@ def _outcome(job: TrainJob | ProbeJob) -> str:
 def show_plan(plan: Plan, launcher_jobs: int, device_type: str, console: Console) -> None:
     """The table of a dry run: every row with its size, its end, and about how long and how much memory."""
     study = plan.study
+    if study.memory is not None:
+        plan = with_batches(plan)
     table = Table(title=f"{study.name}: {plan.budget} a run", title_justify="left")
-    for column in ("run", "size", "parameters", "batch", "steps", "time", "memory", "done"):
-        table.add_column(column, justify="left" if column == "run" else "right", no_wrap=column != "run")
+    table.add_column("run", min_width=min(16, max(len(row.run.name) for row in plan.rows)))
+    for column in ("model", "batch", "each", "memory", "done"):
+        table.add_column(column, justify="right", no_wrap=column in ("model", "done"))
     rates = chosen_rates(plan)
     finals = plan.final_jobs(rates)
     total = 0.0
@@ -200,12 +201,17 @@ def show_plan(plan: Plan, launcher_jobs: int, device_type: str, console: Console
             memory = _memory(row, config.batch_size, config.seq_len, device_type, measured)
         states = [job_state(job)[0] for job in finals if job.facts["run"] == row.run.name]
         off = "" if target is None else f" ({params / target - 1:+.1%})"
-        about = "" if measured is not None or config.steps is None else "~"
+        each = format_duration(seconds)
+        if config.steps is not None:
+            each = f"{config.steps:,} steps, {'~' if measured is None else ''}{each}"
         table.add_row(
-            row.run.name, f"{row.model.dim} × {row.model.depth}", f"{format_count(params)}{off}", batch,
-            f"{config.steps:,}" if config.steps else "by time", f"{about}{format_duration(seconds)}", memory,
+            row.run.name,
+            f"{row.model.dim} × {row.model.depth}\n{format_count(params)}{off}",
+            batch,
+            each,
+            memory,
             f"{states.count('done')}/{len(study.seeds)}",
-        )  # fmt: skip
+        )
     console.print(table)
     for row in plan.rows:
         if row.refused is not None:
