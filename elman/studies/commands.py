@@ -40,7 +40,7 @@ def run_study(options: RunStudy, console: Console) -> int:
         jobs = len(_slots(options, device)) if options.launcher == "local" else options.jobs or 1
         show_plan(plan, jobs, device.type, console)
         return 0
-    code = run_plan(plan, _launcher(options, plan, device), console)
+    code = run_plan(plan, _launcher(options, plan, device), console, options.keep)
     say(console, f"report: elman study report {options.study}" + _place(options, plan))
     return code
 

@@ -51,6 +51,8 @@ class RunStudy:
     """This machine, or a Slurm cluster by submitit (pip install submitit)."""
     slurm: tuple[str, ...] = ()
     """Parameters of submitit, such as slurm_partition=gpu slurm_account=me."""
+    keep: Literal["all", "finals", "none"] = "finals"
+    """Whose checkpoints stay once a run is finished: finals leaves out the sweep's, which take as much room."""
     dry_run: bool = False
     """Show the plan with its sizes, times and memory, and run nothing."""
 

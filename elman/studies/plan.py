@@ -27,7 +27,7 @@ from elman.errors import UsageError
 from elman.mixers import mixer_config
 from elman.model import ModelConfig
 from elman.studies.job import TrainJob
-from elman.studies.study import Budget, Run, Scale, Study, slug
+from elman.studies.study import SWEEP_SEED, Budget, Run, Scale, Study, slug
 from elman.training.config import TrainConfig
 from elman.training.run import RunFolder
 
@@ -170,7 +170,7 @@ class Plan:
         rates = self.study.learning_rates
         if len(rates) == 1:
             return []
-        return [self.job(row, "sweep", rate, self.study.sweep_seed) for row in self.accepted for rate in rates]
+        return [self.job(row, "sweep", rate, SWEEP_SEED) for row in self.accepted for rate in rates]
 
     def final_jobs(self, rates: Mapping[str, float]) -> list[TrainJob]:
         """Those that are compared, of the runs whose rate is known; seed by seed, so that all models get on alike."""

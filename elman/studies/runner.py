@@ -6,11 +6,12 @@ What it knows it reads from the run folders each time, so it can be stopped and 
 from __future__ import annotations
 
 import math
+import shutil
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TypeVar
+from typing import Literal, TypeVar
 
 from rich.console import Console
 from rich.table import Table
@@ -30,6 +31,7 @@ _ASSUMED_FLOPS = {"cuda": 1e14, "cpu": 2e10}
 #: Seconds of a run that are not training: starting, compiling, evaluation, saving. Rough.
 _ASSUMED_START = {"cuda": 60.0, "cpu": 10.0}
 
+Keep = Literal["all", "finals", "none"]
 J = TypeVar("J", TrainJob, ProbeJob)
 
 
@@ -42,18 +44,21 @@ class Tally:
     complaints: list[str] = field(default_factory=list)
 
 
-def run_plan(plan: Plan, launcher: Launcher, console: Console) -> int:
-    """Run what is not done yet. Returns 0, or 1 where a run was refused, failed or could not be touched."""
+def run_plan(plan: Plan, launcher: Launcher, console: Console, keep: Keep = "finals") -> int:
+    """Run what is not done yet. Returns 0, or 1 where a run was refused, failed or could not be touched.
+
+    ``keep``: whose checkpoints stay once a run is finished.
+    """
     tally = Tally()
     tally.complaints += [f"{row.run.name} is refused: {row.refused}" for row in plan.rows if row.refused is not None]
     if plan.study.memory is not None:
         plan = find_batches(plan, launcher, console, tally)
-    _train(plan.sweep_jobs(), launcher, console, tally, "learning rates")
+    _train(plan.sweep_jobs(), launcher, console, tally, "learning rates", keep == "all")
     rates = chosen_rates(plan)
     for row in plan.accepted:
         if row.run.name not in rates:
             tally.complaints.append(f"{row.run.name} has no learning rate: no run of its sweep reached its end")
-    _train(plan.final_jobs(rates), launcher, console, tally, "runs")
+    _train(plan.final_jobs(rates), launcher, console, tally, "runs", keep != "none")
     say(console, f"{tally.finished} finished, {tally.done_before} were done before")
     for complaint in tally.complaints:
         say(console, complaint)
@@ -120,26 +125,41 @@ def _may_go_on(record: Record) -> bool:
     return not (rows and "skipped" in rows[-1])
 
 
-def _train(jobs: Sequence[TrainJob], launcher: Launcher, console: Console, tally: Tally, what: str) -> None:
+def _train(jobs: Sequence[TrainJob], launcher: Launcher, console: Console, tally: Tally, what: str, keep: bool) -> None:
     """Those of the jobs that are new or were cut."""
     wanted = []
     for job in jobs:
         state, why = job_state(job)
         if state == "done":
             tally.done_before += 1
+            if not keep:
+                _forget_checkpoints(job)
         elif state in ("new", "cut"):
             if state == "cut":
                 say(console, f"{job.label}: going on with {job.folder}")
             wanted.append(job)
         else:
             tally.complaints.append(f"{job.label} is left alone: {why}")
-    complaints = _launch(wanted, launcher, console, what)
+    complaints = _launch(wanted, launcher, console, what, _nothing if keep else _forget_checkpoints)
     tally.finished += len(wanted) - len(complaints)
     tally.complaints += complaints
 
 
-def _launch(jobs: Sequence[J], launcher: Launcher, console: Console, what: str) -> list[str]:
-    """Run jobs, a line for each that ends. Returns what to say of those that failed."""
+def _nothing(job: object) -> None:
+    pass
+
+
+def _forget_checkpoints(job: TrainJob) -> None:
+    shutil.rmtree(RunFolder(job.folder).checkpoints, ignore_errors=True)
+
+
+def _launch(
+    jobs: Sequence[J], launcher: Launcher, console: Console, what: str, finished: Callable[[J], None] = _nothing
+) -> list[str]:
+    """Run jobs, a line for each that ends, and ``finished`` for each that ends well.
+
+    Returns what to say of those that failed.
+    """
     complaints: list[str] = []
     if not jobs:
         return complaints
@@ -153,6 +173,7 @@ def _launch(jobs: Sequence[J], launcher: Launcher, console: Console, what: str) 
         head = f"[{ended}/{len(jobs)}, {format_duration(left)} left] {job.label}: "
         if code == 0:
             say(console, head + _outcome(job))
+            finished(job)
         else:
             how = "was stopped and saved; run the study again to go on" if code == 130 else f"failed: {line}"
             say(console, head + how)

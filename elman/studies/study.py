@@ -37,6 +37,9 @@ _VARIABLE = _SHARED | {"params"}
 #: Those of them that are told as they are.
 _TRAINING = ("optimizer", "schedule", "warmup", "weight_decay", "grad_clip", "precision", "sampling")
 
+#: The seed of every sweep: the same whatever seeds a study has, which may be more another day, and none of theirs.
+SWEEP_SEED = 1000
+
 T = TypeVar("T")
 
 
@@ -191,6 +194,8 @@ class Study:
         _check_distinct(self, "learning rate", self.learning_rates)
         if not self.seeds or not self.learning_rates:
             raise self._wrong("it needs at least one of seeds and one of learning_rates")
+        if SWEEP_SEED in self.seeds:
+            raise self._wrong(f"seed {SWEEP_SEED} is that of the sweep: give another")
         if not 0 < self.sweep_part <= 1:
             raise self._wrong(f"sweep_part {self.sweep_part} is out of range: give a number above 0 and up to 1")
         for option in self.train:
@@ -288,11 +293,6 @@ class Study:
             lines.append(f"learning rate: {rates}")
         lines.append(f"seeds: {', '.join(map(str, self.seeds))}, which fix the weights and the order of the data")
         return lines
-
-    @property
-    def sweep_seed(self) -> int:
-        """The seed of the sweep's runs: none of the study's own."""
-        return 1 + max(self.seeds)
 
 
 def slug(name: str) -> str:

@@ -27,7 +27,7 @@ from elman.studies.memory import largest_batch, measured_memory, most_memory
 from elman.studies.plan import Plan, identity, job_state, slow_path
 from elman.studies.records import read_run
 from elman.studies.runner import chosen_rates, run_plan, show_plan
-from elman.studies.study import Budget, Run, Scale, Study
+from elman.studies.study import SWEEP_SEED, Budget, Run, Scale, Study
 from elman.training.config import TrainConfig
 from elman.training.run import RunFolder
 
@@ -83,7 +83,8 @@ def test_a_study_is_swept_run_skipped_and_reported(tmp_path: Path, text: Path) -
     for path in (tmp_path / "toy" / "sweep").iterdir():
         record = read_run(path)
         assert record.problems == []
-        assert record.seed == 2
+        assert record.seed == SWEEP_SEED
+        assert not (path / "checkpoints").exists()
         assert record.summary["steps"] == 2
         better = [read_run(other) for other in path.parent.iterdir()]
         best = min((r for r in better if r.label == record.label), key=lambda r: r.last_100)
@@ -92,6 +93,7 @@ def test_a_study_is_swept_run_skipped_and_reported(tmp_path: Path, text: Path) -
     assert sorted((r.label, r.seed, r.summary["steps"]) for r in finals) == [
         ("E1", 0, 8), ("E1", 1, 8), ("soft sign", 0, 8), ("soft sign", 1, 8),
     ]  # fmt: skip
+    assert all((r.path / "checkpoints").is_dir() for r in finals)
     again = Here()
     code, said = run(plan(tmp_path, text), again)
     assert (code, again.ran) == (0, [])
@@ -368,6 +370,20 @@ def test_a_study_runs_through_submitit(cluster: str, tmp_path: Path, text: Path)
     assert read_run(path).problems == []
     with pytest.raises(UsageError, match="--slurm nonsense"):
         SubmititLauncher(tmp_path / "logs", 5, {"nonsense": 1}, cluster=cluster)
+
+
+def test_jobs_are_given_to_slurm_as_asked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, does in (("sbatch", f'cp "$1" {tmp_path}/batch; echo Submitted batch job 12'), ("srun", "true")):
+        (tmp_path / name).write_text(f"#!/bin/sh\n{does}\n")
+        (tmp_path / name).chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    launcher = SubmititLauncher(tmp_path / "logs", 40, {"slurm_partition": "gpu", "cpus_per_task": 4}, jobs=2)
+    launcher.executor.submit(Echo("job", tmp_path))
+    batch = (tmp_path / "batch").read_text()
+    for line in ("partition=gpu", "time=40", "gpus-per-node=1", "cpus-per-task=4"):
+        assert f"#SBATCH --{line}\n" in batch
+    with pytest.raises(UsageError, match="--slurm slurm_partitoin"):
+        SubmititLauncher(tmp_path / "logs", 40, {"slurm_partitoin": "gpu"})
 
 
 def test_a_job_that_a_cluster_takes_back_is_queued_again(tmp_path: Path, text: Path) -> None:

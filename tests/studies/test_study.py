@@ -70,6 +70,7 @@ MISTAKES: dict[str, tuple[dict[str, Any], str]] = {
     "no size": ({"params": None}, "run 'a' has no size"),
     "an unknown variation": ({"varies": ("bach_size",)}, "'bach_size', that is unknown: .* batch_size"),
     "no seeds": ({"seeds": ()}, "at least one of seeds"),
+    "the sweep's seed": ({"seeds": (0, 1000)}, "seed 1000 is that of the sweep"),
     "a seed twice": ({"seeds": (1, 1)}, "two of its seeds are 1"),
     "a rate twice": ({"learning_rates": (1e-3, 1e-3)}, "two of its learning rates are 0.001"),
     "no rates": ({"learning_rates": ()}, "at least one of"),
