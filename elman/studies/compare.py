@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.table import Table
 
 from elman.errors import UsageError
-from elman.studies.records import Record, name_apart, read_run, settings
+from elman.studies.records import Record, name_apart, options, read_run
 from elman.training.display import say
 from elman.units import bits, format_bytes, format_count
 
@@ -104,7 +104,7 @@ def _facts(record: Record) -> dict[str, str]:
         facts = {
             "model": record.model.pattern,
         }
-        facts |= {name: str(value) for name, value in settings(record).items()}
+        facts |= {name: str(value) for name, value in options(record).items()}
         facts["seed"] = str(record.config.seed)
         facts["data"] = str(record.config.data)
     for session in record.sessions[-1:]:

@@ -44,21 +44,48 @@ State = Literal["new", "cut", "done", "busy", "damaged"]
 def identity(config: TrainConfig, model: ModelConfig, fingerprint: str) -> str:
     """Ten hexadecimal digits by which a run is known: of its options, its model and its text.
 
-    Options at their defaults are left out, so that one which elman gains later changes no name.
+    Options at their defaults are left out, so that one which elman gains later changes no name; a default that changes
+    makes other runs, with other names.
     """
     defaults = {entry.name: entry.default for entry in dataclasses.fields(config)}
-    train = {
-        name: value
-        for name, value in vars(config).items()
-        if name not in NOT_IDENTITY and value != defaults.get(name, dataclasses.MISSING)
-    }
-    shape: dict[str, Any] = model.to_dict()
-    for options in shape["mixers"]:
+    found = settings(config, model)
+    train = {name: value for name, value in found["train"].items() if value != defaults[name]}
+    for options in found["model"]["mixers"]:
         plain = {entry.name: entry.default for entry in dataclasses.fields(mixer_config(options["name"]))}
         for name in [name for name, value in options.items() if name in plain and value == plain[name]]:
             del options[name]
-    text = json.dumps([train, shape, fingerprint], sort_keys=True, default=str)
-    return hashlib.sha256(text.encode()).hexdigest()[:10]
+    return _digest(train, found["model"], fingerprint)[:10]
+
+
+def settings(config: TrainConfig, model: ModelConfig) -> dict[str, Any]:
+    """All that decides what a run computes, as config.json writes it, for study.json to hold beside it."""
+    train = {name: value for name, value in dataclasses.asdict(config).items() if name not in NOT_IDENTITY}
+    plain: dict[str, Any] = json.loads(json.dumps({"train": train, "model": model.to_dict()}))
+    return plain
+
+
+def seal(facts: Mapping[str, Any]) -> str:
+    """By which it is seen that a study.json is as it was written."""
+    return _digest(*(facts.get(name) for name in ("run", "role", "budget", "target_params", "settings", "fingerprint")))
+
+
+def what_was_changed(path: Path, facts: Mapping[str, Any]) -> str | None:
+    """In words, what differs in the config.json of a study's run from what its study.json says it was begun with."""
+    if seal(facts) != facts.get("seal"):
+        return "its study.json was changed after it was written"
+    # As it is written there: what a later elman would make of it does not matter.
+    values = json.loads((path / "config.json").read_text(encoding="utf-8"))
+    begun = facts["settings"]
+    for name, value in begun["train"].items():
+        if values["train"].get(name) != value:
+            return f"its config.json says {name} {values['train'].get(name)}, and it was begun with {value}"
+    if values["model"] != begun["model"]:
+        return "its config.json has another model than it was begun with"
+    return None
+
+
+def _digest(*values: Any) -> str:
+    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
 
 
 @dataclass(frozen=True)
@@ -139,8 +166,16 @@ class Plan:
         budget = self.budget.part(part)
         name = f"{slug(row.run.name)}-{budget.short}-lr{lr:g}-seed{seed}-{digest}"
         folder = self.folder.absolute() / ("sweep" if role == "sweep" else "runs") / name
-        facts = {**self.facts, "role": role, "run": row.run.name, "identity": digest,
-                 "series": row.run.series or row.run.model, "target_params": self.study.target(row.run)}  # fmt: skip
+        facts = {
+            **self.facts,
+            "role": role,
+            "run": row.run.name,
+            "series": row.run.series or row.run.model,
+            "target_params": self.study.target(row.run),
+            "identity": digest,
+            "settings": settings(config, row.model),
+        }
+        facts["seal"] = seal(facts)
         return TrainJob(f"{row.run.name}, lr {lr:g}, seed {seed}", replace(config, out=folder), row.model, facts)
 
     @functools.cached_property
@@ -206,14 +241,15 @@ def job_state(job: TrainJob) -> tuple[State, str]:
         # Made, but killed before its first file was whole: nothing was trained.
         return "damaged", f"it has no config.json: {remove}"
     try:
-        config, model = run.read_config()
+        run.read_config()
         facts = run.read_json("study.json")
         summary = run.read_json("summary.json")
     except UsageError as error:
         return "damaged", f"{error}"
-    fingerprint = facts.get("fingerprint", "") if isinstance(facts, dict) else ""
-    if identity(config, model, fingerprint) != job.facts["identity"]:
-        return "damaged", f"its config.json or study.json is not as it was written: {remove}"
+    if not isinstance(facts, dict) or facts.get("seal") != job.facts["seal"]:
+        return "damaged", f"its study.json is not as it was written: {remove}"
+    if (changed := what_was_changed(job.folder, facts)) is not None:
+        return "damaged", f"{changed}: {remove}"
     if summary is not None:
         return ("done", "") if isinstance(summary, dict) else ("damaged", f"its summary.json is no summary: {remove}")
     with contextlib.ExitStack() as stack:

@@ -9,14 +9,14 @@ from __future__ import annotations
 import math
 import statistics
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from elman.errors import UsageError
 from elman.model import ModelConfig
 from elman.sizing import TOLERANCE, flops_per_token, num_params
-from elman.studies.plan import NOT_IDENTITY, identity
+from elman.studies.plan import settings, what_was_changed
 from elman.training.config import TrainConfig
 from elman.training.run import RunFolder
 from elman.units import bits, format_count, format_duration
@@ -150,9 +150,9 @@ def _read(record: Record) -> None:
     if "run" not in record.facts:
         record.label = f"{record.model.pattern} {record.model.dim} × {record.model.depth}"
     if record.facts:
-        found = identity(record.config, record.model, str(record.facts.get("fingerprint", "")))
-        if found != record.facts.get("identity"):
-            record.problems.append("its config.json or study.json was changed after it was begun")
+        changed = what_was_changed(record.path, record.facts)
+        if changed is not None:
+            record.problems.append(changed)
     sessions = run.read_json("env.json")
     record.sessions = [s for s in sessions if isinstance(s, dict)] if isinstance(sessions, list) else []
     if not record.sessions:
@@ -297,20 +297,20 @@ def name_apart(records: Sequence[Record]) -> None:
         if record.config is not None and record.model is not None:
             alike.setdefault((record.label, record.budget), []).append(record)
     for same in alike.values():
-        found = [settings(record) for record in same]
+        found = [options(record) for record in same]
         names = list(dict.fromkeys(name for values in found for name in values))
         telling = [name for name in names if len({str(values.get(name)) for values in found}) > 1]
         for record, values in zip(same, found, strict=True):
             record.label += "".join(f", {name.rpartition('.')[2]} {values.get(name)}" for name in telling)
 
 
-def settings(record: Record) -> dict[str, Any]:
+def options(record: Record) -> dict[str, Any]:
     """What a run computes, its seed left out: options of training, the model's size, and its mixers' (``0.gate``)."""
     assert record.config is not None
     assert record.model is not None
-    left_out = NOT_IDENTITY | {"seed"}
-    values = {name: value for name, value in vars(record.config).items() if name not in left_out}
+    found = settings(record.config, record.model)
+    values = {name: value for name, value in found["train"].items() if name != "seed"}
     values |= {"width": record.model.dim, "depth": record.model.depth}
-    for i, mixer in enumerate(record.model.mixers):
-        values |= {f"{i}.{name}": value for name, value in asdict(mixer).items()}
+    for i, mixer in enumerate(found["model"]["mixers"]):
+        values |= {f"{i}.{name}": value for name, value in mixer.items()}
     return values

@@ -6,7 +6,7 @@ from typing import Any
 
 from elman.mixers import mixer_config
 from elman.sizing import flops_per_token, num_params, size_model
-from elman.studies.plan import identity
+from elman.studies.plan import seal, settings
 from elman.training.config import TrainConfig
 from elman.training.run import RunFolder
 
@@ -45,7 +45,8 @@ def make_run(
     )
     run = RunFolder(path)
     path.mkdir(parents=True)
-    told = {**FACTS, **facts, "run": label, "identity": identity(config, model, "text")}
+    told = {**FACTS, **facts, "run": label, "identity": "0", "settings": settings(config, model)}
+    told["seal"] = seal(told)
     if label is not None:
         run.write_json("study.json", told)
     run.write_config(config, model)

@@ -44,6 +44,12 @@ def _other_seed(run: RunFolder) -> None:
     run.write_json("config.json", config)
 
 
+def _other_width(run: RunFolder) -> None:
+    config = run.read_json("config.json")
+    config["model"]["dim"] = 24
+    run.write_json("config.json", config)
+
+
 DAMAGE = {
     "not finished": (_cut_summary, "did not reach its end: 200 steps"),
     "half a summary": (_half_summary, "summary.json is damaged"),
@@ -61,15 +67,16 @@ DAMAGE = {
     "no held-out loss": (_edit("summary.json", heldout=...), "no held-out loss"),
     "metrics cut short": (_cut_metrics, "summary.json says steps 200, its other files 50"),
     "no metrics": (lambda run: run.metrics_file.unlink(), "has no metrics.jsonl"),
-    "another seed": (_other_seed, "config.json or study.json was changed"),
-    "another text": (_edit("study.json", fingerprint="other"), "config.json or study.json was changed"),
+    "another seed": (_other_seed, "config.json says seed 7, and it was begun with 0"),
+    "another width": (_other_width, "config.json has another model than it was begun with"),
+    "another text": (_edit("study.json", fingerprint="other"), "study.json was changed after it was written"),
+    "another role": (_edit("study.json", role="sweep"), "study.json was changed after it was written"),
     "no config": (lambda run: (run.path / "config.json").unlink(), "no config.json"),
     "half a config": (lambda run: (run.path / "config.json").write_text("{"), "config.json is not as elman train"),
     "no environment": (lambda run: (run.path / "env.json").unlink(), "no env.json"),
     "an odd environment": (lambda run: run.write_json("env.json", [{"backends": 5}]), "not as elman wrote them"),
     "a slow path": (_edit("env.json", backends=["torch"]), r"slow path of that GPU \(torch\)"),
     "not compiled": (_edit("env.json", compiled=False), "torch.compile did not run there"),
-    "off its size": (_edit("study.json", target_params=10_000), "more than 2% off 10K"),
 }
 
 
@@ -94,6 +101,20 @@ def test_lost_lines_are_remarked_and_what_is_left_still_compares(tmp_path: Path)
         "1 line(s) of its metrics.jsonl cannot be read and are left out",
         "1 step(s) are missing from its metrics.jsonl",
     ]
+
+
+def test_a_run_off_its_size_is_not_compared(tmp_path: Path) -> None:
+    record = read_run(make_run(tmp_path / "run", target_params=10_000).path)
+    assert "more than 2% off 10K" in record.problems[0]
+
+
+def test_options_that_elman_gains_later_are_no_change(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "run")
+    config = run.read_json("config.json")
+    del config["train"]["wandb"]  # as an elman that knew of none wrote it, but for this
+    config["train"]["profile"] = True
+    run.write_json("config.json", config)
+    assert read_run(run.path).problems == []
 
 
 def test_skipped_steps_and_new_starts_are_remarked(tmp_path: Path) -> None:

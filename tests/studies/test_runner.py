@@ -120,7 +120,7 @@ def test_a_run_that_was_cut_goes_on_and_one_that_was_edited_is_left_alone(tmp_pa
     code, said = run(made, launcher)
     assert code == 1
     assert launcher.ran == ["E1, lr 0.001, seed 0"]
-    assert "soft sign, lr 0.001, seed 0 is left alone: its config.json or study.json is not as it was written" in said
+    assert "soft sign, lr 0.001, seed 0 is left alone: its config.json says lr 5.0, and it was begun with 0.001" in said
     assert job_state(jobs[0])[0] == "done"
     after = {row["step"]: row["loss"] for row in RunFolder(jobs[0].folder).read_metrics() if "loss" in row}
     assert after == losses
