@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import re
 import statistics
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -223,6 +224,12 @@ def _what_forbids_ranking(comparison: Comparison, records: Sequence[Record]) -> 
             f"No ranking: the runs had equal wall-clock on unequal devices ({'; '.join(devices)}), so their losses "
             f"measure the devices."
         )
+    plain = sorted({record.label for record in records if not record.compiled})
+    if comparison.budget.kind == "time" and plain and any(record.compiled for record in records):
+        return (
+            f"No ranking: at equal wall-clock, torch.compile sped up some runs and not others ({', '.join(plain)}), so "
+            f"their losses measure that."
+        )
     return None
 
 
@@ -235,6 +242,7 @@ def _ranking(comparison: Comparison) -> list[str]:
         f"After {comparison.budget}, the lowest held-out loss is that of {best.label}: {best.mean:.4f} nats "
         f"({bits(best.mean):.4f} bits) a byte {seeds}."
     ]
+    pairs = len(ranked) * (len(ranked) - 1) // 2
     supported = [other for other in others if of_best[other.label].significant]
     unclear = [other for other in others if of_best[other.label].p is not None and other not in supported]
     untested = [other for other in others if of_best[other.label].p is None]
@@ -251,6 +259,8 @@ def _ranking(comparison: Comparison) -> list[str]:
             f"The seeds do not tell it apart from {_words(map(by_how_much, unclear))}: no claim is made there, one way "
             f"or the other."
         )
+    if pairs > 1 and (supported or unclear):
+        lines.append(f"Each p is adjusted for the {pairs} pairs of rows, the intervals are those of a pair alone.")
     if untested:
         gaps = _words(f"{other.label} ({of_best[other.label].nats:.4f} nats behind)" for other in untested)
         lines.append(
@@ -277,7 +287,11 @@ def _caveats(comparison: Comparison, records: Sequence[Record]) -> list[str]:
         lines.append(f"The runs are of unequal devices ({'; '.join(devices)}): their speeds do not compare.")
     for what, of in (("commits of elman", "git_commit"), ("versions of torch", "torch")):
         values = {
-            str(session.get(of) or (session.get("packages") or {}).get(of)) for r in records for session in r.sessions
+            re.sub(
+                r"^([0-9a-f]{12})[0-9a-f]{28}", r"\1", str(session.get(of) or (session.get("packages") or {}).get(of))
+            )
+            for record in records
+            for session in record.sessions
         }
         if len(values) > 1:
             lines.append(f"The runs are of several {what} ({', '.join(sorted(values))}), which may compute otherwise.")
@@ -286,6 +300,8 @@ def _caveats(comparison: Comparison, records: Sequence[Record]) -> list[str]:
             "The runs are of a CPU, where every model runs in plain PyTorch: their speed, and so what they reach in a "
             "given time, says nothing of a GPU."
         )
+    elif not all(record.compiled for record in records):
+        lines.append("torch.compile did not run for all of them: speeds are not what they could be.")
     if "batch_size" not in varies and len({record.summary["batch_size"] for record in records}) > 1:
         lines.append(
             "The runs had unequal batches, which moves speed and loss: the ranking may be that of the batches."
@@ -314,15 +330,18 @@ def _caveats(comparison: Comparison, records: Sequence[Record]) -> list[str]:
 
 def uneven_speeds(records: Sequence[Record]) -> list[str]:
     """Rows whose runs, alike but for seed or learning rate, were not equally fast: something else used the machine."""
-    lines = []
+    found = {}
     for alike in group(records):
         speeds = [record.summary["tokens_per_second"] for record in alike.records]
         if max(speeds) > _SPEED_SLACK * min(speeds):
-            lines.append(
-                f"{alike.label}: the same work ran at {format_count(min(speeds))} to {format_count(max(speeds))} "
-                f"tokens/s, so something else used the machine: its times are no measure."
-            )
-    return lines
+            found[alike.label] = max(speeds) / min(speeds)
+    if not found:
+        return []
+    which = _words(f"{label} (× {by:.2f})" for label, by in found.items())
+    return [
+        f"Runs of the same work were not equally fast: {which}. Something else used the machine, so these times are no "
+        f"measure."
+    ]
 
 
 def _misses(record: Record, budget: Budget) -> bool:
@@ -342,7 +361,7 @@ _KINDS = {"time": "wall-clock", "tokens": "tokens", "flops": "training FLOPs"}
 def law_sentences(laws: Sequence[PowerLaw]) -> list[str]:
     """What the fits say."""
     return [
-        f"{law.series}: loss falls as N^-{law.b:.3f} ± {law.error:.3f} (standard error) over the {law.sizes} sizes "
+        f"{law.series}: loss goes as N^{-law.b:.3f} ± {law.error:.3f} (standard error) over the {law.sizes} sizes "
         f"measured; beyond them this is a guess."
         for law in laws
     ]

@@ -132,7 +132,7 @@ def against(
         law = fitted.get(series)
         if law is not None:
             line = np.geomspace(xs[0], xs[-1], 50)
-            label = f"{series}: N^-{law.b:.3f}"
+            label = f"{series}: N^{-law.b:.3f}"
             axes.plot(line, law.at(line), label=label, linewidth=1.2, **style)
         else:
             axes.plot(xs, means, label=series, linewidth=1.2, **style)

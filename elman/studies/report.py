@@ -136,9 +136,8 @@ def make_report(paths: Sequence[Path]) -> Report:
     comparisons = compare(finals)
     good = [record for record in finals if not record.problems]
     planned = [] if newest is None else [str(label) for label in newest.facts.get("planned", [])]
-    styles = figures.Styles([*planned, *(record.label for record in good)])
     for number, comparison in enumerate(comparisons, 1):
-        report.sections.append(_section(comparison, number, styles, several=len(comparisons) > 1))
+        report.sections.append(_section(comparison, number, planned, several=len(comparisons) > 1))
     if newest is not None and newest.facts.get("axis"):
         _tell_axis(report, str(newest.facts["axis"]), comparisons)
     _tell_sweep(report, [record for record in records if record.is_sweep], good)
@@ -182,8 +181,10 @@ _COSTS = ["run", "steps", "tokens", "training FLOPs", "trained, s", "start-up, s
           "state"]  # fmt: skip
 
 
-def _section(comparison: Comparison, number: int, styles: figures.Styles, several: bool) -> Section:
+def _section(comparison: Comparison, number: int, planned: Sequence[str], several: bool) -> Section:
     ranked = comparison.ranked
+    labels = [group.label for group in ranked]
+    styles = figures.Styles([*(label for label in planned if label in labels), *labels])
     from_best = {d.worse.label: d for d in comparison.differences() if d.better is ranked[0]}
     results = Table(_RESULTS, [_result(group, from_best.get(group.label)) for group in ranked])
     costs = Table(_COSTS, [_cost(group) for group in ranked])

@@ -99,13 +99,24 @@ def test_unequal_devices_are_not_ranked_by_wall_clock(tmp_path: Path) -> None:
     assert "lowest" not in said
 
 
+def test_compiled_and_plain_runs_are_not_ranked_by_wall_clock(tmp_path: Path) -> None:
+    for kind, amount in (("time", 12.8), ("tokens", 12_800)):
+        folder = tmp_path / kind
+        for name, compiled in (("a", True), ("b", False)):
+            session = {"compiled": compiled}
+            make_run(folder / "runs" / name, name, session=session, budget={"kind": kind, "amount": amount})
+    assert "torch.compile sped up some runs and not others (b)" in verdict_of(tmp_path / "time")
+    assert "torch.compile did not run for all of them" in verdict_of(tmp_path / "tokens")
+    assert "lowest held-out loss" in verdict_of(tmp_path / "tokens")
+
+
 CAVEATS: dict[str, tuple[dict[str, Any], str]] = {
     "another commit": ({"session": {"git_commit": "def"}}, "of several commits of elman (abc, def)"),
     "another torch": ({"session": {"packages": {"torch": "2.9"}}}, "of several versions of torch (2.13.0, 2.9)"),
     "another device": ({"session": {"gpu": "NVIDIA L4"}}, "their speeds do not compare"),
     "a CPU": ({"session": {"gpu": None, "device": "cpu"}}, "The runs are of a CPU"),
     "another size": ({"dim": 24}, "The runs are of unequal size"),
-    "another speed": ({"speed": 500.0, "label": "a", "seed": 1}, "a: the same work ran at 500 to 1K tokens/s"),
+    "another speed": ({"speed": 500.0, "label": "a", "seed": 1}, "not equally fast: a (× 2.00)"),
     "a budget that was not met": ({"steps": 100}, "The budget was not met by b."),
 }
 

@@ -76,7 +76,6 @@ DAMAGE = {
     "no environment": (lambda run: (run.path / "env.json").unlink(), "no env.json"),
     "an odd environment": (lambda run: run.write_json("env.json", [{"backends": 5}]), "not as elman wrote them"),
     "a slow path": (_edit("env.json", backends=["torch"]), r"slow path of that GPU \(torch\)"),
-    "not compiled": (_edit("env.json", compiled=False), "torch.compile did not run there"),
 }
 
 

@@ -87,7 +87,7 @@ def test_sizes_are_compared_each_with_its_own_and_fitted_together(tmp_path: Path
     report = make_report([folder])
     assert len(report.sections) == 3
     assert all(len(section.results.rows) == 2 for section in report.sections)
-    assert "a: loss falls as N^-0.100 ± 0.000" in report.laws[0]
+    assert "a: loss goes as N^-0.100 ± 0.000" in report.laws[0]
     assert [picture.name for picture in report.across] == ["loss-tokens12800-params"]
 
 

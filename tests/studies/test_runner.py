@@ -415,3 +415,18 @@ def test_ctrl_c_saves_and_the_study_goes_on_from_there(tmp_path: Path, text: Pat
     record = read_run(cut)
     assert "did not reach its end" in record.problems[0]
     assert record.facts["run"] == "E1"
+
+
+@pytest.mark.gpu
+def test_a_study_runs_on_a_gpu_and_finds_its_batch_there(tmp_path: Path, text: Path) -> None:
+    made = study(memory=2**30, varies=("batch_size",), learning_rates=(1e-3,), seeds=(0,))
+    made = replace(made, runs=tuple(replace(run, dim=128, depth=2) for run in made.runs))
+    there = Plan(made, Scale(), Budget("tokens", 500_000), tmp_path / "toy", text, "cuda")
+    code, said = run(there, LocalLauncher(gpu_slots(torch.cuda.device_count(), 1), tmp_path / "logs"))
+    assert code == 0, said
+    records = [read_run(path) for path in (tmp_path / "toy" / "runs").iterdir()]
+    assert len(records) == 2
+    for record in records:
+        assert record.problems == []
+        assert record.device == torch.cuda.get_device_name()
+        assert record.summary["peak_memory_bytes"] <= 1.05 * 2**30
