@@ -6,7 +6,9 @@ import contextlib
 import os
 import pickle
 import queue
+import re
 import shutil
+import signal
 import subprocess
 import sys
 import threading
@@ -43,8 +45,6 @@ Done = Callable[[Any, int, str], None]
 class Launcher(ABC):
     """Runs jobs, and tells of each as it ends."""
 
-    #: Whether jobs run on this machine.
-    here = True
     #: Jobs at a time, as far as that is known.
     jobs = 1
 
@@ -95,7 +95,7 @@ class LocalLauncher(Launcher):
             environment.setdefault("TORCHINDUCTOR_COMPILE_THREADS", str(threads))
             request, log = self.logs / f"{job.name}.job", self.logs / f"{job.name}.log"
             request.write_bytes(pickle.dumps(job))
-            with log.open("w", encoding="utf-8") as output:
+            with log.open("a", encoding="utf-8") as output:
                 with self._lock:
                     if self._stopping:
                         return None
@@ -109,7 +109,9 @@ class LocalLauncher(Launcher):
             with self._lock:
                 self._running.discard(process)
             request.unlink(missing_ok=True)
-            return code, last_line(log)
+            # A process that was killed, as one that takes all memory is, had no time to say so.
+            killed = f"killed by {signal.Signals(-code).name}" if code < 0 else None
+            return code, killed or last_line(log)
         finally:
             free.put(slot)
 
@@ -148,7 +150,6 @@ class SubmititLauncher(Launcher):
             import submitit
         except ImportError:
             raise UsageError("--launcher slurm needs the package submitit: pip install submitit") from None
-        self.here = cluster != "slurm"
         self.jobs = jobs or 1
         if cluster == "slurm" and shutil.which("sbatch") is None:
             raise UsageError("--launcher slurm: there is no sbatch here: run it on a machine of the cluster")
@@ -174,9 +175,12 @@ class SubmititLauncher(Launcher):
                 try:
                     code, line = int(task.result()), _last_line_of(task.stdout() or "")
                 except Exception as error:
-                    # The job's own errors are codes: this is the cluster's, or a defect.
+                    # The job's own errors are codes: this is the cluster's, or a defect, and a traceback is in it.
                     lines = str(error).strip().splitlines() or [type(error).__name__]
-                    code, line = 1, lines[-1]
+                    named = [
+                        line.strip() for line in lines if re.match(r"\s*[\w.]+(Error|Exception|Interrupt)\b", line)
+                    ]
+                    code, line = 1, (named or lines)[-1]
                 done(waiting[task], code, line)
         except BaseException:
             for task in submitted:
@@ -210,5 +214,6 @@ def last_line(log: Path) -> str:
 
 
 def _last_line_of(text: str) -> str:
-    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    # submitit tells what it does in the same file.
+    lines = [line.strip() for line in text.splitlines() if line.strip() and not line.startswith("submitit ")]
     return lines[-1] if lines else "it ended without a word"

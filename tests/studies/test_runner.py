@@ -30,6 +30,7 @@ from elman.studies.runner import chosen_rates, run_plan, show_plan
 from elman.studies.study import SWEEP_SEED, Budget, Run, Scale, Study
 from elman.training.config import TrainConfig
 from elman.training.run import RunFolder
+from tests.studies.echo import Echo
 
 RUNS = (Run("E1", "e1", dim=16, depth=1), Run("soft sign", "e15", dim=16, depth=1))
 
@@ -331,45 +332,40 @@ def test_slots_are_the_gpus_that_are_seen(monkeypatch: pytest.MonkeyPatch) -> No
         gpu_slots(2, 3)
 
 
-class Echo:
-    """A job that tells which GPU it was given, and writes when it ran."""
-
-    def __init__(self, name: str, out: Path, code: int = 0, seconds: float = 0.0) -> None:
-        self.label = self.name = name
-        self.out, self.code, self.seconds = out, code, seconds
-
-    def __call__(self) -> int:
-        started = time.time()
-        time.sleep(self.seconds)
-        seen = os.environ.get("CUDA_VISIBLE_DEVICES")
-        (self.out / self.name).write_text(json.dumps([seen, started, time.time()]))
-        print(f"{self.name} saw {seen}\n")
-        return self.code
-
-
 def test_local_jobs_have_a_gpu_each_and_tell_how_they_ended(tmp_path: Path) -> None:
     ended: dict[str, tuple[int, str]] = {}
     jobs = [Echo(f"job{i}", tmp_path, code=i, seconds=2.0) for i in range(2)]
+    jobs.append(Echo("killed", tmp_path, code=-signal.SIGKILL))
     launcher = LocalLauncher(["0", "5"], tmp_path / "logs")
     launcher.run(jobs, lambda job, code, line: ended.update({job.name: (code, line)}))
+    assert ended.pop("killed") == (-signal.SIGKILL, "killed by SIGKILL")
     gpus = {name: json.loads((tmp_path / name).read_text())[0] for name in ended}
     assert set(gpus.values()) == {"0", "5"}
     assert ended == {f"job{i}": (i, f"job{i} saw {gpus[f'job{i}']}") for i in range(2)}
-    assert [path.suffix for path in (tmp_path / "logs").iterdir()] == [".log"] * 2
+    assert [path.suffix for path in (tmp_path / "logs").iterdir()] == [".log"] * 3
 
 
 @pytest.mark.filterwarnings("ignore::ResourceWarning")  # submitit's debug executor leaves its logs open
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
-@pytest.mark.parametrize("cluster", ["debug", "local"])
-def test_a_study_runs_through_submitit(cluster: str, tmp_path: Path, text: Path) -> None:
+def test_a_study_runs_through_submitit(tmp_path: Path, text: Path) -> None:
     made = plan(tmp_path, text, study(learning_rates=(1e-3,), seeds=(0,), runs=RUNS[:1]), tokens=128)
-    launcher = SubmititLauncher(tmp_path / "logs", 5, {}, cluster=cluster)
+    launcher = SubmititLauncher(tmp_path / "logs", 5, {}, cluster="debug")
     code, said = run(made, launcher)
     assert code == 0, said
     (path,) = (tmp_path / "toy" / "runs").iterdir()
     assert read_run(path).problems == []
     with pytest.raises(UsageError, match="--slurm nonsense"):
-        SubmititLauncher(tmp_path / "logs", 5, {"nonsense": 1}, cluster=cluster)
+        SubmititLauncher(tmp_path / "logs", 5, {"nonsense": 1}, cluster="debug")
+
+
+def test_jobs_run_in_processes_of_submitit(tmp_path: Path) -> None:
+    ended: dict[str, tuple[int, str]] = {}
+    launcher = SubmititLauncher(tmp_path / "logs", 5, {}, cluster="local")
+    jobs = [Echo("good", tmp_path), Echo("bad", tmp_path, code=3), Echo("broken", tmp_path / "nowhere")]
+    launcher.run(jobs, lambda job, code, line: ended.update({job.name: (code, line)}))
+    assert (ended["good"][0], ended["bad"][0], ended["broken"][0]) == (0, 3, 1)
+    assert ended["bad"][1].startswith("bad saw")
+    assert "FileNotFoundError" in ended["broken"][1]
 
 
 def test_jobs_are_given_to_slurm_as_asked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
