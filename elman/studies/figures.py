@@ -10,6 +10,7 @@ import matplotlib as mpl
 import numpy as np
 from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
+from matplotlib.ticker import NullFormatter
 
 from elman.studies.analysis import Comparison, Group, PowerLaw
 from elman.studies.records import Record
@@ -72,8 +73,9 @@ def curves(comparison: Comparison, styles: Styles, unit: str) -> str:
     for axes, label in zip(panels, ("training time, s", "tokens", "training FLOPs"), strict=True):
         axes.set_xlabel(label)
         axes.grid(alpha=0.25)
-    panels[1].set_xscale("log")
-    panels[2].set_xscale("log")
+    for axes in panels[1:]:
+        axes.set_xscale("log")
+        axes.xaxis.set_minor_formatter(NullFormatter())  # between the tens they would run into each other
     panels[0].set_ylabel(f"training loss, nats a {unit}")
     if lowest < highest:
         margin = 0.05 * (highest - lowest)
