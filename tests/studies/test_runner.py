@@ -256,7 +256,7 @@ def test_a_dry_run_shows_the_plan_and_trains_nothing(
     tmp_path: Path, text: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    for argv in (["structures"], ["low_rank"], ["ladder_50m", "--flops", "1e12"]):
+    for argv in (["structures"], ["ladder_50m", "--flops", "1e12"]):
         assert (
             main(["study", "run", *argv, "--scale", "tiny", "--data", str(text), "--device", "cpu", "--dry-run"]) == 0
         )
