@@ -390,7 +390,7 @@ def test_a_job_that_a_cluster_takes_back_is_queued_again(tmp_path: Path, text: P
     assert again.function == job
 
 
-def test_ctrl_c_saves_and_the_study_goes_on_from_there(tmp_path: Path, text: Path) -> None:
+def test_ctrl_c_stops_the_study_and_saves_its_run(tmp_path: Path, text: Path) -> None:
     file = tmp_path / "my.py"
     file.write_text(
         "from elman.studies import Run, Study\n"
