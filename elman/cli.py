@@ -19,6 +19,7 @@ from rich.console import Console
 
 from elman.errors import TrainingError, UsageError
 from elman.mixers import MixerConfig, mixer_config, parse_pattern
+from elman.studies.options import CompareRuns, ReportRuns, Studies
 from elman.text import one_line
 from elman.training.config import TrainConfig
 
@@ -210,6 +211,9 @@ def main(argv: list[str] | None = None) -> int:
             | Annotated[Models, tyro.conf.subcommand("models")]
             | Annotated[Doctor, tyro.conf.subcommand("doctor")]
             | Annotated[Data, tyro.conf.subcommand("data")]
+            | Annotated[Studies, tyro.conf.subcommand("study")]
+            | Annotated[ReportRuns, tyro.conf.subcommand("report")]
+            | Annotated[CompareRuns, tyro.conf.subcommand("compare")]
         )
         config = (tyro.conf.OmitSubcommandPrefixes, tyro.conf.FlagCreatePairsOff)
         command: Any = tyro.cli(

@@ -4,8 +4,18 @@ import re
 from pathlib import Path
 
 from elman.cli import main
+from elman.studies.find import find_study
+from elman.studies.study import Scale
 
 README = Path(__file__).parent.parent / "README.md"
+
+
+def test_the_study_is_one(tmp_path: Path) -> None:
+    (block,) = re.findall(r"```\n(from elman.studies import .*?)```", README.read_text(encoding="utf-8"), re.DOTALL)
+    (tmp_path / "gates.py").write_text(block, encoding="utf-8")
+    for scale in (Scale("full"), Scale("tiny")):
+        study = find_study(str(tmp_path / "gates.py"), scale)
+        assert [study.model(run).pattern for run in study.runs] == ["e1", "e1", "e1"]
 
 
 def test_python_blocks_run(tmp_path: Path) -> None:

@@ -6,8 +6,17 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+
+
+def running_mean(values: npt.NDArray[np.float64], window: int) -> npt.NDArray[np.float64]:
+    """Of (N,) values: the mean of each and those before it, ``window`` of them or as many as there are."""
+    sums = np.cumsum(np.concatenate(([0.0], values)))
+    first = np.maximum(0, np.arange(1, len(values) + 1) - window)
+    means: npt.NDArray[np.float64] = (sums[1:] - sums[first]) / (np.arange(1, len(values) + 1) - first)
+    return means
 
 
 def plot_losses(rows: list[dict[str, Any]], title: str, path: Path, unit: str = "byte") -> None:
@@ -17,9 +26,7 @@ def plot_losses(rows: list[dict[str, Any]], title: str, path: Path, unit: str = 
     losses = np.array([row["loss"] for row in training], dtype=np.float64)
     if not len(losses):
         return
-    sums = np.cumsum(np.concatenate(([0.0], losses)))
-    first = np.maximum(0, np.arange(1, len(losses) + 1) - 100)
-    means = (sums[1:] - sums[first]) / (np.arange(1, len(losses) + 1) - first)
+    means = running_mean(losses, 100)
     figure = Figure(figsize=(11, 4.2), layout="constrained")
     FigureCanvasAgg(figure)
     figure.suptitle(title)

@@ -6,6 +6,7 @@ metrics.jsonl   a line a step (step, loss, lr, grad_norm, tokens, seconds; now a
                 a line an evaluation; a step that was skipped has what of it was finite, and under "skipped" how many
                 there were so far; every --stats-every steps "stats", see statistics.py
 summary.json    the outcome
+study.json      of a run of a study: what the study asks, and which of its runs this is, see elman/studies/plan.py
 sample.txt, loss.png
 checkpoints/
 profile.json.gz             a trace, by --profile

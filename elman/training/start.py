@@ -38,10 +38,13 @@ _RESUMABLE = (
 )
 
 
-def start_run(config: TrainConfig, mixers: tuple[MixerConfig, ...], console: Console) -> int:
+def start_run(
+    config: TrainConfig, mixers: tuple[MixerConfig, ...], console: Console, study: dict[str, Any] | None = None
+) -> int:
     """Train a new run. Returns the exit code: 0, or 130 if it was stopped and saved.
 
-    Under torchrun every process calls this, and rank 0 writes and prints.
+    Under torchrun every process calls this, and rank 0 writes and prints. ``study`` is what study.json shall tell of
+    the study that the run is a part of.
     """
     with process_group(config) as processes:
         console = console if processes.is_main else Console(quiet=True)
@@ -57,6 +60,8 @@ def start_run(config: TrainConfig, mixers: tuple[MixerConfig, ...], console: Con
         config = replace(config, data=data if data is not None else demo_data(console))
         trainer = _build(config, model_config, console, processes)
         with _write_to(create(config.out, model_config.pattern), processes) as run:
+            if study is not None:
+                run.write_json("study.json", study)
             _write_config(run, config, model_config)
             return _train(trainer, run)
 

@@ -1,0 +1,196 @@
+"""What ``elman study``, ``elman report`` and ``elman compare`` do."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from elman.environment import resolve_device
+from elman.errors import UsageError
+from elman.sizing import num_params
+from elman.studies.find import find_study, study_names
+from elman.studies.launch import Launcher, LocalLauncher, SubmititLauncher, gpu_slots
+from elman.studies.options import ReportStudy, RunStudy, ScaleName
+from elman.studies.plan import Plan
+from elman.studies.report import make_report
+from elman.studies.runner import run_plan, show_plan
+from elman.studies.study import Budget, Scale, Study
+from elman.training.display import say
+from elman.training.start import demo_data
+from elman.units import format_duration, parse_count, parse_duration
+
+#: Minutes beside its training that a job of a cluster is given: to start, compile, evaluate and save.
+_SPARE_MINUTES = 30.0
+#: Minutes of a cluster's job whose budget is no time.
+_MINUTES = 24 * 60.0
+
+
+def run_study(options: RunStudy, console: Console) -> int:
+    """Plan it, and run it or show the plan. Returns 0, or 1 where not all of it came to its end."""
+    study = _changed(options, find_study(options.study, Scale(options.scale)))
+    plan = _plan(options, study, console)
+    device = resolve_device(options.device) if options.launcher == "local" else torch.device("cuda")
+    if options.dry_run:
+        jobs = len(_slots(options, device)) if options.launcher == "local" else options.jobs or 1
+        show_plan(plan, jobs, device.type, console)
+        return 0
+    code = run_plan(plan, _launcher(options, plan, device), console, options.keep)
+    say(console, f"report: elman study report {options.study}" + _place(options, plan))
+    return code
+
+
+def _changed(options: RunStudy, study: Study) -> Study:
+    """The study with what the command line puts in place of its own."""
+    if options.only:
+        names = [run.name for run in study.runs]
+        for name in options.only:
+            if name not in names:
+                raise UsageError(f"--only {name!r} is no run of {study.name}: choose among {', '.join(names)}")
+    given: dict[str, Any] = {}
+    if options.seeds:
+        given["seeds"] = options.seeds
+    if options.learning_rates:
+        given["learning_rates"] = options.learning_rates
+    return replace(study, **given)
+
+
+def _plan(options: RunStudy, study: Study, console: Console) -> Plan:
+    budget = _budget(options, study)
+    data = options.data if options.data is not None else demo_data(console)
+    folder = options.folder or default_folder(study.name, options.scale)
+    device = options.device if options.launcher == "local" else None
+    return Plan(study, Scale(options.scale), budget, folder, data.absolute(), device, only=frozenset(options.only))
+
+
+def _budget(options: RunStudy, study: Study) -> Budget:
+    given: dict[str, Callable[[], float]] = {}
+    if options.time_limit is not None:
+        text = options.time_limit
+        given["time"] = lambda: parse_duration(text, "--time-limit")
+    if options.tokens is not None:
+        count = options.tokens
+        given["tokens"] = lambda: float(parse_count(count, "--tokens"))
+    if options.flops is not None:
+        flops = options.flops
+        given["flops"] = lambda: flops
+    kind: Any = options.equal or (next(iter(given)) if given else study.budget)
+    if len(given) > 1 or (given and kind not in given):
+        flags = {"time": "--time-limit", "tokens": "--tokens", "flops": "--flops"}
+        raise UsageError(
+            f"{' and '.join(flags[name] for name in given)} beside --equal {kind}: give the one amount that all runs "
+            f"shall have the same of, {flags[kind]}"
+        )
+    return Budget(kind, given[kind]()) if given else study.budget_of(kind)
+
+
+def _slots(options: RunStudy, device: torch.device) -> list[str | None]:
+    """Where jobs run on this machine: a GPU each, unless one device is named."""
+    if options.jobs is not None and options.jobs < 1:
+        raise UsageError(f"--jobs {options.jobs} is out of range: give a number of at least 1")
+    every_gpu = device.type == "cuda" and device.index is None
+    return gpu_slots(torch.cuda.device_count() if every_gpu else 0, options.jobs)
+
+
+def _launcher(options: RunStudy, plan: Plan, device: torch.device) -> Launcher:
+    logs = (plan.folder / "logs").absolute()
+    if options.launcher == "local":
+        if options.slurm:
+            raise UsageError("--slurm is of no use to --launcher local: drop it, or give --launcher slurm")
+        return LocalLauncher(_slots(options, device), logs)
+    parameters: dict[str, Any] = {}
+    for word in options.slurm:
+        name, equals, value = word.partition("=")
+        if not equals:
+            raise UsageError(f"--slurm {word!r} has no value: give NAME=VALUE, such as slurm_partition=gpu")
+        parameters[name] = int(value) if value.isdigit() else value
+    minutes = plan.budget.amount / 60 if plan.budget.kind == "time" else _MINUTES
+    return SubmititLauncher(logs, minutes + _SPARE_MINUTES, parameters, jobs=options.jobs)
+
+
+def _place(options: RunStudy, plan: Plan) -> str:
+    scale = "" if options.scale == "full" else f" --scale {options.scale}"
+    return scale if options.folder is None else f" --folder {plan.folder}"
+
+
+def report_study(options: ReportStudy, console: Console) -> int:
+    """Report the runs of a study's folder."""
+    folder = options.folder
+    if folder is None:
+        folder = default_folder(find_study(options.study, Scale(options.scale)).name, options.scale)
+        if not folder.is_dir():
+            scale = "" if options.scale == "full" else f" --scale {options.scale}"
+            raise UsageError(
+                f"STUDY {options.study}: there is no folder {folder}: run it first, by elman study run "
+                f"{options.study}{scale}, or name its folder by --folder"
+            )
+    return write_report([folder], options.out or folder / "report", console)
+
+
+def list_studies(console: Console) -> int:
+    """Print the catalogue."""
+    table = Table()
+    for column in ("study", "question", "runs"):
+        table.add_column(column, justify="right" if column == "runs" else "left")
+    for name in study_names():
+        study = find_study(name, Scale())
+        table.add_row(name, study.question, str(len(study.runs)))
+    console.print(table)
+    say(console, "elman study show NAME tells what a study holds equal; elman study run NAME --dry-run plans it.")
+    return 0
+
+
+def show_study(name: str, scale: ScaleName, console: Console) -> int:
+    """Print a study's declaration."""
+    study = find_study(name, Scale(scale))
+    say(console, f"{study.name}: {study.question}")
+    say(console, "held equal:")
+    for line in study.held_equal(study.budget_of(study.budget)):
+        say(console, f"  {line}")
+    if study.varies:
+        say(console, f"about: {', '.join(study.varies)}, in which runs may differ")
+    for note in study.notes:
+        say(console, note)
+    table = Table()
+    for column in ("run", "model", "options", "width × depth", "parameters"):
+        table.add_column(column, justify="right" if column in ("width × depth", "parameters") else "left")
+    for run in study.runs:
+        options = ", ".join(f"{key} {value}" for key, value in {**run.options, **run.train}.items())
+        try:
+            model = study.model(run)
+            table.add_row(run.name, run.model, options, f"{model.dim} × {model.depth}", f"{num_params(model):,}")
+        except UsageError as error:
+            table.add_row(run.name, run.model, options, "refused", str(error))
+    console.print(table)
+    runs = len(study.runs) * len(study.seeds)
+    sweep = len(study.runs) * len(study.learning_rates) if len(study.learning_rates) > 1 else 0
+    line = f"{runs} runs, and {sweep} shorter ones to choose learning rates"
+    if study.budget == "time":
+        budget = study.budget_of("time").amount
+        line += f": {format_duration(budget * (runs + sweep * study.sweep_part))} of training"
+    say(console, line)
+    return 0
+
+
+def default_folder(name: str, scale: str) -> Path:
+    """Where a study's runs lie if nobody says."""
+    return Path("runs") / (name if scale == "full" else f"{name}-{scale}")
+
+
+def write_report(paths: list[Path], out: Path, console: Console) -> int:
+    """Write the report and print its verdict. Returns 0, or 1 where no run could be compared."""
+    report = make_report(paths)
+    page = report.write(out)
+    for section in report.sections:
+        say(console, f"{section.title}:")
+        for line in section.verdict:
+            say(console, f"  {line}")
+    for name, why in report.left_out:
+        say(console, f"left out: {name}: {why}")
+    say(console, f"report in {page} and {page.with_suffix('.md')}")
+    return 0 if report.sections else 1

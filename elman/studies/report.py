@@ -1,0 +1,325 @@
+"""One page of what runs say, as HTML that needs no other file and as Markdown: from run folders alone.
+
+Nothing else is read: a study's question and plan lie in the ``study.json`` of each of its folders. Runs that cannot be
+compared are listed with the reason, and so is what was planned and is not there.
+"""
+
+from __future__ import annotations
+
+import base64
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import jinja2
+
+import elman
+from elman.errors import UsageError
+from elman.studies import figures
+from elman.studies.analysis import (
+    Comparison,
+    Difference,
+    Group,
+    PowerLaw,
+    compare,
+    law_sentences,
+    power_laws,
+    sweep_remarks,
+    uneven_speeds,
+    verdict,
+)
+from elman.studies.records import Record, name_apart, read_run, run_folders
+from elman.studies.study import Budget, slug
+from elman.units import bits, format_bytes, format_count
+
+#: What env.json tells that decides what a run computes and how fast, in the order of the page.
+_ENVIRONMENT = ("gpu", "device", "gpu_memory", "compute_capability", "driver", "cuda", "cudnn", "precision", "compiled",
+                "captured", "parallel", "processes", "cpu_count", "cpu_threads", "python", "platform", "elman",
+                "git_commit")  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Picture:
+    """An SVG, what it is called, and what it shows."""
+
+    name: str
+    caption: str
+    svg: str
+
+    @property
+    def uri(self) -> str:
+        """For a page that holds its pictures."""
+        return "data:image/svg+xml;base64," + base64.b64encode(self.svg.encode()).decode()
+
+
+@dataclass(frozen=True)
+class Table:
+    """Columns, and rows of as many words."""
+
+    columns: list[str]
+    rows: list[list[str]]
+
+
+@dataclass(frozen=True)
+class Section:
+    """A comparison as the page shows it."""
+
+    title: str
+    verdict: list[str]
+    results: Table
+    costs: Table
+    pictures: list[Picture]
+
+
+@dataclass
+class Report:
+    """All that a page shows, in words and pictures."""
+
+    title: str
+    question: str = ""
+    scale: str = ""
+    held_equal: list[str] = field(default_factory=list)
+    varies: list[str] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+    sections: list[Section] = field(default_factory=list)
+    across: list[Picture] = field(default_factory=list)
+    laws: list[str] = field(default_factory=list)
+    sweep: Table | None = None
+    sweep_remarks: list[str] = field(default_factory=list)
+    left_out: list[tuple[str, str]] = field(default_factory=list)
+    remarks: list[tuple[str, str]] = field(default_factory=list)
+    environment: list[tuple[str, list[str]]] = field(default_factory=list)
+    runs: list[list[str]] = field(default_factory=list)
+    version: str = elman.__version__
+
+    @property
+    def pictures(self) -> list[Picture]:
+        """Of all sections."""
+        return [*(picture for section in self.sections for picture in section.pictures), *self.across]
+
+    def html(self) -> str:
+        """One page that needs no other file."""
+        return _render("report.html.j2", self, autoescape=True)
+
+    def markdown(self) -> str:
+        """The same, its pictures in files beside it."""
+        return _render("report.md.j2", self, autoescape=False)
+
+    def write(self, folder: Path) -> Path:
+        """Write report.html, report.md and its pictures. Returns the page's path."""
+        folder.mkdir(parents=True, exist_ok=True)
+        for picture in self.pictures:
+            (folder / f"{picture.name}.svg").write_text(picture.svg, encoding="utf-8")
+        (folder / "report.md").write_text(self.markdown(), encoding="utf-8")
+        page = folder / "report.html"
+        page.write_text(self.html(), encoding="utf-8")
+        return page
+
+
+def make_report(paths: Sequence[Path]) -> Report:
+    """The report of these run folders, or of the runs in these folders.
+
+    Raises:
+        UsageError: no such folder, no runs in it, or runs of several studies.
+    """
+    records = [read_run(path) for path in run_folders(paths)]
+    name_apart([record for record in records if not record.is_sweep])
+    studies = sorted({str(record.facts["study"]) for record in records if "study" in record.facts})
+    if len(studies) > 1:
+        raise UsageError(f"RUN: these runs are of several studies ({', '.join(studies)}): report one at a time")
+    report = Report(title=studies[0] if studies else "Runs")
+    newest = max((record for record in records if record.facts), key=_began, default=None)
+    if newest is not None:
+        _tell_study(report, newest.facts, records)
+    finals = [record for record in records if not record.is_sweep]
+    comparisons = compare(finals)
+    good = [record for record in finals if not record.problems]
+    planned = [] if newest is None else [str(label) for label in newest.facts.get("planned", [])]
+    for number, comparison in enumerate(comparisons, 1):
+        report.sections.append(_section(comparison, number, planned, several=len(comparisons) > 1))
+    if newest is not None and newest.facts.get("axis"):
+        _tell_axis(report, str(newest.facts["axis"]), comparisons)
+    _tell_sweep(report, [record for record in records if record.is_sweep], good)
+    for record in records:
+        report.left_out += [(_called(record), problem) for problem in record.problems]
+        report.remarks += [(_called(record), remark) for remark in record.remarks]
+    _tell_environment(report, good or records)
+    report.runs = [[record.label, _rate(record.lr), str(record.seed), str(record.path)] for record in finals]
+    return report
+
+
+def _began(record: Record) -> str:
+    return str(record.sessions[0].get("time", "")) if record.sessions else ""
+
+
+def _called(record: Record) -> str:
+    return f"{record.label} ({record.path.name})"
+
+
+def _tell_study(report: Report, facts: dict[str, Any], records: Sequence[Record]) -> None:
+    report.question, report.scale = str(facts.get("question", "")), str(facts.get("scale", ""))
+    report.held_equal = [str(line) for line in facts.get("held_equal", [])]
+    report.varies = [str(name) for name in facts.get("varies", [])]
+    report.notes = [str(note) for note in facts.get("notes", [])]
+    report.left_out += [(str(label), f"refused: {why}") for label, why in facts.get("refused", {}).items()]
+    budgets = {record.budget for record in records if record.facts.get("budget")}
+    for budget in sorted(budgets):
+        of_budget = [r for r in records if r.facts.get("budget") and r.budget == budget and not r.is_sweep]
+        there = {(record.run, record.seed) for record in of_budget}
+        behind = f" at equal {budget[0]}" if len(budgets) > 1 else ""
+        for label in facts.get("planned", []):
+            missing = [seed for seed in facts.get("seeds", []) if (label, seed) not in there]
+            if missing and label not in facts.get("refused", {}):
+                seeds = ", ".join(map(str, missing))
+                report.left_out.append((str(label), f"planned{behind}, and not there: seed {seeds}"))
+
+
+_RESULTS = ["run", "width × depth", "parameters", "batch", "lr", "seeds", "last 100, nats/token",
+            "held out, nats/byte", "bits/byte", "behind the best", "p"]  # fmt: skip
+_COSTS = ["run", "steps", "tokens", "training FLOPs", "trained, s", "start-up, s", "tokens/s", "MFU", "peak memory",
+          "state"]  # fmt: skip
+
+
+def _section(comparison: Comparison, number: int, planned: Sequence[str], several: bool) -> Section:
+    ranked = comparison.ranked
+    labels = [group.label for group in ranked]
+    styles = figures.Styles([*(label for label in planned if label in labels), *labels])
+    from_best = {d.worse.label: d for d in comparison.differences() if d.better is ranked[0]}
+    results = Table(_RESULTS, [_result(group, from_best.get(group.label)) for group in ranked])
+    costs = Table(_COSTS, [_cost(group) for group in ranked])
+    title = f"At {comparison.budget} a run"
+    if comparison.target is not None:
+        title += f", {format_count(comparison.target)} parameters"
+    units = {str(record.summary.get("unit", "token")) for group in ranked for record in group.records}
+    unit = units.pop() if len(units) == 1 else "token"
+    name = f"{slug(comparison.budget.short)}" + ("" if not several else f"-{number}")
+    pictures = [
+        Picture(f"heldout-{name}", "Held-out loss, every seed and the mean.", figures.losses(comparison, styles)),
+        Picture(
+            f"training-{name}",
+            "Training loss, a running mean, a line a seed. Before its end a curve has its learning rate still up: only "
+            "ends compare.",
+            figures.curves(comparison, styles, unit),
+        ),
+    ]
+    return Section(title, verdict(comparison), results, costs, pictures)
+
+
+def _result(group: Group, behind: Difference | None) -> list[str]:
+    first = group.records[0]
+    spread = group.spread
+    assert first.model is not None
+    return [
+        group.label,
+        f"{first.model.dim} × {first.model.depth}",
+        f"{first.summary['params']:,}",
+        str(first.summary["batch_size"]),
+        ", ".join(_rate(rate) for rate in sorted({record.lr for record in group.records})),
+        str(len(group.records)),
+        _mean(group, "last_100_loss", lambda value: f"{value:.4f}"),
+        f"{group.mean:.4f}" + ("" if spread is None else f" ± {spread:.4f}"),
+        f"{bits(group.mean):.4f}" + ("" if spread is None else f" ± {bits(spread):.4f}"),
+        "" if behind is None else f"{behind.nats:.4f}",
+        "" if behind is None or behind.adjusted is None else _p(behind.adjusted),
+    ]
+
+
+def _cost(group: Group) -> list[str]:
+    return [
+        group.label,
+        _mean(group, "steps", lambda value: f"{value:,.0f}"),
+        _mean(group, "tokens", format_count),
+        f"{group.average(lambda record: record.train_flops):.3g}",
+        _mean(group, "train_seconds", lambda value: f"{value:,.1f}"),
+        f"{group.average(lambda record: record.start_up_seconds):.1f}",
+        _mean(group, "tokens_per_second", format_count),
+        _mean(group, "mfu", lambda value: f"{value:.1%}"),
+        _mean(group, "peak_memory_bytes", format_bytes),
+        _mean(group, "state_size", format_count),
+    ]
+
+
+def _mean(group: Group, name: str, show: Any) -> str:
+    value = group.of_summary(name)
+    return "–" if value is None else str(show(value))
+
+
+def _p(value: float) -> str:
+    return "< 0.001" if value < 0.001 else f"{value:.3f}"
+
+
+def _rate(rate: float) -> str:
+    return f"{rate:g}"
+
+
+def _tell_axis(report: Report, axis: str, comparisons: Sequence[Comparison]) -> None:
+    by_budget: dict[Budget, list[Group]] = {}
+    for comparison in comparisons:
+        by_budget.setdefault(comparison.budget, []).extend(comparison.groups)
+    for budget, groups in by_budget.items():
+        records = [record for group in groups for record in group.records]
+        styles = figures.Styles([record.series for record in records])
+        laws: list[PowerLaw] = power_laws(records) if axis == "params" else []
+        caption = f"Held-out loss after {budget}" + (", and fitted power laws." if laws else ".")
+        report.across.append(
+            Picture(f"loss-{slug(budget.short)}-{axis}", caption, figures.against(axis, groups, laws, styles))
+        )
+        if axis == "batch_size":
+            svg = figures.against(axis, groups, [], styles, value="speed")
+            report.across.append(Picture(f"speed-{slug(budget.short)}-{axis}", "Throughput against the batch.", svg))
+        report.laws += [f"After {budget}, {sentence}" for sentence in law_sentences(laws)]
+        if axis == "params" and not laws:
+            report.laws.append(f"After {budget}: fewer than three sizes a series, so no power law is fitted.")
+
+
+def _tell_sweep(report: Report, sweep: Sequence[Record], finals: Sequence[Record]) -> None:
+    if not sweep:
+        return
+    chosen: dict[str, set[float]] = {}
+    for record in finals:
+        chosen.setdefault(record.run, set()).add(record.lr)
+    columns = ["run", "learning rate", "budget", "last 100, nats/token", "steps skipped", ""]
+    report.sweep = Table(columns, [])
+    for record in sorted(sweep, key=lambda record: (record.label, record.budget, record.lr)):
+        if record.problems:
+            continue
+        budget = Budget(record.budget[0], record.budget[1]).part(record.facts["sweep_part"])  # type: ignore[arg-type]
+        used = "chosen" if record.lr in chosen.get(record.run, ()) else ""
+        loss, skipped = f"{record.last_100:.4f}", str(record.summary.get("skipped_steps", 0))
+        report.sweep.rows.append([record.label, _rate(record.lr), str(budget), loss, skipped, used])
+    report.sweep_remarks = sweep_remarks(sweep, finals)
+    report.sweep_remarks += uneven_speeds([record for record in sweep if not record.problems])
+
+
+def _tell_environment(report: Report, records: Sequence[Record]) -> None:
+    """Every fact with all its values: one where the runs agree."""
+    sessions = [session for record in records for session in record.sessions]
+    facts: dict[str, list[str]] = {}
+
+    def note(name: str, value: Any) -> None:
+        values = facts.setdefault(name, [])
+        if str(value) not in values:
+            values.append(str(value))
+
+    for name in _ENVIRONMENT:
+        for session in sessions:
+            if session.get(name) is not None:
+                note(name, format_bytes(session[name]) if name == "gpu_memory" else session[name])
+    for session in sessions:
+        for package, version in (session.get("packages") or {}).items():
+            if version is not None:
+                note(package, version)
+    for record in records:
+        for session in record.sessions:
+            note("kernels", f"{record.label}: {', '.join(sorted(set(session.get('backends') or ['none of ours'])))}")
+    report.environment = list(facts.items())
+
+
+def _render(template: str, report: Report, autoescape: bool) -> str:
+    environment = jinja2.Environment(
+        loader=jinja2.PackageLoader("elman.studies"), autoescape=autoescape, undefined=jinja2.StrictUndefined,
+        trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True,
+    )  # fmt: skip
+    environment.filters["cell"] = lambda text: str(text).replace("|", "\\|").replace("\n", " ")
+    return environment.get_template(template).render(report=report)

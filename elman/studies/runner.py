@@ -1,0 +1,290 @@
+"""Runs a plan: finds batches where memory is held equal, chooses learning rates, then trains what is compared.
+
+What it knows it reads from the run folders each time, so it can be stopped and called again at any point.
+"""
+
+from __future__ import annotations
+
+import math
+import shutil
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Literal, TypeVar
+
+from rich.console import Console
+from rich.table import Table
+
+from elman.sizing import flops_per_token, num_params
+from elman.studies.job import TrainJob
+from elman.studies.launch import Launcher
+from elman.studies.memory import ProbeJob, most_memory
+from elman.studies.plan import Plan, Row, job_state
+from elman.studies.records import Record, read_run
+from elman.training.display import say
+from elman.training.run import RunFolder
+from elman.units import format_bytes, format_count, format_duration
+
+#: FLOP/s that training is taken to reach where nothing has been measured yet: of a GPU, and of a CPU. Rough.
+_ASSUMED_FLOPS = {"cuda": 1e14, "cpu": 2e10}
+#: Seconds of a run that are not training: starting, compiling, evaluation, saving. Rough.
+_ASSUMED_START = {"cuda": 60.0, "cpu": 10.0}
+
+Keep = Literal["all", "finals", "none"]
+J = TypeVar("J", TrainJob, ProbeJob)
+
+
+@dataclass
+class Tally:
+    """What became of a study's jobs."""
+
+    finished: int = 0
+    done_before: int = 0
+    complaints: list[str] = field(default_factory=list)
+
+
+def run_plan(plan: Plan, launcher: Launcher, console: Console, keep: Keep = "finals") -> int:
+    """Run what is not done yet. Returns 0, or 1 where a run was refused, failed or could not be touched.
+
+    ``keep``: whose checkpoints stay once a run is finished.
+    """
+    tally = Tally()
+    tally.complaints += [f"{row.run.name} is refused: {row.refused}" for row in plan.rows if row.refused is not None]
+    if plan.study.memory is not None:
+        plan = find_batches(plan, launcher, console, tally)
+    _train(plan.sweep_jobs(), launcher, console, tally, "learning rates", keep == "all")
+    rates = chosen_rates(plan)
+    for row in plan.accepted:
+        if row.run.name not in rates:
+            tally.complaints.append(f"{row.run.name} has no learning rate: no run of its sweep reached its end")
+    _train(plan.final_jobs(rates), launcher, console, tally, "runs", keep != "none")
+    say(console, f"{tally.finished} finished, {tally.done_before} were done before")
+    for complaint in tally.complaints:
+        say(console, complaint)
+    return 1 if tally.complaints else 0
+
+
+def find_batches(plan: Plan, launcher: Launcher, console: Console, tally: Tally) -> Plan:
+    """The plan with each run's largest batch that fits the study's memory; those without one are refused."""
+    probes = {row.run.name: probe(plan, row) for row in plan.accepted}
+    wanted = [job for job in probes.values() if job.found() is None]
+    tally.complaints += _launch(wanted, launcher, console, "batches")
+    return with_batches(plan, [name for name, job in probes.items() if job.found() is None])
+
+
+def with_batches(plan: Plan, without: Sequence[str] = ()) -> Plan:
+    """The plan with the batches that have been found; ``without`` are the runs of which none fits."""
+    found = {row.run.name: probe(plan, row).found() for row in plan.accepted}
+    batches = {name: batch for name, batch in found.items() if batch is not None}
+    return replace(plan, batches=batches, refusals=dict.fromkeys(without, "no batch fits the study's memory"))
+
+
+def probe(plan: Plan, row: Row) -> ProbeJob:
+    """The job that finds a run's batch."""
+    assert row.model is not None
+    assert plan.study.memory is not None
+    job = plan.job(row, "final", plan.study.learning_rates[0], plan.study.seeds[0])
+    name = f"batch-{job.name}-{plan.study.memory / 2**20:.0f}mib"
+    config = replace(job.config, out=None)
+    return ProbeJob(
+        f"{row.run.name}, batch", name, config, row.model, plan.study.memory, plan.folder / "batches" / f"{name}.json"
+    )
+
+
+def chosen_rates(plan: Plan) -> dict[str, float]:
+    """Each run's learning rate, where it is chosen: that of the sweep's lowest last 100 losses without a bad step.
+
+    The held-out text has no part in the choice.
+    """
+    only = plan.study.learning_rates[0]
+    if len(plan.study.learning_rates) == 1:
+        return {row.run.name: only for row in plan.accepted}
+    records: dict[str, list[Record]] = {}
+    for job in plan.sweep_jobs():
+        records.setdefault(job.facts["run"], []).append(read_run(job.folder))
+    rates = {}
+    for name, tried in records.items():
+        good = [record for record in tried if not record.problems and math.isfinite(record.last_100)]
+        if any(_may_go_on(record) for record in tried) or not good:
+            continue
+        # Where every rate had a step that was skipped, the best of them is better than none.
+        clean = [record for record in good if not record.summary.get("skipped_steps")] or good
+        rates[name] = min(clean, key=lambda record: record.last_100).lr
+    return rates
+
+
+def _may_go_on(record: Record) -> bool:
+    """Whether a run of a sweep was not begun, or merely cut, so that its rate cannot be judged yet.
+
+    One that failed, its loss being no number, has been judged: its last step was skipped.
+    """
+    if record.summary:
+        return False
+    rows = [row for row in record.rows if "lr" in row]
+    return not (rows and "skipped" in rows[-1])
+
+
+def _train(jobs: Sequence[TrainJob], launcher: Launcher, console: Console, tally: Tally, what: str, keep: bool) -> None:
+    """Those of the jobs that are new or were cut."""
+    wanted = []
+    for job in jobs:
+        state, why = job_state(job)
+        if state == "done":
+            tally.done_before += 1
+            if not keep:
+                _forget_checkpoints(job)
+        elif state in ("new", "cut"):
+            if state == "cut":
+                say(console, f"{job.label}: going on with {job.folder}")
+            wanted.append(job)
+        else:
+            tally.complaints.append(f"{job.label} is left alone: {why}")
+    complaints = _launch(wanted, launcher, console, what, _nothing if keep else _forget_checkpoints)
+    tally.finished += len(wanted) - len(complaints)
+    tally.complaints += complaints
+
+
+def _nothing(job: object) -> None:
+    pass
+
+
+def _forget_checkpoints(job: TrainJob) -> None:
+    shutil.rmtree(RunFolder(job.folder).checkpoints, ignore_errors=True)
+
+
+def _launch(
+    jobs: Sequence[J], launcher: Launcher, console: Console, what: str, finished: Callable[[J], None] = _nothing
+) -> list[str]:
+    """Run jobs, a line for each that ends, and ``finished`` for each that ends well.
+
+    Returns what to say of those that failed.
+    """
+    complaints: list[str] = []
+    if not jobs:
+        return complaints
+    say(console, f"{what}: {len(jobs)} to do, {launcher.jobs} at a time")
+    started, ended = time.monotonic(), 0
+
+    def done(job: J, code: int, line: str) -> None:
+        nonlocal ended
+        ended += 1
+        left = (time.monotonic() - started) / ended * (len(jobs) - ended)
+        head = f"[{ended}/{len(jobs)}, {format_duration(left)} left] {job.label}: "
+        if code == 0:
+            say(console, head + _outcome(job))
+            finished(job)
+        else:
+            how = "was stopped and saved; run the study again to go on" if code == 130 else f"failed: {line}"
+            say(console, head + how)
+            complaints.append(f"{job.label} {how}")
+
+    launcher.run(jobs, done)
+    return complaints
+
+
+def _outcome(job: TrainJob | ProbeJob) -> str:
+    if isinstance(job, ProbeJob):
+        return f"{job.found()} windows"
+    record = read_run(job.folder)
+    if record.problems:
+        return record.problems[0]
+    speed = format_count(record.summary["tokens_per_second"])
+    return f"last 100 {record.last_100:.4f}, held out {record.nats:.4f} nats/byte, {speed} tokens/s"
+
+
+def show_plan(plan: Plan, launcher_jobs: int, device_type: str, console: Console) -> None:
+    """The table of a dry run: every row with its size, its end, and about how long and how much memory."""
+    study = plan.study
+    if study.memory is not None:
+        plan = with_batches(plan)
+    table = Table(title=f"{study.name}: {plan.budget} a run", title_justify="left")
+    table.add_column("run", min_width=min(16, max(len(row.run.name) for row in plan.rows)))
+    for column in ("model", "batch", "each", "memory", "done"):
+        table.add_column(column, justify="right", no_wrap=column in ("model", "done"))
+    rates = chosen_rates(plan)
+    finals = plan.final_jobs(rates)
+    total = 0.0
+    for row in plan.rows:
+        if row.model is None:
+            continue
+        config = plan.config(row, study.learning_rates[0], study.seeds[0])
+        params, target = num_params(row.model), study.target(row.run)
+        measured = _measured(plan, row)
+        seconds = _seconds(plan, row, device_type, measured)
+        sweeps = len(study.learning_rates) if len(study.learning_rates) > 1 else 0
+        total += seconds * (len(study.seeds) + study.sweep_part * sweeps)
+        total += _ASSUMED_START[device_type] * (len(study.seeds) + sweeps)
+        if study.memory is not None and row.run.name not in plan.batches:
+            batch, memory = "to find", format_bytes(study.memory)
+        else:
+            batch = str(config.batch_size)
+            memory = _memory(row, config.batch_size, config.seq_len, device_type, measured)
+        states = [job_state(job)[0] for job in finals if job.facts["run"] == row.run.name]
+        off = "" if target is None else f" ({params / target - 1:+.1%})"
+        each = format_duration(seconds)
+        if config.steps is not None:
+            each = f"{config.steps:,} steps, {'~' if measured is None else ''}{each}"
+        table.add_row(
+            row.run.name,
+            f"{row.model.dim} × {row.model.depth}\n{format_count(params)}{off}",
+            batch,
+            each,
+            memory,
+            f"{states.count('done')}/{len(study.seeds)}",
+        )
+    console.print(table)
+    for row in plan.rows:
+        if row.refused is not None:
+            say(console, f"{row.run.name} is refused: {row.refused}")
+    say(console, "held equal:")
+    for line in study.held_equal(plan.budget):
+        say(console, f"  {line}")
+    whole = total / max(1, launcher_jobs)
+    say(
+        console,
+        f"about {format_duration(whole)} in all, {launcher_jobs} at a time, sweep and start-up included; ~ is a guess "
+        f"by FLOPs, ≤ what plain PyTorch would keep, where nothing has been measured yet",
+    )
+    say(console, f"runs lie in {plan.folder}")
+
+
+def _measured(plan: Plan, row: Row) -> Record | None:
+    """A finished run of the row, which tells its speed and memory."""
+    for place in ("runs", "sweep"):
+        folder = plan.folder / place
+        for path in sorted(folder.iterdir()) if folder.is_dir() else []:
+            facts = _facts(path)
+            if facts.get("run") == row.run.name and facts.get("fingerprint") == plan.fingerprint:
+                record = read_run(path)
+                if not record.problems and record.model == row.model:
+                    return record
+    return None
+
+
+def _facts(path: Path) -> dict[str, object]:
+    try:
+        facts = RunFolder(path).read_json("study.json")
+    except ValueError:
+        return {}
+    return facts if isinstance(facts, dict) else {}
+
+
+def _seconds(plan: Plan, row: Row, device_type: str, measured: Record | None) -> float:
+    """Of training, about."""
+    if plan.budget.kind == "time":
+        return plan.budget.amount
+    assert row.model is not None
+    config = plan.config(row, plan.study.learning_rates[0], plan.study.seeds[0])
+    assert config.steps is not None
+    tokens = config.steps * config.batch_size * config.seq_len
+    if measured is not None:
+        return float(tokens / measured.summary["tokens_per_second"])
+    return 3 * flops_per_token(row.model, config.seq_len) * tokens / _ASSUMED_FLOPS[device_type]
+
+
+def _memory(row: Row, batch_size: int, seq_len: int, device_type: str, measured: Record | None) -> str:
+    assert row.model is not None
+    if measured is not None and measured.summary["batch_size"] == batch_size:
+        return format_bytes(measured.summary["peak_memory_bytes"])
+    return f"≤ {format_bytes(most_memory(row.model, batch_size, seq_len, bf16=device_type == 'cuda'))}"

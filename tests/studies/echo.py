@@ -1,0 +1,24 @@
+"""A job for launchers to run, in a module that imports nothing slow."""
+
+import json
+import os
+import time
+from pathlib import Path
+
+
+class Echo:
+    """A job that tells which GPU it was given, and writes when it ran."""
+
+    def __init__(self, name: str, out: Path, code: int = 0, seconds: float = 0.0) -> None:
+        self.label = self.name = name
+        self.out, self.code, self.seconds = out, code, seconds
+
+    def __call__(self) -> int:
+        started = time.time()
+        if self.code < 0:
+            os.kill(os.getpid(), -self.code)
+        time.sleep(self.seconds)
+        seen = os.environ.get("CUDA_VISIBLE_DEVICES")
+        (self.out / self.name).write_text(json.dumps([seen, started, time.time()]))
+        print(f"{self.name} saw {seen}\n")
+        return self.code

@@ -1,0 +1,98 @@
+"""Run folders as a study leaves them, made without training."""
+
+import math
+from pathlib import Path
+from typing import Any
+
+from elman.mixers import mixer_config
+from elman.sizing import flops_per_token, num_params, size_model
+from elman.studies.plan import seal, settings
+from elman.training.config import TrainConfig
+from elman.training.run import RunFolder
+
+FACTS: dict[str, Any] = {
+    "study": "toy", "scale": "full", "question": "Which is it?", "held_equal": ["batch: 4 windows a step"],
+    "varies": [],
+    "axis": None, "notes": [], "memory": None, "budget": {"kind": "tokens", "amount": 12_800}, "seeds": [0, 1, 2],
+    "learning_rates": [1e-3], "sweep_part": 0.25, "planned": ["a", "b"], "refused": {}, "fingerprint": "text",
+    "role": "final", "series": "s", "target_params": None,
+}  # fmt: skip
+SESSION: dict[str, Any] = {
+    "time": "2026-01-01T00:00:00+00:00", "from_step": 0, "precision": "bf16", "compiled": True, "captured": False,
+    "processes": 1, "parallel": "none", "start_up_seconds": 7.0, "backends": ["persistent"], "device": "cuda",
+    "gpu": "NVIDIA H100 80GB HBM3", "packages": {"torch": "2.13.0"}, "git_commit": "abc",
+}  # fmt: skip
+
+
+def make_run(
+    path: Path,
+    label: str | None = "a",
+    *,
+    seed: int = 0,
+    heldout: float = 2.0,
+    steps: int = 200,
+    speed: float = 1000.0,
+    lr: float = 1e-3,
+    dim: int = 16,
+    session: dict[str, Any] | None = None,
+    train: dict[str, Any] | None = None,
+    **facts: Any,
+) -> RunFolder:
+    """A whole run whose files agree; ``label`` None makes one that is of no study."""
+    model = size_model((mixer_config("e1")(),), dim=dim, depth=2)
+    config = TrainConfig(
+        data=Path("/text"), dim=dim, depth=2, seq_len=16, batch_size=4, steps=steps, seed=seed, lr=lr, **(train or {})
+    )
+    run = RunFolder(path)
+    path.mkdir(parents=True)
+    told = {**FACTS, **facts, "run": label, "identity": "0", "settings": settings(config, model)}
+    told["seal"] = seal(told)
+    if label is not None:
+        run.write_json("study.json", told)
+    run.write_config(config, model)
+    run.write_json("env.json", [{**SESSION, **(session or {})}])
+    tokens = config.batch_size * config.seq_len
+    losses = [heldout + 3 * math.exp(-i / 40) for i in range(steps)]
+    run.append_metrics(
+        [
+            {"step": i + 1, "lr": lr, "seconds": (i + 1) * tokens / speed, "loss": loss, "grad_norm": 1.0}
+            for i, loss in enumerate(losses)
+        ]
+    )
+    bits = heldout / math.log(2)
+    seconds = steps * tokens / speed
+    run.append_metrics([{"step": steps, "seconds": seconds, "heldout_loss": heldout, "heldout_bits_per_byte": bits}])
+    run.write_json(
+        "summary.json",
+        {
+            "model": "e1", "params": num_params(model), "dim": dim, "depth": 2,
+            "flops_per_token": flops_per_token(model, 16), "state_size": 32, "seq_len": 16, "batch_size": 4,
+            "processes": 1,
+            "parallel": "none", "steps": steps, "tokens": steps * tokens, "compiled": True, "start_up_seconds": 7.0,
+            "train_seconds": seconds, "tokens_per_second": speed, "mfu": 0.25, "peak_memory_bytes": 2**30,
+            "skipped_steps": 0, "last_100_loss": sum(losses[-100:]) / len(losses[-100:]), "unit": "byte",
+            "heldout": {"nats_per_token": heldout, "tokens": 100, "bytes": 100, "nats_per_byte": heldout,
+                        "bits_per_byte": bits},
+        },
+    )  # fmt: skip
+    return run
+
+
+def change(run: RunFolder, name: str, **values: Any) -> None:
+    """Edit a JSON file by hand; a value of ``...`` takes the key away."""
+    found = run.read_json(name)
+    target = found[0] if isinstance(found, list) else found
+    for key, value in values.items():
+        if value is ...:
+            del target[key]
+        else:
+            target[key] = value
+    run.write_json(name, found)
+
+
+def make_study(folder: Path, heldout: dict[str, list[float]], **more: Any) -> Path:
+    """A study's folder: for each run, the held-out loss of each seed."""
+    for label, losses in heldout.items():
+        for seed, loss in enumerate(losses):
+            make_run(folder / "runs" / f"{label}-seed{seed}", label, seed=seed, heldout=loss, **more)
+    return folder

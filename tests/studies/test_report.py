@@ -1,0 +1,128 @@
+"""The report: everything on one page, from folders alone, and nothing dropped without a word."""
+
+import re
+import shutil
+from pathlib import Path
+
+import pytest
+
+from elman.cli import main
+from elman.errors import UsageError
+from elman.mixers import mixer_config
+from elman.sizing import num_params, size_model
+from elman.studies.report import make_report
+from elman.training.run import RunFolder
+from tests.studies.made import change, make_run, make_study
+
+LOSSES = {"a": [2.0, 2.01, 2.02], "b": [2.5, 2.51, 2.53]}
+
+
+def test_a_page_needs_no_other_file(tmp_path: Path) -> None:
+    report = make_report([make_study(tmp_path / "toy", LOSSES)])
+    page = report.write(tmp_path / "out")
+    html = page.read_text()
+    sources = re.findall(r'(?:src|href)="([^"]{0,40})', html)
+    assert sources
+    assert all(source.startswith("data:image/svg+xml;base64,") for source in sources)
+    assert "<script" not in html
+    assert "Which is it?" in html
+    for value in ("2.0100 ± 0.0100", "25.0%", "1.0 GiB", "NVIDIA H100 80GB HBM3", "2.13.0"):
+        assert value in html, value
+    markdown = (tmp_path / "out" / "report.md").read_text()
+    for name in re.findall(r"\]\(([^)]+\.svg)\)", markdown):
+        assert (tmp_path / "out" / name).read_text().rstrip().endswith("</svg>")
+    assert "| a | 16 × 2 |" in markdown
+
+
+def test_it_is_the_same_again_from_a_copy_of_the_folders(tmp_path: Path) -> None:
+    make_study(tmp_path / "toy", LOSSES)
+    first = make_report([tmp_path / "toy"])
+    shutil.copytree(tmp_path / "toy" / "runs", tmp_path / "copy" / "runs")
+    again = make_report([tmp_path / "copy"])
+    assert first.html().replace(str(tmp_path / "toy"), "") == again.html().replace(str(tmp_path / "copy"), "")
+
+
+def test_what_is_left_out_is_told(tmp_path: Path) -> None:
+    study = make_study(tmp_path / "toy", LOSSES, refused={"c": "no width fits"}, planned=["a", "b", "c", "d"])
+    (study / "runs" / "a-seed0" / "summary.json").unlink()
+    change_run = study / "runs" / "b-seed1"
+    (change_run / "config.json").write_text("{")
+    (study / "runs" / "nothing").mkdir()
+    report = make_report([study])
+    told = dict(report.left_out)
+    assert told["c"] == "refused: no width fits"
+    assert told["d"] == "planned, and not there: seed 0, 1, 2"
+    assert "did not reach its end" in told["a (a-seed0)"]
+    assert "config.json is not as elman train wrote it" in told["b (b-seed1)"]
+    for text in (report.html(), report.markdown()):
+        assert "no width fits" in text
+        assert "planned, and not there" in text
+    (section,) = report.sections
+    assert [row[5] for row in section.results.rows] == ["2", "2"]
+
+
+def test_a_missing_number_that_is_not_needed_is_a_dash(tmp_path: Path) -> None:
+    study = make_study(tmp_path / "toy", {"a": [2.0]})
+    change(RunFolder(study / "runs" / "a-seed0"), "summary.json", mfu=None)
+    (section,) = make_report([study]).sections
+    assert section.costs.rows[0][section.costs.columns.index("MFU")] == "–"
+
+
+def test_markup_in_names_stays_text(tmp_path: Path) -> None:
+    make_run(tmp_path / "toy" / "runs" / "1", "<b>a|b</b>")
+    report = make_report([tmp_path / "toy"])
+    assert "<b>a|b" not in report.html()
+    assert "<b>a\\|b</b>" in report.markdown()
+
+
+def test_sizes_are_compared_each_with_its_own_and_fitted_together(tmp_path: Path) -> None:
+    folder = tmp_path / "toy"
+    for dim in (16, 24, 32):
+        for label, shift in (("a", 0.0), ("b", 0.1)):
+            params = num_params(size_model((mixer_config("e1")(),), dim=dim, depth=2))
+            make_run(
+                folder / "runs" / f"{label}-{dim}", f"{label} {dim}", dim=dim, heldout=5 * params**-0.1 + shift,
+                varies=["params"], axis="params", series=label, target_params=params,
+            )  # fmt: skip
+    report = make_report([folder])
+    assert len(report.sections) == 3
+    assert all(len(section.results.rows) == 2 for section in report.sections)
+    assert "a: loss goes as N^-0.100 ± 0.000" in report.laws[0]
+    assert [picture.name for picture in report.across] == ["loss-tokens12800-params"]
+
+
+def test_throughput_is_drawn_against_the_batch(tmp_path: Path) -> None:
+    make_run(tmp_path / "toy" / "runs" / "1", "a", axis="batch_size", varies=["batch_size"])
+    report = make_report([tmp_path / "toy"])
+    assert [picture.name for picture in report.across] == [
+        "loss-tokens12800-batch_size",
+        "speed-tokens12800-batch_size",
+    ]
+
+
+def test_runs_of_several_studies_and_none_at_all_are_refused(tmp_path: Path) -> None:
+    make_run(tmp_path / "x" / "1", "a")
+    make_run(tmp_path / "x" / "2", "a", study="other")
+    with pytest.raises(UsageError, match=r"of several studies \(other, toy\)"):
+        make_report([tmp_path / "x"])
+
+
+def test_any_runs_can_be_reported(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    first, second = (make_run(tmp_path / name, None, lr=lr).path for name, lr in (("x", 1e-3), ("y", 2e-3)))
+    assert main(["report", str(first), str(second), "--out", str(tmp_path / "out")]) == 0
+    assert "e1 16 × 2, lr 0.001" in (tmp_path / "out" / "report.md").read_text()
+    (first / "summary.json").unlink()
+    (second / "summary.json").unlink()
+    assert main(["report", str(first), str(second), "--out", str(tmp_path / "out")]) == 1
+    assert "No run can be compared" in (tmp_path / "out" / "report.html").read_text()
+    capsys.readouterr()
+    assert main(["report", str(tmp_path / "nowhere")]) == 2
+    assert "no such folder" in capsys.readouterr().err
+
+
+def test_a_study_that_was_changed_and_run_again_mixes_nothing(tmp_path: Path) -> None:
+    study = make_study(tmp_path / "toy", {"a": [2.0, 2.1]})
+    for seed in (0, 1):
+        make_run(study / "runs" / f"again-{seed}", "a", seed=seed, lr=3e-3, heldout=1.9 + seed / 10)
+    (section,) = make_report([study]).sections
+    assert [(row[0], row[5]) for row in section.results.rows] == [("a, lr 0.003", "2"), ("a, lr 0.001", "2")]
