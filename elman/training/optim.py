@@ -201,7 +201,7 @@ def build_optimizer(model: nn.Module, config: TrainConfig, roles: dict[str, Role
         return Optimizer(muon, torch.optim.AdamW(groups("weight"), lr=config.lr, betas=_BETAS, fused=True))
     adamw = torch.optim.AdamW(groups("matrix", "weight"), lr=config.lr, betas=_BETAS, fused=True)
     device = next(model.parameters()).device
-    if device.type == "cpu" and config.graph == "off":
+    if device.type == "cpu" and config.graph != "on":
         return Optimizer(adamw)
     # Its kernel on a GPU takes no other type; on a CPU this one is what a Python number is.
     dtype = torch.float32 if device.type == "cuda" else torch.float64
