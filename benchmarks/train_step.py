@@ -177,7 +177,8 @@ def _fill(row: Row, setting: Setting, options: Options, data: Path, tell: Callab
     row.dim, row.depth, row.params = model.dim, model.depth, num_params(model)
     config = TrainConfig(
         model=setting.case.pattern, seq_len=options.seq_len, batch_size=setting.batch_size, steps=10**6, data=data,
-        device=options.device, compile=setting.compile, graph=setting.graph, eval_bytes=str(2 * setting.batch_size * (options.seq_len + 1)),
+        device=options.device, compile=setting.compile, graph=setting.graph,
+        eval_bytes=str(2 * setting.batch_size * (options.seq_len + 1)),
     )  # fmt: skip
     trainer = Trainer(config, model, Console(quiet=True))
     trainer.warm_up()
