@@ -1,8 +1,8 @@
 """The nonlinear recurrence whose state is a matrix a head, written by the delta rule and squashed at every step.
 
 Heads and rows of the batch do not see each other, so that each (row, head) can live in one multiprocessor's registers
-for all steps: ``cuda/matrix.cuh``. Three backends run it: the plain-PyTorch ``reference``; ``loop``, the same steps with
-a backward pass by hand that keeps few states; and ``persistent``, the kernels.
+for all steps: ``cuda/matrix.cuh``. Three backends run it: the plain-PyTorch ``reference``; ``loop``, the same steps
+with a backward pass by hand that keeps few states; and ``persistent``, the kernels.
 """
 
 from __future__ import annotations

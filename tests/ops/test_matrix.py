@@ -4,15 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass, fields, replace
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
 from elman.errors import UsageError
-from elman.ops import matrix_recurrence
+from elman.ops import matrix_kernels, matrix_recurrence
+from elman.ops.cuda import compiler
+from elman.ops.cuda.compiler import Module
 from elman.ops.matrix import MATRIX_CELLS
 from elman.ops.operators import real_of
+from tests.ops.cuda.emulator import Emulator, needs_compiler
 
 F64, F32, BF16, F16 = torch.float64, torch.float32, torch.bfloat16, torch.float16
 INPUTS = ("q", "k", "v", "decay", "beta", "s0")
@@ -181,6 +185,137 @@ def test_chunks_with_carried_state_equal_one_piece(dtype: torch.dtype, backend: 
         assert torch.equal(torch.cat(pieces), whole)
         assert s is not None
         assert torch.equal(s, last)
+
+
+@pytest.fixture
+def emulated(monkeypatch: pytest.MonkeyPatch) -> Emulator:
+    """CPU tensors are run by the kernels' own source, on an emulated GPU."""
+    gpu = Emulator()
+
+    def launch(*given: Any, shared_bytes: int) -> None:
+        gpu(*given, shared_bytes=shared_bytes, cluster=None, cooperative=True)
+
+    monkeypatch.setattr(matrix_kernels, "launch", launch)
+    monkeypatch.setattr(matrix_kernels, "why_not", lambda *problem: None)
+    monkeypatch.setattr(matrix_kernels, "_shared_bytes", lambda index: 227 * 1024)
+    return gpu
+
+
+EMULATED = {
+    "one step": (draw(1, keys=16, values=16), BF16),
+    "neither s0 nor resets": (draw(5, keys=32, values=32, with_s0=False, reset_rate=None), BF16),
+    "several intervals, the last one short": (draw(53, keys=16, values=16, reset_rate=0.05), BF16),
+    "whole intervals, float32": (draw(32, keys=16, values=32, cell="softsign"), F32),
+    "a decay a row of the state": (draw(21, keys=32, values=16, per_key=True), BF16),
+    "padded, the identity": (draw(18, keys=20, values=24, cell="identity"), BF16),
+    "several warps a head": (draw(19, batch=1, keys=64, values=64), BF16),
+    "several blocks a head, a decay a row": (draw(18, 1, 1, 128, 128, per_key=True), BF16),
+}
+
+
+@needs_compiler
+@pytest.mark.parametrize("name", EMULATED)
+def test_the_emulated_kernels_err_no_more_than_the_reference(emulated: Emulator, name: str) -> None:
+    p, dtype = EMULATED[name]
+    assert_as_exact_as_reference(p, dtype, "persistent")
+    assert emulated.kernels == ["matrix_forward", "matrix_backward"]
+
+
+@needs_compiler
+def test_the_emulated_kernels_keep_a_nan_in_its_head_until_a_reset(emulated: Emulator) -> None:
+    p = draw(9, keys=16, values=16, reset_rate=0.0).to(BF16)
+    assert p.reset is not None
+    p.v[2, 1, 0, 3] = torch.nan
+    p.reset[6, 1] = True
+    bad = torch.zeros(9, 2, 2, dtype=torch.bool)
+    bad[2:6, 1, 0] = True
+    result = solve(p, "persistent")
+    assert torch.equal(result["y"].isnan().any(-1), bad)
+    assert result["s"].isfinite().all()
+
+
+def test_shared_memory_is_what_the_source_says(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By static_asserts, of heads of one warp, of several, and of blocks that do not hold all of them."""
+    claims = []
+    for keys, values, per_key, itemsize in (
+        (16, 16, True, 2),
+        (32, 32, False, 2),
+        (64, 64, False, 4),
+        (128, 128, True, 2),
+    ):
+        heads = matrix_kernels._Heads(keys, values, per_key, itemsize)
+        number, per = {2: "bf16", 4: "float"}[itemsize], str(per_key).lower()
+        warps = heads.backward_warps(227 * 1024)
+        claims += [
+            f"static_assert(matrix::Tile<{keys}, {values}>::kWarps == {heads.warps});",
+            f"static_assert(matrix::Record<{number}, {keys}, {heads.width}, false, {per}>::kBytes == "
+            f"{heads.record(heads.width, False)});",
+            f"static_assert(matrix::Backward<{number}, {keys}, {values}, {per}, {warps}>::kSharedBytes == "
+            f"{heads.backward_bytes(warps)});",
+        ]
+    text = compiler.flatten("matrix.cuh") + "\n".join(claims)
+    monkeypatch.setattr(compiler, "flatten", lambda source: text)
+    compiler._compile(Module("matrix.cuh", ()), "sm_90a")
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [BF16, F16, F32])
+@pytest.mark.parametrize(
+    ("keys", "values"), [(16, 16), (32, 32), (64, 64), (128, 128), (32, 64), (128, 16), (16, 128), (20, 40)]
+)
+@pytest.mark.parametrize("cell", MATRIX_CELLS)
+def test_the_kernels_err_no_more_than_the_reference(cell: str, keys: int, values: int, dtype: torch.dtype) -> None:
+    """And twice the same bits; inputs that are spread over memory, and units that saturate."""
+    for seq_len, per_key, with_s0, reset_rate, scale in (
+        (1, False, True, None, 1.0),
+        (16, True, False, 0.2, 1.0),
+        (83, False, True, 0.05, 8.0),
+        (40, True, True, 0.3, 1.0),
+    ):
+        p = draw(
+            *(seq_len, 3, 3, keys, values),
+            per_key=per_key,
+            with_s0=with_s0,
+            reset_rate=reset_rate,
+            scale=scale,
+            cell=cell,
+        )
+        p = p.to(F64, "cuda")
+        ours = assert_as_exact_as_reference(p, dtype, "persistent")
+        again = solve(p.to(dtype), "persistent")
+        assert all(torch.equal(value, again[name]) for name, value in ours.items())
+
+
+@pytest.mark.gpu
+def test_the_kernels_do_not_drift_over_65536_steps() -> None:
+    p = draw(65_536, 1, 1, 32, 32, reset_rate=None).to(BF16, "cuda")
+    y, s = matrix_recurrence(p.q, p.k, p.v, p.decay, p.beta, p.s0, backend="persistent")
+    exact = p.to(F64, "cpu")
+    _, late = matrix_recurrence(*(getattr(exact, n)[-512:] for n in ("q", "k", "v", "decay", "beta")))
+    assert y.isfinite().all()
+    # What is older than 512 steps is forgotten.
+    assert (s.double().cpu() - late).norm() <= 1e-2 * late.norm()
+
+
+@pytest.mark.gpu
+def test_the_kernels_in_a_graph_compiled_and_in_chunks() -> None:
+    p = draw(40, 4, 4, 32, 32).to(BF16, "cuda")
+    names = ("q", "k", "v", "decay", "beta")
+    given = [getattr(p, name) for name in names]
+    whole, last = matrix_recurrence(*given, p.s0, reset=p.reset)
+    compiled = torch.compile(matrix_recurrence, fullgraph=True)
+    assert torch.equal(compiled(*given, p.s0, reset=p.reset)[0], whole)
+    assert p.reset is not None
+    first, s = matrix_recurrence(*(x[:23] for x in given), p.s0, reset=p.reset[:23])
+    second, s = matrix_recurrence(*(x[23:] for x in given), s, reset=p.reset[23:])
+    assert torch.equal(torch.cat((first, second)), whole)
+    assert torch.equal(s, last)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured, _ = matrix_recurrence(*given, p.s0, reset=p.reset)
+    captured.zero_()
+    graph.replay()
+    assert torch.equal(captured, whole)
 
 
 def test_what_the_compiler_is_told_is_what_the_op_does() -> None:
