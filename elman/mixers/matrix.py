@@ -8,9 +8,9 @@
     out = W_out (norm(y) ⊙ silu(z))       the norm over each head
 
 With the identity in place of tanh it is a gated delta rule (Yang, Kautz and Hatamizadeh, "Gated Delta Networks", 2024,
-arXiv 2412.06464), whose projections, norms and gate these are. There are no recurrent weights: what is written depends on
-what is remembered, and tanh bounds it. To read S_{t-1}ᵀ k_t, not decayed, would be the same rule with β_t / a_t for
-β_t and a_t v_t for v_t.
+arXiv 2412.06464), whose projections, norms and gate these are. There are no recurrent weights: what is written depends
+on what is remembered, and tanh bounds it. To read S_{t-1}ᵀ k_t, not decayed, would be the same rule with β_t / a_t
+for β_t and a_t v_t for v_t.
 """
 
 from __future__ import annotations
