@@ -10,6 +10,7 @@ from torch import Tensor
 
 from elman.ops.cuda.compiler import Module, has_compiler
 from elman.ops.cuda.launch import aligned, launch
+from elman.ops.persistent import chip_of
 
 _NUMBERS = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "float"}
 _CELLS = {"tanh": "Tanh", "softsign": "Softsign", "identity": "Identity"}
@@ -183,9 +184,8 @@ def _numbers(reset: Tensor | None) -> Tensor | None:
     return None if reset is None else reset.to(torch.int32).contiguous()
 
 
-@functools.cache
 def _shared_bytes(index: int) -> int:
-    return int(torch.cuda.get_device_properties(index).shared_memory_per_block_optin)
+    return chip_of(index).shared_bytes
 
 
 @functools.cache
