@@ -41,6 +41,11 @@ OPTIONS = {
     "e5": [{"gate": "none"}, {"rank": 7, "constraint": "spectral_norm"}],
     "e10": [{"banks": 2, "expansion": 1.5, "conv": 3}, {"structure": "diagonal"}],
     "e15": [{"gate": "hx", "conv": 2}],
+    "matrix": [
+        {"heads": 3, "key_size": 4, "value_size": 6, "conv": 3, "cell": "softsign"},
+        {"key_size": 5, "value_size": 8, "decay": "key", "beta": "none", "cell": "identity"},
+        {"value_size": 8, "decay": "none", "expansion": 1.0},
+    ],
     "ladder_2": [{"groups": 4, "expansion": 1.5}],
     "ladder_4": [{"groups": 4, "constraint": "scaled_orthogonal"}],
     "ladder_5": [{"groups": 1, "structure": "low_rank", "rank": 3}],

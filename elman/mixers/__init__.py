@@ -20,6 +20,7 @@ _REGISTRY = {
     "e5": "elman.mixers.e5:E5Config",
     "e10": "elman.mixers.e10:E10Config",
     "e15": "elman.mixers.e15:E15Config",
+    "matrix": "elman.mixers.matrix:MatrixConfig",
     **{f"ladder_{n}": f"elman.mixers.ladder:Ladder{n}Config" for n in range(7)},
     **{f"log_{n}": f"elman.mixers.log_ladder:Log{n}Config" for n in range(6)},
     "rnn": "elman.mixers.torch_rnn:RNNConfig",

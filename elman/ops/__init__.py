@@ -2,6 +2,7 @@
 
 from elman.ops.backends import BACKENDS, backend_status
 from elman.ops.banks import banks
+from elman.ops.matrix import matrix_recurrence
 from elman.ops.norm import add_norm
 from elman.ops.persistent import choosing_for_graphs
 from elman.ops.recurrence import note_backend, note_recurrence, record_backends, recurrence, watch_recurrences
@@ -14,6 +15,7 @@ __all__ = [
     "banks",
     "choosing_for_graphs",
     "linear_scan",
+    "matrix_recurrence",
     "note_backend",
     "note_recurrence",
     "record_backends",

@@ -212,9 +212,15 @@ inline const char* run(int blocks, int threads, int shared_bytes, u32 seed, cons
 inline void __syncwarp() { emulator::sync_warp(); }
 inline void __syncthreads() { emulator::wait(emulator::current->cta->barriers[0], emulator::block_size.x); }
 inline void __trap() { emulator::fail("trap in block %u, thread %u", blockIdx.x, threadIdx.x); }
-inline u32 __shfl_xor_sync(u32, u32, int) {
-  emulator::fail("no shuffles");
-  return 0;
+template <typename Word>
+inline Word __shfl_xor_sync(u32, Word value, int mask) {
+  static_assert(sizeof(Word) == 4, "one word a lane");
+  emulator::Lane* lanes = emulator::all_lanes();
+  memcpy(lanes[threadIdx.x % 32].a, &value, 4);
+  emulator::sync_warp();
+  memcpy(&value, lanes[threadIdx.x % 32 ^ mask].a, 4);
+  emulator::sync_warp();
+  return value;
 }
 
 struct bf16 {
@@ -292,6 +298,7 @@ inline void copy_async_if(u32 to, const void* from, bool wanted) {
     memset(emulator::shared_memory() + to, 0, 8);
 }
 inline void copy_async16(u32 to, const void* from) { memcpy(emulator::shared_memory() + to, from, 16); }
+inline void copy_async4(u32 to, const void* from) { memcpy(emulator::shared_memory() + to, from, 4); }
 inline void commit_copies() {}
 template <int kPending>
 inline void wait_copies() {}

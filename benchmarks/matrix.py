@@ -1,0 +1,212 @@
+"""How fast is the recurrence with a matrix state, beside its floor and linear rivals? Prints a table; needs a GPU.
+
+    python -m benchmarks.matrix [--commit HASH]
+
+Heads of K = V with N · V = 1,280 in all, bf16, T = 512, every run in a CUDA graph but those of rivals, whose own
+launches are part of what they cost. The floor of a forward step is the largest of three: the bytes of its inputs and
+outputs at the memory's speed, four multiply-adds of every number of the state, and one tanh of each, at what a
+multiprocessor does of them a clock (128 and 16). Of both passes it counts what the kernels do: the states made again
+once and three quarters, and ten multiply-adds more.
+
+Rivals, where their packages are installed: the gated delta rule of flash-linear-attention, in chunks and recurrent,
+which the identity cell computes too; and Mamba2's scan with as many heads, values and a state of K.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+import tyro
+from torch import Tensor
+
+from benchmarks.machine import machine
+from benchmarks.recurrence import Run, in_graph, median_ms
+from benchmarks.steps import device_slug, write_json
+from elman.ops import matrix_recurrence
+
+RESULTS = Path(__file__).parent / "results"
+_VALUES = 1280
+#: Of an H100's memory, TB/s; of every number of the state: multiply-adds and hardware functions, of each pass alone.
+_BANDWIDTH = 3.35
+_FMAS, _FUNCTIONS = {"forward": 4, "both": 4 + 7 + 10}, {"forward": 1, "both": 1 + 3.5}
+_CLOCK_MHZ = 1755
+
+
+@dataclass
+class Options:
+    """What to measure."""
+
+    batch_sizes: tuple[int, ...] = (64, 256)
+    """B."""
+    sizes: tuple[int, ...] = (32, 64)
+    """K = V."""
+    seq_len: int = 512
+    """T."""
+    repeats: int = 10
+    """Runs of which the median is taken."""
+    commit: str | None = None
+    """To record, where the sources are no git checkout."""
+    out: Path | None = None
+    """A folder that the results are written to as well."""
+
+
+@dataclass
+class Row:
+    """One implementation at one shape.
+
+    Attributes:
+        what: ran.
+        forward: µs a step, without autograd.
+        both: ms of both passes.
+        floor, floor_both: the same, at least.
+        note: why it was not measured.
+    """
+
+    what: str
+    batch_size: int
+    size: int
+    forward: float | None = None
+    both: float | None = None
+    floor: float | None = None
+    floor_both: float | None = None
+    note: str = ""
+
+    @property
+    def cells(self) -> list[str]:
+        """Of the table."""
+        shape = f"{self.batch_size}, {_VALUES // self.size} × {self.size} × {self.size}"
+        if self.forward is None or self.both is None:
+            return [shape, self.what, self.note, "", "", ""]
+        floors = ["-", "-"] if self.floor is None else [f"{self.floor:.2f}", f"{self.floor_both:.2f}"]
+        return [shape, self.what, f"{self.forward:.2f}", floors[0], f"{self.both:.2f}", floors[1]]
+
+
+def floors(batch: int, size: int, seq_len: int, cell: str) -> tuple[float, float]:
+    """µs of a forward step, and ms of both passes."""
+    properties = torch.cuda.get_device_properties(0)
+    heads = _VALUES // size
+    numbers, clocks = batch * heads * size * size, properties.multi_processor_count * _CLOCK_MHZ
+    per_step = batch * heads * (4 * size * 2 + 8)  # q, k, v, y in bf16, decay and beta
+    found = []
+    for which, moved in (("forward", per_step), ("both", 3 * per_step)):
+        functions = _FUNCTIONS[which] if cell == "tanh" else 0
+        times = (
+            moved / _BANDWIDTH / 1e6,
+            _FMAS[which] * numbers / (128 * clocks),
+            functions * numbers / (16 * clocks),
+        )
+        found.append(max(times))
+    return found[0], found[1] * seq_len / 1e3
+
+
+def inputs(batch: int, size: int, seq_len: int) -> list[Tensor]:
+    """q, k, v (T, B, N, K) in bf16, decay and beta (T, B, N) in float32."""
+    torch.manual_seed(0)
+    shape = (seq_len, batch, _VALUES // size, size)
+    q, k, v = (torch.randn(shape, device="cuda") for _ in range(3))
+    q, k = F.normalize(q, dim=-1), F.normalize(k, dim=-1)
+    decay, beta = 1 - 0.1 * torch.rand(shape[:3], device="cuda"), torch.rand(shape[:3], device="cuda")
+    return [*(x.bfloat16().requires_grad_() for x in (q, k, v)), decay.requires_grad_(), beta.requires_grad_()]
+
+
+def passes(run: Callable[..., Tensor], given: list[Tensor]) -> tuple[Run, Run]:
+    """The forward pass without autograd, and both."""
+
+    @torch.no_grad()
+    def forward() -> object:
+        return run(*given)
+
+    dy = torch.randn_like(forward())  # type: ignore[call-overload]
+
+    def both() -> object:
+        return torch.autograd.grad(run(*given), given, dy, allow_unused=True)
+
+    return forward, both
+
+
+def rivals(size: int) -> dict[str, Callable[..., Tensor] | str]:
+    """By name; in words, why one cannot run. All take and give (T, B, …), and theirs are (B, T, …)."""
+    found: dict[str, Callable[..., Tensor] | str] = {}
+    missing = "not installed"
+    if importlib.util.find_spec("fla") is None:
+        found["fla, gated delta rule, chunked"] = found["fla, gated delta rule, recurrent"] = missing
+    else:
+        from fla.ops.gated_delta_rule import (  # type: ignore[import-not-found, unused-ignore]
+            chunk_gated_delta_rule,
+            fused_recurrent_gated_delta_rule,
+        )
+
+        def of(rule: Callable[..., tuple[Tensor, Tensor]]) -> Callable[..., Tensor]:
+            def run(q: Tensor, k: Tensor, v: Tensor, decay: Tensor, beta: Tensor) -> Tensor:
+                given = (x.transpose(0, 1) for x in (q, k, v, decay.log(), beta.to(v.dtype)))
+                return rule(*given, scale=1.0)[0].transpose(0, 1)
+
+            return run
+
+        found["fla, gated delta rule, chunked"] = of(chunk_gated_delta_rule)
+        found["fla, gated delta rule, recurrent"] = of(fused_recurrent_gated_delta_rule)
+    if importlib.util.find_spec("mamba_ssm") is None:
+        found["Mamba2's scan"] = missing
+    else:
+        from mamba_ssm.ops.triton.ssd_combined import (  # type: ignore[import-not-found, unused-ignore]
+            mamba_chunk_scan_combined,
+        )
+
+        rates = -torch.ones(_VALUES // size, device="cuda")
+
+        def scan(q: Tensor, k: Tensor, v: Tensor, decay: Tensor, beta: Tensor) -> Tensor:
+            x, dt, b, c = (y.transpose(0, 1) for y in (v, -decay.log(), k[:, :, :1], q[:, :, :1]))
+            y: Tensor = mamba_chunk_scan_combined(x, dt, rates, b, c, chunk_size=256)
+            return y.transpose(0, 1)
+
+        found["Mamba2's scan"] = scan
+    return found
+
+
+def main(options: Options) -> list[Row]:
+    """Measure, print and write."""
+    if not torch.cuda.is_available():
+        raise SystemExit("this benchmark needs a CUDA device")
+    flush = torch.empty(2**28, dtype=torch.uint8, device="cuda")
+    rows: list[Row] = []
+    print(f"T = {options.seq_len}, bf16; µs a step forward / ms both passes, medians of {options.repeats}\n")
+    print("| B, N × K × V | what | forward | at least | both | at least |\n" + "|---" * 6 + "|", flush=True)
+
+    def measure(row: Row, run: Callable[..., Tensor], captured: bool) -> None:
+        try:
+            both = passes(run, inputs(row.batch_size, row.size, options.seq_len))
+            ms = [median_ms(in_graph(one) if captured else one, options.repeats, flush) for one in both]
+            row.forward, row.both = 1e3 * ms[0] / options.seq_len, ms[1]
+        except Exception as error:
+            row.note = f"{type(error).__name__}: {error}".splitlines()[0]
+
+    for size in options.sizes:
+        others = rivals(size)
+        for batch in options.batch_sizes:
+            for cell in ("tanh", "identity"):
+                row = Row(f"elman, {cell}", batch, size)
+                row.floor, row.floor_both = floors(batch, size, options.seq_len, cell)
+                measure(row, lambda *given, cell=cell: matrix_recurrence(*given, cell=cell)[0], captured=True)
+                rows.append(row)
+                print(f"| {' | '.join(row.cells)} |", flush=True)
+            for name, rival in others.items():
+                row = Row(name, batch, size)
+                if isinstance(rival, str):
+                    row.note = rival
+                else:
+                    measure(row, rival, captured=False)
+                rows.append(row)
+                print(f"| {' | '.join(row.cells)} |", flush=True)
+    facts = {"machine": machine(torch.device("cuda"), options.commit), "seq_len": options.seq_len}
+    name = f"matrix-{device_slug(torch.device('cuda'))}.json"
+    write_json(name, {**facts, "rows": [asdict(row) for row in rows]}, RESULTS, options.out)
+    return rows
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Options, description=__doc__))
