@@ -168,6 +168,8 @@ def _fill(row: Row, case: Case, batch_size: int, setting: Setting, console: Cons
     trainer.warm_up()
     row.compiled = trainer.compiled
     row.backends = dict(Counter(trainer.backends(options.seq_len)))
+    if trainer.device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats()  # before the steps that are not replayed, which alone are counted
     (first,) = step_times(trainer, 1)
     about = first if first > _SLOW_STEP else step_times(trainer, 4)[-1]
     trainer.capture()
@@ -175,8 +177,6 @@ def _fill(row: Row, case: Case, batch_size: int, setting: Setting, console: Cons
     if row.captured:
         about = step_times(trainer, 2)[-1]
     row.steps = max(2, min(options.steps, int(1e3 * options.seconds / about)))
-    if trainer.device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats()
     ms = statistics.median(step_times(trainer, row.steps))
     row.peak_gib = peak_memory(trainer.device) / 2**30
     row.ms_per_step, row.tokens_per_second = ms, batch_size * options.seq_len / ms * 1e3

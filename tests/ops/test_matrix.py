@@ -298,6 +298,7 @@ def test_the_kernels_do_not_drift_over_65536_steps() -> None:
 
 
 @pytest.mark.gpu
+@pytest.mark.filterwarnings(r"ignore:::torch\b")  # of torch.compile's own
 def test_the_kernels_in_a_graph_compiled_and_in_chunks() -> None:
     p = draw(40, 4, 4, 32, 32).to(BF16, "cuda")
     names = ("q", "k", "v", "decay", "beta")
