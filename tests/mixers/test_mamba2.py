@@ -173,6 +173,7 @@ def test_the_official_kernels_compute_the_same(steps: int) -> None:
 
 @pytest.mark.gpu
 @pytest.mark.skipif(mamba2.official()[0] is None, reason=str(mamba2.official()[1]))
+@pytest.mark.filterwarnings("ignore:torch.get_autocast_gpu_dtype:DeprecationWarning")  # the official package's own
 @pytest.mark.parametrize("batch", [1, 4])
 @pytest.mark.parametrize("steps", [1, 2, 5, 600])
 def test_the_official_kernels_err_no_more_in_bf16(steps: int, batch: int) -> None:
