@@ -16,3 +16,12 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if "gpu" in item.keywords:
             item.add_marker(pytest.mark.skip(reason="no CUDA device"))
+
+
+@pytest.fixture(autouse=True)
+def brief_endings(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a run leaves at its end takes longer than a toy run itself: only tests that look at it get all of it."""
+    if "whole_endings" in request.keywords:
+        return
+    monkeypatch.setattr("elman.training.finish._SAMPLE_BYTES", 8)
+    monkeypatch.setattr("elman.training.finish.plot_losses", lambda rows, title, path, unit: path.touch())

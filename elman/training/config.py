@@ -77,9 +77,9 @@ class TrainConfig:
     of its weights and moments (fsdp). auto is ddp where torchrun started several processes, else none."""
     ddp: InitVar[bool] = False
     """Short for --parallel ddp."""
-    precision: Literal["auto", "bf16", "fp16", "fp32"] = "auto"
+    precision: Literal["auto", "bf16", "fp16", "fp32", "fp8"] = "auto"
     """Of the products; weights stay float32. auto is bf16 on a GPU, fp32 on a CPU. With fp16 the loss is scaled so that
-    gradients neither vanish nor overflow."""
+    gradients neither vanish nor overflow. fp8: bf16, but the large products in 8 bits, by torchao."""
     compile: Literal["auto", "on", "off"] = "auto"
     """Fuse what stands between the products by torch.compile before training starts, which is not charged to
     --time-limit. auto does on a GPU, where a C compiler is there."""

@@ -32,6 +32,7 @@ from elman.training.config import TrainConfig
 from elman.training.display import TrainingDisplay, say, show_profile
 from elman.training.distributed import ALONE, Processes
 from elman.training.finish import finish
+from elman.training.float8 import check_float8, use_float8
 from elman.training.graph import make_graph
 from elman.training.metrics import PendingRow, PendingRows
 from elman.training.mfu import Utilisation
@@ -69,6 +70,8 @@ class Trainer:
             check_trackers(config)
             auto = "bf16" if supports_bf16(self.device) else "fp32"
             self.precision = auto if config.precision == "auto" else config.precision
+            if self.precision == "fp8":
+                check_float8(self.device, self.rows * config.seq_len)
             data = open_bytes(config.data, config.heldout)
             self.fingerprint = data.fingerprint()
             self.data = data
@@ -90,6 +93,8 @@ class Trainer:
             check_memory(model_config, self.device, processes)
             torch.manual_seed(config.seed)
             self.model = LanguageModel(model_config).to(self.device)
+            if self.precision == "fp8":
+                use_float8(self.model)
             roles = parameter_roles(self.model)
             check_shareable(self.model, processes)
         self.parallel = share_model(self.model, processes)

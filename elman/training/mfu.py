@@ -54,7 +54,7 @@ def peak_flops(device_name: str, precision: str) -> float | None:
 
 
 class Utilisation:
-    """The MFU of a model in training on a device."""
+    """The MFU of a model in training on a device; unknown in fp8, which some of its products are made in alone."""
 
     def __init__(
         self, model: ModelConfig, seq_len: int, device: torch.device, precision: str, devices: int = 1

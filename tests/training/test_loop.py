@@ -22,6 +22,7 @@ from tests.training.runs import CAPPED, E1, losses, resume, start
 from tests.training.test_optim import OPTIMIZERS
 
 
+@pytest.mark.whole_endings
 def test_a_run_leaves_a_whole_folder(config: TrainConfig) -> None:
     code, output = start(config)
     assert code == 0
@@ -192,6 +193,7 @@ def test_precision_is_the_one_asked_for(config: TrainConfig, tmp_path: Path) -> 
     assert 0 < errors["fp16"] < errors["bf16"] < 0.02 * sum(exact)
 
 
+@pytest.mark.whole_endings
 @pytest.mark.parametrize("optimizer", OPTIMIZERS[:2])
 def test_heldout_loss_is_that_of_every_heldout_window_alone(config: TrainConfig, optimizer: Any) -> None:
     """By the weights that are saved."""
