@@ -4,6 +4,8 @@ Each of a product's three matrices (input, weight, gradient) is scaled as a whol
 e5m2) holds and rounded, at every step, and the tensor cores multiply them with float32 sums (Micikevicius et al., "FP8
 formats for deep learning", 2022, arXiv 2209.05433). Weights stay float32, activations between the products bf16.
 
+In training alone: evaluation multiplies in bf16, as the saved model does wherever it is loaded.
+
 Linear layers take part whose sides are multiples of 16, as the tensor cores ask, and long enough to pay. The embedding,
 which is the head too, and recurrent weights do not: what is fed back to itself would be rounded at every step.
 """
@@ -15,7 +17,8 @@ import warnings
 from typing import Any
 
 import torch
-from torch import nn
+import torch.nn.functional as F
+from torch import Tensor, nn
 
 from elman.errors import UsageError
 
@@ -72,7 +75,21 @@ def use_float8(model: nn.Module, *, emulate: bool = False) -> int:
     float8 = _torchao()
     config = float8.Float8LinearConfig(emulate=emulate)
     float8.convert_to_float8_training(model, config=config, module_filter_fn=takes_part)
+    layers = [module for module in model.modules() if takes_part(module)]
+    trained = _in_training(type(layers[0]))
+    for layer in layers:
+        layer.__class__ = trained
     return count
+
+
+def _in_training(layer: type[nn.Module]) -> type[nn.Module]:
+    """Such a layer that is a plain one in evaluation; torchao's tensors know no inference mode either."""
+
+    class TrainedLinear(layer):  # type: ignore[misc, valid-type]
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(x) if self.training else F.linear(x, self.weight, self.bias)
+
+    return TrainedLinear
 
 
 def _torchao() -> Any:

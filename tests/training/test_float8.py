@@ -51,6 +51,8 @@ def test_products_are_rounded_and_weights_keep_their_names() -> None:
     assert 0 < abs(rounded - exact) < 0.02 * exact
     found = torch.autograd.grad(rounded, model.layers[0].mixer.out_proj.weight)[0]
     assert 1e-3 < (found - gradient).norm() / gradient.norm() < 0.3
+    with torch.inference_mode():
+        assert torch.equal(next_token_loss(model.eval()(text[:, :-1])[0], text[:, 1:]), exact)
 
 
 def test_a_model_without_a_large_product_is_refused() -> None:
