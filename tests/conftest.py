@@ -20,8 +20,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.fixture(autouse=True)
 def brief_endings(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What a run leaves at its end takes longer than a toy run itself: only tests that look at it get all of it."""
-    if "whole_endings" in request.keywords:
-        return
-    monkeypatch.setattr("elman.training.finish._SAMPLE_BYTES", 8)
-    monkeypatch.setattr("elman.training.finish.plot_losses", lambda rows, title, path, unit: path.touch())
+    """Only tests that look at a run's sample and picture get all of them."""
+    if "whole_endings" not in request.keywords:
+        from tests.endings import make_brief
+
+        make_brief(monkeypatch.setattr)

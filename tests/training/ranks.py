@@ -62,7 +62,10 @@ def _serve(rank: int, size: int, pipe: Connection) -> None:
 
     import torch
 
+    from tests.endings import make_brief
+
     torch.set_num_threads(1)
+    make_brief()
     while True:
         try:
             port, function, arguments = pipe.recv()
