@@ -1,22 +1,24 @@
 """What is left of a run that is killed, whose files are damaged or whose disk is full? Tries it, and goes on with it.
 
-    python -m benchmarks.nothing_lost [--kills 12] [--commit HASH]
+    python -m benchmarks.nothing_lost [--kills 25] [--commit HASH]
 
 Trains a tiny E1 on a CPU through ``elman train`` once undisturbed. Then, again and again, the same run is disturbed and
 taken up by ``elman train --resume``, and its losses are compared with the undisturbed ones, all of them and bit for
 bit. What is tried:
 
-    SIGTERM, SIGINT    in start-up, in steps, in an evaluation and while a checkpoint is written, these by waiting for
-                       a file or by a moment chosen at random
-    kill -9            at moments chosen at random
+    SIGTERM, SIGINT    in start-up, in steps, when an evaluation is due and while a checkpoint is written: at moments
+                       chosen at random, or when a file is there
+    kill -9            at moments chosen at random, and while a checkpoint is written
     damage             to the newest checkpoint: a bit flipped, its end cut off, a file missing, its sums missing
     a full disk        a small file system in memory, where one may be mounted; else the process's limit on file sizes
-    read-only          the run's folder; only where this is not run as root, whom nothing keeps from writing
+    read-only          the run's folder, when the run is taken up: mounted so by root, whom permissions do not stop
     data gone          the file moved away before the run is taken up
-    NaN                a learning rate that no model survives; this run is not taken up, but must name what is left
+    NaN                weights that grow until they overflow, behind a checkpoint; this run is not taken up, but must
+                       name what is left
 
 Each is a row: how the process ended, how long after the signal, at which step the newest whole checkpoint was, and
-whether the losses came out the same. Rows are printed as they come; the table is written to benchmarks/results/.
+whether the losses came out the same. Rows are printed as they come; the table is written to benchmarks/results/. The
+exit status is 1 where losses differ, or where a signal took more than 20 s to end a run or did not end in a checkpoint.
 """
 
 from __future__ import annotations
@@ -25,7 +27,6 @@ import contextlib
 import os
 import random
 import resource
-import shutil
 import signal
 import subprocess
 import sys
@@ -34,6 +35,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Literal
 
 import torch
 import tyro
@@ -46,16 +48,18 @@ from elman.training.run import RunFolder
 RESULTS = Path(__file__).parent / "results"
 _SIZE = ("--model", "e1", "--dim", "16", "--depth", "1", "--seq-len", "16", "--batch-size", "4")
 _SECONDS_TO_END = 300.0
+#: In which a signal ends a run.
+_LONGEST = 20.0
 
 
 @dataclass
 class Options:
     """What to try."""
 
-    kills: int = 12
-    """Times that kill -9 is tried."""
+    kills: int = 25
+    """Times that kill -9 is tried at a random moment, and a fifth as often while a checkpoint is written."""
     signals: int = 4
-    """Times that each of SIGTERM and SIGINT is tried at a random moment, beside start-up, evaluation and saving."""
+    """Times that each of SIGTERM and SIGINT is tried in start-up, in steps, when an evaluation is due and in saving."""
     steps: int = 200
     """Of the run; a checkpoint every tenth of it, an evaluation every fifth."""
     seed: int = 0
@@ -106,6 +110,7 @@ class Trials:
     folder: Path
     options: Options
     losses: dict[int, float] = field(default_factory=dict)
+    seconds_to_start: float = 0.0
     _count: int = 0
 
     @property
@@ -149,8 +154,7 @@ class Trials:
         """Take a run up, to its end, and compare."""
         process = self.start("--resume", str(run))
         said = finish(process)
-        found = losses(run)
-        row.same = process.returncode == 0 and found == self.losses
+        row.same = process.returncode == 0 and losses(run) == self.losses
         if process.returncode:
             row.said = f"resumed: {said}"
 
@@ -191,46 +195,43 @@ def finish(process: subprocess.Popen[str]) -> str:
     return lines[-1] if lines else ""
 
 
-def interrupt(trials: Trials, number: signal.Signals, moment: str, step: int) -> Row:
-    """Send a signal when the run has come to a moment, or in words to one that a file tells of."""
+Moment = Literal["start-up", "step", "evaluation", "saving"]
+
+
+def interrupt(trials: Trials, number: signal.Signals, moment: Moment, at: float) -> Row:
+    """Send a signal at a moment, then go on; ``at`` is a step or, in start-up, the seconds from the process's start."""
     run = trials.new_run()
     process = trials.begin(run)
     if moment == "start-up":
-        while process.poll() is None and not run.exists():
-            time.sleep(0.003)
-        when = "start-up"
-    elif moment == "saving":
-        trials.until(run, process, step)
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(at)
+        when = f"start-up, {at:.1f} s"
+    else:
+        when = str(trials.until(run, process, int(at)))
+    if moment == "evaluation":
+        when += ", evaluation due"
+    if moment == "saving":
         while process.poll() is None and not any((run / "checkpoints").glob(".*")):
             time.sleep(0.0005)
-        when = f"{last_step(run)}, a checkpoint half written" if process.poll() is None else "missed"
-    else:
-        when = str(trials.until(run, process, step))
-        if moment == "evaluation":
-            when += ", evaluation due"
+        when = f"{last_step(run)}, saving"
     started = time.perf_counter()
     process.send_signal(number)
     said = finish(process)
-    row = Row(number.name if number != signal.SIGKILL else "kill -9", when, process.returncode)
-    row.seconds, row.said = time.perf_counter() - started, said if number != signal.SIGKILL else ""
-    if not (run / "config.json").exists():
-        row.said += " (no run was begun)"
-        return row
-    row.kept = newest_whole(run)
-    trials.resume(run, row)
+    row = Row("kill -9" if number == signal.SIGKILL else number.name, when, process.returncode)
+    row.seconds, row.said = time.perf_counter() - started, said
+    if (run / "config.json").exists():
+        row.kept = newest_whole(run)
+        trials.resume(run, row)
+    else:
+        row.said = f"{said} (no run was begun)".strip()
     return row
 
 
-def damage(trials: Trials, name: str, harm: Callable[[Path], None]) -> Row:
+def damage(trials: Trials, name: str, harm: Callable[[Path], object]) -> Row:
     """Stop a run in its midst, harm its newest checkpoint, and go on."""
-    run = trials.new_run()
-    process = trials.begin(run)
-    trials.until(run, process, trials.options.steps // 2)
-    process.send_signal(signal.SIGTERM)
-    finish(process)
-    newest = max(list_checkpoints(run / "checkpoints"))
-    row = Row(f"newest checkpoint: {name}", str(last_step(run)), process.returncode)
-    harm(newest)
+    run = stopped_run(trials)
+    row = Row(f"newest checkpoint: {name}", str(last_step(run)))
+    harm(max(list_checkpoints(run / "checkpoints")))
     row.kept = newest_whole(run)
     trials.resume(run, row)
     return row
@@ -250,84 +251,96 @@ def cut(checkpoint: Path) -> None:
     path.write_bytes(path.read_bytes()[:-1])
 
 
-def full_disk(trials: Trials) -> list[Row]:
+@contextlib.contextmanager
+def mounted(*arguments: str) -> Iterator[bool]:
+    """Something mounted, which only root may; whether it could be. The last argument is where."""
+    done = subprocess.run(["mount", *arguments], capture_output=True, check=False).returncode == 0
+    try:
+        yield done
+    finally:
+        if done:
+            subprocess.run(["umount", "-l", arguments[-1]], check=True)
+
+
+def full_disk(trials: Trials) -> Iterator[Row]:
     """Have a checkpoint not fit; then make room, and go on."""
-    room = trials.folder / "small"
-    room.mkdir()
-    mounted = subprocess.run(
-        ["mount", "-t", "tmpfs", "-o", "size=160k", "tmpfs", str(room)], capture_output=True, check=False
-    )
-    rows = []
-    if mounted.returncode == 0:
-        try:
-            run = trials.new_run(room)
-            started = time.perf_counter()
-            process = trials.begin(run)
-            row = Row("a full disk (file system of 160 kB)", "-", said=finish(process))
-            row.code, row.seconds = process.returncode, time.perf_counter() - started
-            row.when, row.kept = str(last_step(run)), newest_whole(run) if run.exists() else None
-            if run.exists() and (run / "config.json").exists():
-                subprocess.run(["mount", "-o", "remount,size=64m", str(room)], check=True)
-                said = row.said
-                trials.resume(run, row)
-                row.said = said if row.same else row.said
-            rows.append(row)
-        finally:
-            subprocess.run(["umount", "-l", str(room)], check=False)
-    run = trials.new_run()
-    process = trials.begin(run, limit=9000)
-    row = Row("no file may be larger than 9 kB", "-", said=finish(process))
-    row.code, row.when, row.kept = process.returncode, str(last_step(run)), newest_whole(run)
-    said = row.said
+    small = trials.folder / "small"
+    small.mkdir()
+    with mounted("-t", "tmpfs", "-o", "size=160k", "tmpfs", str(small)) as can_mount:
+        if can_mount:
+            yield no_room(
+                trials,
+                "a full disk (tmpfs of 160 kB)",
+                small,
+                make_room=lambda: subprocess.run(["mount", "-o", "remount,size=64m", str(small)], check=True),
+            )
+    yield no_room(trials, "no file of more than 9 kB (RLIMIT_FSIZE)", trials.folder, limit=9000)
+
+
+def no_room(
+    trials: Trials, what: str, folder: Path, limit: int | None = None, make_room: Callable[[], object] = lambda: None
+) -> Row:
+    """A run in a folder that it does not fit into, or with a limit on its files, until room is made."""
+    run = trials.new_run(folder)
+    process = trials.begin(run, limit=limit)
+    said = finish(process)
+    row = Row(what, str(last_step(run)), process.returncode, kept=newest_whole(run), said=said)
+    make_room()
     trials.resume(run, row)
-    row.said = said if row.same else row.said
-    return [*rows, row]
+    return row
 
 
-def others(trials: Trials) -> Iterator[Row]:
-    """What is found when a stopped run is to be taken up."""
+def stopped_run(trials: Trials) -> Path:
+    """One that was stopped in its midst."""
     run = trials.new_run()
     process = trials.begin(run)
     trials.until(run, process, trials.options.steps // 2)
     process.send_signal(signal.SIGTERM)
     finish(process)
-    kept = newest_whole(run)
+    return run
 
+
+def no_data(trials: Trials) -> Row:
+    """Go on without the data file; then with it."""
+    run = stopped_run(trials)
     moved = trials.data.rename(trials.data.with_suffix(".moved"))
     process = trials.start("--resume", str(run))
-    row = Row("the data file is gone", str(last_step(run)), said=finish(process), kept=newest_whole(run))
+    row = Row("the data file is gone, at resuming", str(last_step(run)), said=finish(process), kept=newest_whole(run))
     row.code = process.returncode
     moved.rename(trials.data)
-    said = row.said
-    copy = run.with_name(run.name + "-copy")
-    shutil.copytree(run, copy)
-    trials.resume(copy, row)
-    row.said = said if row.same else row.said
-    yield row
+    trials.resume(run, row)
+    return row
 
-    row = Row("the run's folder is read-only", str(last_step(run)), kept=kept)
-    if os.geteuid() == 0:
-        row.said = "not tried: nothing keeps root from writing"
-    else:
-        for path in (run, run / "checkpoints"):
-            path.chmod(0o555)
+
+def read_only(trials: Trials) -> Row:
+    """Go on in a folder that cannot be written; then in one that can."""
+    run = stopped_run(trials)
+    row = Row("the run's folder is read-only, at resuming", str(last_step(run)), kept=newest_whole(run))
+    with mounted("--bind", str(run), str(run)) as can_mount:
+        if can_mount:
+            subprocess.run(["mount", "-o", "remount,ro,bind", str(run)], check=True)
+        elif os.geteuid() == 0:
+            row.said = "not tried: permissions do not stop root, who cannot mount here"
+            return row
+        else:
+            run.chmod(0o555)
         process = trials.start("--resume", str(run))
-        row.said, row.code = finish(process), None
+        row.said = finish(process)
         row.code = process.returncode
-        for path in (run, run / "checkpoints"):
-            path.chmod(0o755)
-        trials.resume(run, row)
-    yield row
+        if not can_mount:
+            run.chmod(0o755)
+    trials.resume(run, row)
+    return row
 
 
 def nan(trials: Trials) -> Row:
-    """The losses become NaN a few steps behind a checkpoint."""
-    run = trials.new_run()
-    started = time.perf_counter()
-    process = trials.begin(run, "--lr", "1e18", "--warmup", "0", "--grad-clip", "0", "--max-skipped", "10")
-    row = Row("a learning rate of 1e18", "1", said=finish(process))
-    row.code, row.seconds, row.kept = process.returncode, time.perf_counter() - started, newest_whole(run)
-    return row
+    """Weights that the decay makes grow, faster every step, until the loss is NaN."""
+    run, every = trials.new_run(), trials.options.steps // 10
+    process = trials.begin(
+        run, "--lr", "1", "--warmup", str(10 * every), "--schedule", "constant", "--weight-decay", str(1600 / every)
+    )
+    said = finish(process)
+    return Row("a loss of NaN", str(last_step(run)), process.returncode, kept=newest_whole(run), said=said)
 
 
 def markdown(rows: Sequence[Row]) -> str:
@@ -336,61 +349,89 @@ def markdown(rows: Sequence[Row]) -> str:
     return "\n".join(lines + ["| " + " | ".join(row.cells()) + " |" for row in rows])
 
 
+def disturbances(trials: Trials, moments: random.Random) -> Iterator[Row]:
+    """Each, tried."""
+    steps, every = trials.options.steps, trials.options.steps // 10
+
+    def some_save() -> int:
+        return every * moments.randrange(1, 9) + every // 2
+
+    for number in (signal.SIGTERM, signal.SIGINT):
+        for _ in range(trials.options.signals):
+            yield interrupt(trials, number, "start-up", moments.uniform(0, trials.seconds_to_start))
+        for _ in range(trials.options.signals):
+            yield interrupt(trials, number, "step", moments.randrange(1, steps))
+        for _ in range(trials.options.signals):
+            yield interrupt(trials, number, "evaluation", 2 * every * moments.randrange(1, 5))
+        for _ in range(trials.options.signals):
+            yield interrupt(trials, number, "saving", some_save())
+    for _ in range(trials.options.kills):
+        yield interrupt(trials, signal.SIGKILL, "step", moments.randrange(0, steps))
+    for _ in range(trials.options.kills // 5):
+        yield interrupt(trials, signal.SIGKILL, "saving", some_save())
+    yield damage(trials, "a bit flipped", flip)
+    yield damage(trials, "its end cut off", cut)
+    yield damage(trials, "a file missing", lambda checkpoint: (checkpoint / "trainer.pt").unlink())
+    yield damage(trials, "its sums missing", lambda checkpoint: (checkpoint / "manifest.json").unlink())
+    yield from full_disk(trials)
+    yield no_data(trials)
+    yield read_only(trials)
+    yield nan(trials)
+
+
+def undisturbed(trials: Trials) -> None:
+    """The run that the others are compared with."""
+    run, started = trials.new_run(), time.perf_counter()
+    process = trials.begin(run)
+    trials.until(run, process, 1)
+    trials.seconds_to_start = time.perf_counter() - started
+    said = finish(process)
+    trials.losses = losses(run)
+    if process.returncode or len(trials.losses) != trials.options.steps:
+        raise SystemExit(f"the undisturbed run failed: {said}")
+
+
+def is_bad(row: Row) -> bool:
+    """Something was lost, or a signal ended the run too late or in no checkpoint."""
+    if row.same is False:
+        return True
+    if not row.what.startswith("SIG"):
+        return False
+    begun = row.same is not None
+    return row.seconds is None or row.seconds > _LONGEST or (begun and row.kept is None)
+
+
 def main(options: Options) -> list[Row]:
     """Try, print and write."""
     moments = random.Random(options.seed)
     rows: list[Row] = []
-
-    def tell(row: Row) -> None:
-        row.said = row.said.replace(str(trials.folder), "…")
-        rows.append(row)
-        print(" | ".join(row.cells()), flush=True)
-
     with tempfile.TemporaryDirectory() as folder:
         trials = Trials(Path(folder), options)
         trials.data.write_bytes(bytes(moments.choices(b"abcdefgh \n", k=200_000)))
-        whole = trials.new_run()
-        process = trials.begin(whole)
-        said = finish(process)
-        trials.losses = losses(whole)
-        if process.returncode or len(trials.losses) != options.steps:
-            raise SystemExit(f"the undisturbed run failed: {said}")
-        for number in (signal.SIGTERM, signal.SIGINT):
-            steps = options.steps
-            tell(interrupt(trials, number, "start-up", 0))
-            tell(interrupt(trials, number, "evaluation", steps // 5))
-            tell(interrupt(trials, number, "saving", steps // 10 * 2 - 5))
-            for _ in range(options.signals):
-                tell(interrupt(trials, number, "step", moments.randrange(1, steps)))
-        for _ in range(options.kills):
-            tell(interrupt(trials, signal.SIGKILL, "step", moments.randrange(0, options.steps)))
-        for name, harm in (
-            ("a bit flipped", flip),
-            ("its end cut off", cut),
-            ("a file missing", lambda checkpoint: (checkpoint / "trainer.pt").unlink()),
-            ("its sums missing", lambda checkpoint: (checkpoint / "manifest.json").unlink()),
-        ):
-            tell(damage(trials, name, harm))
-        for row in full_disk(trials):
-            tell(row)
-        for row in others(trials):
-            tell(row)
-        tell(nan(trials))
-    facts = machine(torch.device("cpu"), options.commit)
-    bad = sum(row.same is False for row in rows)
-    slowest = max((row.seconds for row in rows if row.what.startswith("SIG") and row.seconds is not None), default=0.0)
-    text = (
-        f"# What is left of a disturbed run\n\n`python -m benchmarks.nothing_lost` at {facts['git_commit']}, "
-        f"elman {facts['elman']}, torch {facts['packages']['torch']}, on a CPU. {len(rows)} disturbances; "
-        f"{sum(row.same is True for row in rows)} runs went on with the losses of the undisturbed one, bit for bit, "
-        f"{bad} did not. Longest time from SIGTERM or SIGINT to the end: {slowest:.1f} s.\n\n{markdown(rows)}\n"
-    )
+        undisturbed(trials)
+        for row in disturbances(trials, moments):
+            row.said = row.said.replace(str(trials.folder), "…")
+            rows.append(row)
+            print(" | ".join(row.cells()), flush=True)
     options.out.mkdir(parents=True, exist_ok=True)
     path = options.out / "nothing_lost-cpu.md"
-    path.write_text(text, encoding="utf-8")
-    print(f"\n{markdown(rows)}\n\nwritten to {path}")
+    path.write_text(report(rows, options), encoding="utf-8")
+    print(f"written to {path}")
     return rows
 
 
+def report(rows: Sequence[Row], options: Options) -> str:
+    """The table under what it depends on and comes to."""
+    facts = machine(torch.device("cpu"), options.commit)
+    slowest = max((row.seconds for row in rows if row.what.startswith("SIG") and row.seconds is not None), default=0.0)
+    return (
+        f"# What is left of a disturbed run\n\n`python -m benchmarks.nothing_lost` at {facts['git_commit']}, "
+        f"elman {facts['elman']}, torch {facts['packages']['torch']}, on a CPU. {len(rows)} disturbances; "
+        f"{sum(row.same is True for row in rows)} runs went on with the losses of the undisturbed one "
+        f"({options.steps} steps), bit for bit, {sum(row.same is False for row in rows)} did not. "
+        f"Longest time from SIGTERM or SIGINT to the end: {slowest:.1f} s.\n\n{markdown(rows)}\n"
+    )
+
+
 if __name__ == "__main__":
-    main(tyro.cli(Options, description=__doc__))
+    raise SystemExit(1 if any(map(is_bad, main(tyro.cli(Options, description=__doc__)))) else 0)

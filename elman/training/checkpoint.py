@@ -82,7 +82,7 @@ def save_checkpoint(folder: Path, checkpoint: Checkpoint, keep: int = 2) -> Path
     try:
         model = {name: tensor.detach().cpu().contiguous() for name, tensor in checkpoint.model.items()}
         safetensors.torch.save_file(model, partial / _MODEL)
-        torch.save(checkpoint.trainer, partial / _TRAINER)
+        _save(checkpoint.trainer, partial / _TRAINER)
         files = {name: _fingerprint(partial / name) for name in (_MODEL, _TRAINER)}
         return _finish(partial, final, _FORMAT, files, keep)
     except BaseException:
@@ -123,7 +123,7 @@ def save_sharded(
             with _on_all(processes, group):
                 finish_shards()
                 if processes.is_main:
-                    torch.save(trainer, partial / _TRAINER)
+                    _save(trainer, partial / _TRAINER)
             names = sorted(path.name for path in partial.iterdir())
             files: dict[str, Any] = {}
             with _on_all(processes, group, files):
@@ -185,6 +185,15 @@ def _finish(partial: Path, final: Path, form: str, files: dict[str, Any], keep: 
     for old in list_checkpoints(final.parent)[:-keep]:
         shutil.rmtree(old)
     return final
+
+
+def _save(value: Any, path: Path) -> None:
+    """``torch.save``. A file that cannot be written is an OSError, which PyTorch hides behind an error of its own."""
+    try:
+        with path.open("wb") as file:
+            torch.save(value, file)
+    except RuntimeError as error:
+        raise (error.__context__ if isinstance(error.__context__, OSError) else error) from None
 
 
 def list_checkpoints(folder: Path) -> list[Path]:

@@ -3,7 +3,7 @@
 import threading
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import pytest
 import torch
@@ -59,13 +59,14 @@ def test_a_full_disk_ends_the_run_and_leaves_what_was_whole(
 ) -> None:
     save = torch.save
 
-    def full(value: Any, path: Path) -> None:
-        if value["seconds"] and len(list(path.parent.parent.glob("step-*"))) == 1:
-            raise OSError(28, "No space left on device")
-        save(value, path)
+    def full(value: Any, file: IO[bytes]) -> None:
+        if value["seconds"] and len(list(Path(file.name).parent.parent.glob("step-*"))) == 1:
+            with open("/dev/full", "wb") as full_device:
+                save(value, full_device)
+        save(value, file)
 
     monkeypatch.setattr(torch, "save", full)
-    message = r"checkpoint of step 8 cannot be written to .*No space left.*go on with: elman train --resume"
+    message = r"checkpoint of step 8 cannot be written to .*\(\[Errno 28\] No space left on device\).*go on with: elman train --resume"
     with pytest.raises(TrainingError, match=message):
         start(replace(config, steps=100))
     assert config.out is not None
