@@ -15,7 +15,7 @@ from torch import Tensor
 
 from benchmarks.designs import EXCHANGES, WIDE, low_rank_plans, plans, wide_plans
 from benchmarks.sanitize import control
-from elman.ops import gated_softmax, loop, norm, persistent, scan
+from elman.ops import gated_softmax, loop, matrix_kernels, norm, persistent, scan
 from elman.ops.cells import CELLS, FUSED_CELLS
 from elman.ops.low_rank import LowRankPlan
 from elman.ops.narrow import Plan
@@ -24,6 +24,7 @@ from elman.ops.persistent import AnyPlan
 from elman.ops.planning import BLOCK_ROWS, Chip, Task
 from elman.ops.wide import WidePlan
 from tests.ops.problems import Problem, draw, parts
+from tests.ops.test_matrix import draw as draw_matrix
 
 banks = importlib.import_module("elman.ops.banks")  # the package has the function of this name
 
@@ -63,6 +64,7 @@ def cases(chip: Chip) -> list[Case]:
         _norm_cases(),
         _scan_cases(),
         _gated_softmax_cases(),
+        _matrix_cases(),
     ]
     return [case for turn in itertools.zip_longest(*families) for case in turn if case is not None]
 
@@ -396,4 +398,32 @@ def _gated_softmax_cases() -> list[Case]:
     wanted = [(7, 5, 37, torch.bfloat16), (9, 32, 64, torch.bfloat16), (3, 1, 1184, torch.float16)]
     # Of the last there are more tiles than warps at a time, on an H200.
     wanted += [(3, 3, 100, torch.float32), (5, 3, 1, torch.float16), (60000, 16, 8, torch.bfloat16)]
+    return [case(*one) for one in wanted]
+
+
+def _matrix_cases() -> list[Case]:
+    def case(shape: tuple[int, ...], cell: str, dtype: torch.dtype, per_key: bool, bare: bool) -> Case:
+        def run(device: str) -> None:
+            options: dict[str, Any] = {"with_s0": False, "reset_rate": None} if bare else {}
+            p = draw_matrix(*shape, per_key=per_key, **options).to(dtype, device)
+            given = (p.q, p.k, p.v, p.decay, p.beta)
+            _, _, checkpoints = matrix_kernels.forward(*given, p.s0, p.reset, cell, True)
+            matrix_kernels.backward(p.dy, None if bare else p.ds, *given, p.reset, checkpoints, cell)
+
+        words = f"{cell} {str(dtype)[6:]}, {' × '.join(map(str, shape))}"
+        return Case("matrix", words + ", a decay of each row" * per_key + ", bare" * bare, run)
+
+    # Intervals that are whole and not; heads of one warp, of several, of several blocks; more steps than a ring holds.
+    wanted = [((21, 2, 2, 32, 32), "tanh", torch.bfloat16, False, False)]
+    wanted += [
+        ((37, 1, 2, 64, 64), "tanh", torch.bfloat16, True, False),
+        ((1, 1, 1, 16, 16), "tanh", torch.bfloat16, False, True),
+    ]
+    wanted += [((18, 1, 1, 128, 128), "tanh", dtype, False, False) for dtype in DTYPES[:3]]
+    wanted += [((16, 1, 1, *size), "tanh", torch.bfloat16, False, True) for size in ((16, 128), (128, 16), (32, 64))]
+    wanted += [
+        ((9, 1, 3, 32, 32), cell, dtype, False, False)
+        for cell in ("tanh", "softsign", "identity")
+        for dtype in DTYPES[:3]
+    ]
     return [case(*one) for one in wanted]

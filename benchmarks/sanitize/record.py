@@ -27,7 +27,7 @@ from benchmarks.compiling import compile_ahead
 from benchmarks.sanitize import control
 from benchmarks.sanitize.cases import DTYPES, Case, cases
 from benchmarks.sanitize.launches import Buffer, Launch, Place, save
-from elman.ops import diagonal, gated_softmax, loop, norm, persistent, scan
+from elman.ops import diagonal, gated_softmax, loop, matrix_kernels, norm, persistent, scan
 from elman.ops.cells import FUSED_CELLS
 from elman.ops.cuda.compiler import Binary, Module, architecture, compile_module
 from elman.ops.cuda.launch import launch as launch_on_gpu
@@ -215,7 +215,7 @@ def _poisoned() -> Iterator[None]:
 def record(wanted: Iterable[Case], recorder: Recorder, device: str) -> None:
     """Runs cases; what goes wrong with one is an error only after the others."""
     errors = []
-    launching = (control, persistent, diagonal, banks, norm, scan, gated_softmax)
+    launching = (control, persistent, diagonal, banks, norm, scan, gated_softmax, matrix_kernels)
     hooks = [mock.patch.object(module, "launch", recorder) for module in launching]
     with contextlib.ExitStack() as stack, torch.no_grad():
         for hook in (*hooks, _poisoned(), _loop_recorded(recorder)):

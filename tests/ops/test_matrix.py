@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass, fields, replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -16,6 +17,7 @@ from elman.ops.cuda import compiler
 from elman.ops.cuda.compiler import Module
 from elman.ops.matrix import MATRIX_CELLS
 from elman.ops.operators import real_of
+from tests.ops.cuda import emulator
 from tests.ops.cuda.emulator import Emulator, needs_compiler
 
 F64, F32, BF16, F16 = torch.float64, torch.float32, torch.bfloat16, torch.float16
@@ -210,6 +212,7 @@ EMULATED = {
     "padded, the identity": (draw(18, keys=20, values=24, cell="identity"), BF16),
     "several warps a head": (draw(19, batch=1, keys=64, values=64), BF16),
     "several blocks a head, a decay a row": (draw(18, 1, 1, 128, 128, per_key=True), BF16),
+    "saturated": (draw(18, keys=16, values=16, scale=30.0), BF16),
 }
 
 
@@ -232,6 +235,38 @@ def test_the_emulated_kernels_keep_a_nan_in_its_head_until_a_reset(emulated: Emu
     result = solve(p, "persistent")
     assert torch.equal(result["y"].isnan().any(-1), bad)
     assert result["s"].isfinite().all()
+
+
+@needs_compiler
+def test_the_order_of_threads_changes_no_bit_and_either_output_may_be_alone(emulated: Emulator) -> None:
+    p = EMULATED["several intervals, the last one short"][0].to(BF16)
+    first, *others = (solve(p, "persistent") for _ in range(3))
+    assert emulated.seed == 6
+    assert all(torch.equal(value, other[name]) for other in others for name, value in first.items())
+    for wanted in ("y", "s"):
+        ours, theirs = solve(p, "persistent", (wanted,)), solve(p, "reference", (wanted,))
+        torch.testing.assert_close(ours, theirs, rtol=2e-2, atol=2e-2)
+
+
+@needs_compiler
+@pytest.mark.parametrize(
+    ("right", "wrong"),
+    [
+        ("max(stretch - 1, 0)", "stretch"),
+        ("wait_copies<kDepth - 2>", "wait_copies<kDepth - 1>"),
+        ("if (number < kInterval && interval > 0)", "if (false)"),
+        ("to_key[i] = fmaf(a[i], kept, to_key[i]);", "to_key[i] += kept;"),
+    ],
+)
+def test_a_broken_kernel_is_found_out(
+    emulated: Emulator, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, right: str, wrong: str
+) -> None:
+    original = emulator._source
+    assert right in original("matrix.cuh")
+    monkeypatch.setattr(emulator, "_source", lambda name: original(name).replace(right, wrong))
+    monkeypatch.setattr(emulator, "_folder", lambda: str(tmp_path))
+    with pytest.raises(AssertionError):
+        assert_as_exact_as_reference(EMULATED["several intervals, the last one short"][0], F32, "persistent")
 
 
 def test_shared_memory_is_what_the_source_says(monkeypatch: pytest.MonkeyPatch) -> None:

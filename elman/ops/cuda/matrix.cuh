@@ -114,7 +114,7 @@ struct Inputs {
   const T *k, *q, *v, *dy;
   const float *decay, *beta;
   const int* reset;
-  long long pairs, pair, heads;
+  long long pairs, pair, batch, row;
 
   template <class Record, int K, int V>
   __device__ __forceinline__ Source source(int piece, int column) const {
@@ -131,8 +131,7 @@ struct Inputs {
     const int narrow = piece - (Record::kPieces - Record::kNarrow);
     if (narrow < 0) return of(decay, 4 * Record::kDecays, byte, byte - Record::kDecay, true);
     if (narrow == Record::kNarrow - 1)
-      return {reinterpret_cast<const char*>(reset) + (reset != nullptr ? pair / heads * 4 : 0), pairs / heads * 4,
-              Record::kReset, false};
+      return {reinterpret_cast<const char*>(reset + row), 4 * batch, Record::kReset, false};
     if (narrow == Record::kNarrow - 2) return of(beta, 4, Record::kBeta, 0, false);
     return of(decay, 4, Record::kDecay, 0, false);
   }
@@ -216,6 +215,14 @@ struct State {
 #pragma unroll
       for (int j = 0; j < kColumns; ++j) at[i][j] = 0;
   }
+  // The same, where it seldom happens: a branch, not a choice for every number.
+  __device__ __forceinline__ void forget() {
+    clear();
+#pragma unroll
+    for (int i = 0; i < kRows; ++i)
+#pragma unroll
+      for (int j = 0; j < kColumns; ++j) settle(at[i][j]);
+  }
   // Of a row of the state, how far apart they lie: in memory V floats, in shared memory a row of every lane.
   template <int kPitch>
   __device__ __forceinline__ void load(const float* from) {
@@ -260,7 +267,7 @@ __device__ __forceinline__ void advance(State<K, V>& s, const char* record, int 
   read_decay<kPerKey, Record::kDecay>(record, row, a);
   read<kColumns, T>(record + Record::kValue + column * sizeof(T), v);
   const float beta = *reinterpret_cast<const float*>(record + Record::kBeta);
-  if (cut) s.clear();
+  if (cut) s.forget();
 #pragma unroll
   for (int j = 0; j < kColumns; ++j) u[j] = 0;
 #pragma unroll
@@ -305,14 +312,15 @@ __global__ void __launch_bounds__(32 * matrix::kForwardWarps, 5)
   const int column = lane / Shape::kRowLanes * kColumns;
   char* const ring = shared + warp * kDepth * Step::kBytes;
 
-  const Inputs<T> inputs{k, q, v, nullptr, decay, beta, reset, pairs, pair, heads};
+  const Inputs<T> inputs{k, q, v, nullptr, decay, beta, reset, pairs, pair, pairs / heads, pair / heads};
   Source sources[kRounds];
 #pragma unroll
   for (int i = 0; i < kRounds; ++i)
     sources[i] = inputs.template source<Step, K, V>(min(lane + 32 * i, Step::kPieces - 1), first);
   const int pieces = reset != nullptr ? Step::kPieces : Step::kPieces - 1;
-  auto bring = [&](long long step) {
-    if (step < steps) {
+  const u32 count = steps;
+  auto bring = [&](u32 step) {
+    if (step < count) {
 #pragma unroll
       for (int i = 0; i < kRounds; ++i)
         if (lane + 32 * i < pieces) copy(sources[i], ring + step % kDepth * Step::kBytes, step);
@@ -320,7 +328,7 @@ __global__ void __launch_bounds__(32 * matrix::kForwardWarps, 5)
     commit_copies();
   };
 #pragma unroll 1
-  for (int step = 0; step < kDepth - 1; ++step) bring(step);
+  for (u32 step = 0; step < kDepth - 1; ++step) bring(step);
 
   const long long place = (pair * K + row) * V + first + column;
   State<K, V> s;
@@ -332,7 +340,7 @@ __global__ void __launch_bounds__(32 * matrix::kForwardWarps, 5)
   const int mine = column + row_lane / Mine::kShared * Mine::kKept;
   T* shown = y + pair * V + first + mine;
 #pragma unroll 1
-  for (long long t = 0; t < steps; ++t) {
+  for (u32 t = 0; t < count; ++t) {
     wait_copies<kDepth - 2>();
     __syncwarp();
     bring(t + kDepth - 1);
@@ -393,7 +401,7 @@ struct Backward {
 
 // Grid: pairs * kParts blocks of kWarps warps. Of kParts > 1, dq, dk, ddecay and dbeta are (kParts, ...), dq and dk in float.
 template <class T, class Cell, int K, int V, bool kPerKey, int kWarps>
-__global__ void __launch_bounds__(32 * kWarps)
+__global__ void __launch_bounds__(32 * kWarps, 8 / kWarps)
     matrix_backward(const T* __restrict__ dy, const float* __restrict__ ds_last, const T* __restrict__ q,
                     const T* __restrict__ k, const T* __restrict__ v, const float* __restrict__ decay,
                     const float* __restrict__ beta, const int* __restrict__ reset,
@@ -432,7 +440,7 @@ __global__ void __launch_bounds__(32 * kWarps)
   };
 
   // Steps begin .. end - 1 of the interval that starts at `first`, into their places of the ring.
-  const Inputs<T> inputs{k, q, v, dy, decay, beta, reset, pairs, pair, heads};
+  const Inputs<T> inputs{k, q, v, dy, decay, beta, reset, pairs, pair, pairs / heads, pair / heads};
   const int pieces = reset != nullptr ? Step::kPieces : Step::kPieces - 1;
   auto bring = [&](long long first, int begin, int end) {
 #pragma unroll 1
@@ -589,20 +597,24 @@ __global__ void __launch_bounds__(32 * kWarps)
       meet();
 
 #pragma unroll 1
-      for (int i = threadIdx.x; i < (end - begin) * kSums; i += kThreads) {
-        const int offset = i / kSums, which = i % kSums;
-        float total = 0;
-#pragma unroll
-        for (int w = 0; w < kWarps; ++w) total += sums[(offset * kWarps + w) * kSums + which];
+      for (int offset = 0; offset < end - begin; ++offset) {
         const long long of_step = (part * steps + first + begin + offset) * pairs + pair;
-        if (which < K)
-          from_real(total, dq[of_step * K + which]);
-        else if (which < 2 * K)
-          from_real(total, dk[of_step * K + which - K]);
-        else if (which < kSums - 1)
-          ddecay[of_step * Step::kDecays + which - 2 * K] = total;
-        else
-          dbeta[of_step] = total;
+        auto total = [&](int which) {
+          float sum = 0;
+#pragma unroll
+          for (int w = 0; w < kWarps; ++w) sum += sums[(offset * kWarps + w) * kSums + which];
+          return sum;
+        };
+#pragma unroll
+        for (int i = threadIdx.x; i < K; i += kThreads) {
+          from_real(total(i), dq[of_step * K + i]);
+          from_real(total(K + i), dk[of_step * K + i]);
+          if constexpr (kPerKey) ddecay[of_step * K + i] = total(2 * K + i);
+        }
+        if (threadIdx.x == 0) {
+          if constexpr (!kPerKey) ddecay[of_step] = total(2 * K);
+          dbeta[of_step] = total(kSums - 1);
+        }
       }
       if (interval > 0) bring(first - kInterval, begin, end);
       meet();

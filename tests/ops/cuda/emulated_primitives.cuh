@@ -69,6 +69,11 @@ struct Warp {
   Barrier barrier;
   Lane lanes[32];
 };
+struct Copy {
+  u32 to;
+  const void* from;
+  int bytes;
+};
 struct Store {
   char* to;
   Words2 words;
@@ -88,6 +93,7 @@ struct Fiber {
   ucontext_t context;
   Cta* cta;
   Index thread;
+  vector<vector<Copy>> copies = vector<vector<Copy>>(1);  // by groups; one happens when it is waited for, and not before
   const u32* generation = nullptr;  // what it waits for to change
   u32 awaited = 0;
   bool done = false;
@@ -297,11 +303,16 @@ inline void copy_async_if(u32 to, const void* from, bool wanted) {
   else
     memset(emulator::shared_memory() + to, 0, 8);
 }
-inline void copy_async16(u32 to, const void* from) { memcpy(emulator::shared_memory() + to, from, 16); }
-inline void copy_async4(u32 to, const void* from) { memcpy(emulator::shared_memory() + to, from, 4); }
-inline void commit_copies() {}
+inline void copy_async16(u32 to, const void* from) { emulator::current->copies.back().push_back({to, from, 16}); }
+inline void copy_async4(u32 to, const void* from) { emulator::current->copies.back().push_back({to, from, 4}); }
+inline void commit_copies() { emulator::current->copies.emplace_back(); }
 template <int kPending>
-inline void wait_copies() {}
+inline void wait_copies() {
+  auto& groups = emulator::current->copies;
+  for (; groups.size() > kPending + 1; groups.erase(groups.begin()))
+    for (const emulator::Copy& copy : groups.front())
+      memcpy(emulator::shared_memory() + copy.to, copy.from, copy.bytes);
+}
 inline Words4 load_shared(u32 address) {
   Words4 words;
   memcpy(&words, emulator::shared_memory() + address, 16);
