@@ -153,7 +153,8 @@ def test_gradcheck_of_every_input(cell: str, per_key: bool) -> None:
             return matrix_recurrence(*x, cell=cell, reset=p.reset, backend=backend)
 
         assert torch.autograd.gradcheck(run, inputs)
-    assert torch.autograd.gradgradcheck(lambda *x: matrix_recurrence(*x, cell=cell, reset=p.reset)[0], inputs)
+    if cell == "tanh":  # what is differentiated twice is autograd's own
+        assert torch.autograd.gradgradcheck(lambda *x: matrix_recurrence(*x, cell=cell, reset=p.reset)[0], inputs)
 
 
 @cells
@@ -208,8 +209,10 @@ EMULATED = {
     "neither s0 nor resets": (draw(5, keys=32, values=32, with_s0=False, reset_rate=None), BF16),
     "several intervals, the last one short": (draw(53, keys=16, values=16, reset_rate=0.05), BF16),
     "whole intervals, float32": (draw(32, keys=16, values=32, cell="softsign"), F32),
-    "a decay a row of the state": (draw(21, keys=32, values=16, per_key=True), BF16),
-    "padded, the identity": (draw(18, keys=20, values=24, cell="identity"), BF16),
+    "a decay a row of the state, padded, the identity": (
+        draw(21, keys=20, values=12, per_key=True, cell="identity"),
+        BF16,
+    ),
     "several warps a head": (draw(19, batch=1, keys=64, values=64), BF16),
     "several blocks a head, a decay a row": (draw(18, 1, 1, 128, 128, per_key=True), BF16),
     "saturated": (draw(18, keys=16, values=16, scale=30.0), BF16),
