@@ -67,8 +67,8 @@ def document_starts(tokens: Tokens, first: bool | npt.NDArray[np.bool_], delimit
 
 
 @dataclass(frozen=True)
-class Sampler(ABC):
-    """The rows of every step.
+class Reading:
+    """What is read, and how much of it a step.
 
     Attributes:
         data: the training part.
@@ -95,6 +95,11 @@ class Sampler(ABC):
                 f"--seq-len {self.seq_len} needs windows of {self.seq_len + 1} {self.vocabulary.unit}s, but the "
                 f"training part has {len(self.data)} bytes: give a shorter --seq-len or a larger --data"
             )
+
+
+@dataclass(frozen=True)
+class Sampler(Reading, ABC):
+    """The rows of every step, a function of the step alone."""
 
     @abstractmethod
     def starts(self, step: int) -> Starts:
@@ -160,6 +165,21 @@ class DocumentSampler(Sampler):
         return 0 if begin == 0 else self.vocabulary.first_start(self.data, place)
 
 
+def check_streams(reading: Reading) -> None:
+    """A step's streams, a row each, do not overlap.
+
+    Raises:
+        UsageError: there are too few bytes.
+    """
+    wanted = reading.batch_size * reading.seq_len
+    if wanted > len(reading.data):
+        raise UsageError(
+            f"--sampling tbptt reads --batch-size {reading.batch_size} streams by --seq-len {reading.seq_len} "
+            f"{reading.vocabulary.unit}s, but the training part has {len(reading.data)} bytes, not {wanted}: give a "
+            f"smaller --batch-size, a shorter --seq-len or a larger --data"
+        )
+
+
 @dataclass(frozen=True)
 class StreamSampler(Sampler):
     """Streams that never end, one a row: a step reads the next ``seq_len`` bytes of each (truncated BPTT).
@@ -173,12 +193,7 @@ class StreamSampler(Sampler):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.batch_size * self.seq_len > len(self.data):
-            raise UsageError(
-                f"--sampling tbptt reads --batch-size {self.batch_size} streams by --seq-len {self.seq_len} bytes, but "
-                f"the training part has {len(self.data)}, not {self.batch_size * self.seq_len}: give a smaller "
-                f"--batch-size, a shorter --seq-len or a larger --data"
-            )
+        check_streams(self)
 
     def starts(self, step: int) -> Starts:
         size = Ring(self.data).size

@@ -118,11 +118,6 @@ class TrainConfig:
             if self.parallel not in ("auto", "ddp"):
                 raise UsageError(f"--ddp is short for --parallel ddp, not {self.parallel}: give one of them")
             object.__setattr__(self, "parallel", "ddp")
-        if self.sampling == "tbptt" and self.tokenizer is not None:
-            raise UsageError(
-                f"--sampling tbptt does not go with --tokenizer {self.tokenizer}: leave out --tokenizer, or give "
-                f"--sampling windows or documents"
-            )
         check_at_least(self, seq_len=1, batch_size=1, grad_accum=1, steps=1, dim=1, depth=1, max_skipped=1)
         check_at_least(
             self, warmup=0, eval_every=0, save_every=0, stats_every=0, workers=0, weight_decay=0, grad_clip=0, seed=0

@@ -17,6 +17,7 @@ from rich.console import Console
 from elman.data.bytes import open_bytes
 from elman.data.loading import Loader, TensorBatch
 from elman.data.sampling import SAMPLERS
+from elman.data.streams import TokenStreams
 from elman.data.vocabulary import open_vocabulary
 from elman.environment import is_out_of_memory, peak_memory, supports_bf16
 from elman.errors import TrainingError, UsageError
@@ -81,7 +82,8 @@ class Trainer:
                     f"--tokenizer {config.tokenizer} has {self.vocabulary.size} tokens, but the model was made for "
                     f"{model_config.vocab_size}: install the tiktoken that the run began with, or start a new run"
                 )
-            self.sampler = SAMPLERS[config.sampling](
+            streams_of_tokens = config.sampling == "tbptt" and config.tokenizer is not None
+            self.sampler = (TokenStreams if streams_of_tokens else SAMPLERS[config.sampling])(
                 data.train, config.seq_len, config.batch_size, config.seed, self.vocabulary
             )
             check_mixers(model_config, config, self.sampler.resets, self.sampler.carries_state, self.device)
@@ -156,6 +158,8 @@ class Trainer:
         self.carry.restore(checkpoint.trainer["state"])
         self.seconds = checkpoint.trainer["seconds"]
         self.step = checkpoint.step
+        if "places" in checkpoint.trainer:
+            self._loader.seek(self.step, checkpoint.trainer["places"])
         self._first_step, self._first_second = self.step, self.seconds
 
     @property
@@ -476,6 +480,7 @@ class Trainer:
 
     def _state(self) -> dict[str, Any]:
         """What a checkpoint keeps beside the weights."""
+        places = self._loader.places(self.step)
         return {
             "optimizer": self.optimizer.state_dict(),
             "scaler": self.scaler.state_dict(),
@@ -484,6 +489,7 @@ class Trainer:
             "seconds": self.seconds,
             "data": self.fingerprint,
             "state": self.carry.whole(),
+            **({} if places is None else {"places": self.processes.rows(places)}),
         }
 
     def _save(self) -> None:

@@ -137,7 +137,7 @@ def test_streams_start_at_rest_and_then_only_where_documents_do() -> None:
 
 def test_too_little_data_is_named() -> None:
     with pytest.raises(
-        UsageError, match=r"--sampling tbptt .*--batch-size 8 streams .* has 100, not 128: give a smaller"
+        UsageError, match=r"--sampling tbptt .*--batch-size 8 streams .* has 100 bytes, not 128: give a smaller"
     ):
         sampler(StreamSampler, data=letters("x" * 100))
     for kind in SAMPLERS.values():

@@ -141,6 +141,14 @@ def test_text_is_tokenised_by_each_rank_for_itself(ranks: Ranks, config: TrainCo
     assert both(config.out) == both(tmp_path / "one")
 
 
+def test_streams_of_tokens_go_on_by_another_number_of_ranks(ranks: Ranks, config: TrainConfig, tmp_path: Path) -> None:
+    config = replace(config, tokenizer=NAME, workers=1, sampling="tbptt", schedule="constant", steps=6)
+    start_tiny(replace(config, out=tmp_path / "one"))
+    finish(ranks.run(start_tiny, replace(config, parallel="ddp", steps=3)))
+    assert resume(config, parallel="none", steps=6)[0] == 0
+    assert losses(config.out) == pytest.approx(losses(tmp_path / "one"), rel=1e-4)
+
+
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("precision", ["fp32", "fp16"])
 def test_a_step_that_one_rank_cannot_take_is_skipped_by_all(

@@ -66,9 +66,7 @@ def test_a_full_disk_ends_the_run_and_leaves_what_was_whole(
         save(value, file)
 
     monkeypatch.setattr(torch, "save", full)
-    message = (
-        r"step 8 cannot be written to .*\(\[Errno 28\] No space left on device\).*go on with: elman train --resume"
-    )
+    message = r"checkpoint of step 8 cannot be written to .*\(\[Errno 28\] No space left on device\).*--resume"
     with pytest.raises(TrainingError, match=message):
         start(replace(config, steps=100))
     assert config.out is not None

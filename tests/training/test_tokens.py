@@ -9,6 +9,7 @@ import sys
 import time
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -80,7 +81,11 @@ def test_heldout_loss_is_by_token_and_by_byte(config: TrainConfig, sampling: str
     assert f"{reported['bits_per_byte']:.4f} bits/byte" in output
 
 
-def test_a_run_learns_and_resumes_exactly_with_any_number_of_workers(config: TrainConfig, tmp_path: Path) -> None:
+@pytest.mark.parametrize("sampling", ["windows", "tbptt"])
+def test_a_run_learns_and_resumes_exactly_with_any_number_of_workers(
+    config: TrainConfig, tmp_path: Path, sampling: Any
+) -> None:
+    config = replace(config, sampling=sampling)
     start(replace(config, out=tmp_path / "whole", steps=40, schedule="constant"))
     start(replace(config, steps=21, schedule="constant"))
     assert config.out is not None
@@ -126,8 +131,8 @@ def test_mistakes_are_named_before_anything_is_made(config: TrainConfig) -> None
     assert config.out is not None
     with pytest.raises(UsageError, match="--tokenizer 'p5' is unknown"):
         start(replace(config, tokenizer="p5"))
-    with pytest.raises(UsageError, match=r"--sampling tbptt does not go with --tokenizer .*: leave out --tokenizer"):
-        replace(config, sampling="tbptt")
+    with pytest.raises(UsageError, match=r"--batch-size 2048 streams by --seq-len 24 tokens, .*: give a smaller"):
+        start(replace(config, batch_size=2048, sampling="tbptt"))
     with pytest.raises(UsageError, match=r"--seq-len 1400 needs windows of 1401 tokens, but the held-out part has"):
         start(replace(config, seq_len=1400))
     assert not config.out.exists()
