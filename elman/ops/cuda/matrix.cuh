@@ -21,12 +21,13 @@
 
 namespace matrix {
 
-constexpr u32 kAll = 0xffffffffu;
-constexpr int kRows = 8;
-constexpr int kInterval = 16;
-constexpr int kForwardWarps = 4;  // of a block; they have nothing to do with each other
-constexpr int kDepth = 8;         // steps in a forward warp's ring
-constexpr int kStretches = 4, kSlots = 5, kLongest = 5;
+// A module may have one direction alone, and NVRTC warns of what it does not use.
+[[maybe_unused]] constexpr u32 kAll = 0xffffffffu;
+[[maybe_unused]] constexpr int kRows = 8;
+[[maybe_unused]] constexpr int kInterval = 16;
+[[maybe_unused]] constexpr int kForwardWarps = 4;  // of a block; they have nothing to do with each other
+[[maybe_unused]] constexpr int kDepth = 8;         // steps in a forward warp's ring
+[[maybe_unused]] constexpr int kStretches = 4, kSlots = 5, kLongest = 5;
 
 // Where a stretch of an interval starts.
 __device__ __forceinline__ constexpr int start_of(int stretch) { return stretch == 0 ? 0 : 1 + 4 * stretch; }
