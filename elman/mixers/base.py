@@ -117,6 +117,10 @@ class MixerConfig(ABC):
             UsageError: as ``check_device``.
         """
 
+    def slow_option(self) -> str | None:
+        """In a line with the cure, what was given that makes products slow on a GPU's tensor cores; None: nothing."""
+        return None
+
     @abstractmethod
     def num_params(self, dim: int) -> int:
         """Learned numbers."""

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from elman.mixers.base import Mixer, State
-from elman.mixers.recurrent_weight import WeightConfig, WeightOptions
+from elman.mixers.recurrent_weight import WeightConfig, WeightOptions, slow_rank
 from elman.ops import recurrence
 from elman.options import OptionalInt, check_at_least
 
@@ -42,6 +42,9 @@ class E5Config(WeightOptions):
         """U_h V_h at model width ``dim``."""
         rank = self.rank or min(dim, max(16, 8 * round(dim * 270 / 1536 / 8)))
         return WeightConfig(dim, self, "low_rank", rank=rank)
+
+    def slow_option(self) -> str | None:
+        return slow_rank(self.rank)
 
     def build(self, dim: int) -> E5:
         return E5(dim, self)

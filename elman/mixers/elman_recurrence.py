@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from elman.errors import UsageError
 from elman.mixers.base import ExpandedConfig
-from elman.mixers.recurrent_weight import Structure, WeightConfig, WeightOptions
+from elman.mixers.recurrent_weight import Structure, WeightConfig, WeightOptions, slow_rank
 from elman.ops import recurrence
 from elman.options import OptionalFloat, OptionalInt, check_at_least, flag
 
@@ -80,6 +80,9 @@ class ElmanConfig(ExpandedConfig, WeightOptions):
                 f"--constraint scaled_orthogonal does not go with --structure {self.structure}, of which nothing "
                 f"would be learned: give --structure dense or block_diagonal, or --constraint spectral_norm or free"
             )
+
+    def slow_option(self) -> str | None:
+        return slow_rank(self.rank)
 
     def inner_size(self, dim: int) -> int:
         """d, the number of recurrent units at model width ``dim``: a multiple of the heads."""

@@ -30,7 +30,7 @@ import torch
 from torch import Tensor, nn
 
 from elman.errors import UsageError
-from elman.mixers.base import FollowsWeights, MixerConfig
+from elman.mixers.base import FollowsWeights, MixerConfig, round_width
 
 Structure = Literal[
     "dense", "block_diagonal", "diagonal", "low_rank", "monarch", "sparse_low_rank", "random_projection"
@@ -71,6 +71,13 @@ class WeightOptions(MixerConfig):
                 f"--init {self.init} does not go with --constraint scaled_orthogonal, whose matrix is orthogonal: "
                 f"give --init orthogonal or identity"
             )
+
+
+def slow_rank(rank: int | None) -> str | None:
+    """``MixerConfig.slow_option`` of a given rank: tensor cores read rows of 8 numbers."""
+    if rank is None or rank == (faster := round_width(rank)):
+        return None
+    return f"--rank {rank} is no multiple of 8, which makes its products slow on a GPU: give --rank {faster}"
 
 
 @dataclass(frozen=True)

@@ -47,6 +47,13 @@ def check_memory(config: ModelConfig, device: torch.device, processes: Processes
         )
 
 
+def slow_option(model: ModelConfig, device: torch.device, precision: str) -> str | None:
+    """What a mixer says of an option that is slow where tensor cores work, the first to say something; else None."""
+    if device.type != "cuda" or precision == "fp32":
+        return None
+    return next((complaint for mixer in model.mixers if (complaint := mixer.slow_option()) is not None), None)
+
+
 def check_mixers(
     model: ModelConfig, config: TrainConfig, resets: bool, carries_state: bool, device: torch.device
 ) -> None:

@@ -18,7 +18,8 @@ from elman.sizing import flops_per_token
 #: (MIG), a laptop's or a market's variant has another name, and so none of these.
 #:
 #: From NVIDIA's data sheets of the H100, H200, A100, L40S, L4, A10, A40, V100 and T4 (rates with sparsity halved) and,
-#: for what is rounded there and for the GeForce, its white papers on Hopper (v1.04), GA102 (v2) and Ada (v2).
+#: for what is rounded there and for the GeForce, its white papers on Hopper (v1.04), GA102 (v2) and Ada (v2). A test
+#: holds them against units times clock. The NVL's are rated below the clock that they reach: an MFU may come out high.
 _PEAKS: tuple[tuple[str, float | None, float, float], ...] = (
     # device, bf16, fp16, fp32
     (r"H100 80GB HBM3", 989.4, 989.4, 66.9),

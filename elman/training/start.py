@@ -22,6 +22,7 @@ from elman.mixers import MixerConfig
 from elman.model import ModelConfig
 from elman.options import flag
 from elman.sizing import flops_per_token, num_params, size_model, state_size
+from elman.training.checks import slow_option
 from elman.training.config import TrainConfig
 from elman.training.display import say
 from elman.training.distributed import Processes, process_group
@@ -63,6 +64,8 @@ def start_run(
             if study is not None:
                 run.write_json("study.json", study)
             _write_config(run, config, model_config)
+            if (complaint := slow_option(model_config, trainer.device, trainer.precision)) is not None:
+                say(console, complaint)
             return _train(trainer, run)
 
 

@@ -32,6 +32,29 @@ def test_peaks_are_those_of_the_data_sheets(name: str, bf16: float | None, fp16:
 
 
 @pytest.mark.parametrize(
+    ("name", "lanes", "ghz", "tensor_rate", "tensor_ghz"),
+    [
+        ("NVIDIA H100 80GB HBM3", 16896, 1.98, 16, 1.83),
+        ("NVIDIA H100 PCIe", 14592, 1.755, 16, 1.62),
+        ("NVIDIA A100-SXM4-40GB", 6912, 1.41, 16, 1.41),
+        ("NVIDIA L40S", 18176, 2.52, 4, 2.52),
+        ("NVIDIA L4", 7424, 2.04, 4, 2.04),
+        ("NVIDIA A40", 10752, 1.74, 4, 1.74),
+        ("NVIDIA A10", 9216, 1.695, 4, 1.695),
+        ("NVIDIA GeForce RTX 4090", 16384, 2.52, 2, 2.52),
+        ("NVIDIA GeForce RTX 3090", 10496, 1.695, 2, 1.695),
+        ("Tesla V100-SXM2-16GB", 5120, 1.53, 8, 1.53),
+        ("Tesla V100-PCIE-32GB", 5120, 1.38, 8, 1.38),
+        ("Tesla T4", 2560, 1.59, 8, 1.59),
+    ],
+)
+def test_peaks_are_units_times_clock(name: str, lanes: int, ghz: float, tensor_rate: int, tensor_ghz: float) -> None:
+    """A multiply-add a clock of each float32 lane, and ``tensor_rate`` of a lane's share of the tensor cores."""
+    assert peak_flops(name, "fp32") == pytest.approx(2e9 * lanes * ghz, rel=0.015)
+    assert peak_flops(name, "fp16") == pytest.approx(2e9 * lanes * tensor_rate * tensor_ghz, rel=0.015)
+
+
+@pytest.mark.parametrize(
     "name",
     [
         "cpu",
