@@ -81,10 +81,6 @@ BAD_INPUT = {
         ["--tbptt", "--sampling", "documents", "--steps", "1"],
         "--tbptt is short for --sampling",
     ),
-    "streams of tokens": (
-        ["--tbptt", "--tokenizer", "gpt2", "--steps", "1"],
-        "--sampling tbptt does not go with --tokenizer gpt2: leave out --tokenizer, or give --sampling windows or doc",
-    ),
     "streams of attention": (
         ["--tbptt", "--model", "transformer", "--data", "text", "--steps", "1"],
         "--sampling tbptt carries .* transformer grows with the text: give --sampling documents or windows",

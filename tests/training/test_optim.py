@@ -18,7 +18,7 @@ from tests.test_model import VARIANTS
 needs_schedulefree = pytest.mark.skipif(importlib.util.find_spec("schedulefree") is None, reason="no schedulefree")
 OPTIMIZERS = ("adamw", pytest.param("schedulefree", marks=needs_schedulefree), "muon")
 #: Names of what must not decay, whatever its shape.
-PLAIN = re.compile(r"(.*\.)?(bias(_ih_l0|_hh_l0)?|norm\.weight|dt_bias|A_log|D|decay_logits|s)")
+PLAIN = re.compile(r"(.*\.)?(bias(_ih_l0|_hh_l0)?|norm\.weight|dt_bias|A_log|D|decay_logits|(decay|beta)_bias|s)")
 every_optimizer = pytest.mark.parametrize("name", OPTIMIZERS)
 
 
