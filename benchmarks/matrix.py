@@ -64,7 +64,7 @@ class Row:
         forward: µs a step, without autograd.
         both: ms of both passes.
         floor, floor_both: the same, at least.
-        note: why it was not measured.
+        note: why one of them was not measured.
     """
 
     what: str
@@ -80,10 +80,8 @@ class Row:
     def cells(self) -> list[str]:
         """Of the table."""
         shape = f"{self.batch_size}, {_VALUES // self.size} × {self.size} × {self.size}"
-        if self.forward is None or self.both is None:
-            return [shape, self.what, self.note, "", "", ""]
-        floors = ["-", "-"] if self.floor is None else [f"{self.floor:.2f}", f"{self.floor_both:.2f}"]
-        return [shape, self.what, f"{self.forward:.2f}", floors[0], f"{self.both:.2f}", floors[1]]
+        found = ["-" if x is None else f"{x:.2f}" for x in (self.forward, self.floor, self.both, self.floor_both)]
+        return [shape, self.what, *found, self.note]
 
 
 def floors(batch: int, size: int, seq_len: int, cell: str) -> tuple[float, float]:
@@ -104,14 +102,17 @@ def floors(batch: int, size: int, seq_len: int, cell: str) -> tuple[float, float
     return found[0], found[1] * seq_len / 1e3
 
 
-def inputs(batch: int, size: int, seq_len: int) -> list[Tensor]:
-    """q, k, v (T, B, N, K) in bf16, decay and beta (T, B, N) in float32."""
+def inputs(batch: int, size: int, seq_len: int, of_rival: bool = False) -> list[Tensor]:
+    """q, k, v (T, B, N, K) in bf16, decay and beta (T, B, N) in float32; a rival's (B, T, ...), and the decay's logarithm."""
     torch.manual_seed(0)
     shape = (seq_len, batch, _VALUES // size, size)
     q, k, v = (torch.randn(shape, device="cuda") for _ in range(3))
     q, k = F.normalize(q, dim=-1), F.normalize(k, dim=-1)
     decay, beta = 1 - 0.1 * torch.rand(shape[:3], device="cuda"), torch.rand(shape[:3], device="cuda")
-    return [*(x.bfloat16().requires_grad_() for x in (q, k, v)), decay.requires_grad_(), beta.requires_grad_()]
+    given = [*(x.bfloat16() for x in (q, k, v)), decay, beta]
+    if of_rival:
+        given = [x.transpose(0, 1).contiguous() for x in (*given[:3], decay.log(), beta)]
+    return [x.requires_grad_() for x in given]
 
 
 def passes(run: Callable[..., Tensor], given: list[Tensor]) -> tuple[Run, Run]:
@@ -130,7 +131,7 @@ def passes(run: Callable[..., Tensor], given: list[Tensor]) -> tuple[Run, Run]:
 
 
 def rivals(size: int) -> dict[str, Callable[..., Tensor] | str]:
-    """By name; in words, why one cannot run. All take and give (T, B, …), and theirs are (B, T, …)."""
+    """By name; in words, why one cannot run. They take what ``inputs`` gives for a rival."""
     found: dict[str, Callable[..., Tensor] | str] = {}
     missing = "not installed"
     if importlib.util.find_spec("fla") is None:
@@ -142,11 +143,7 @@ def rivals(size: int) -> dict[str, Callable[..., Tensor] | str]:
         )
 
         def of(rule: Callable[..., tuple[Tensor, Tensor]]) -> Callable[..., Tensor]:
-            def run(q: Tensor, k: Tensor, v: Tensor, decay: Tensor, beta: Tensor) -> Tensor:
-                given = (x.transpose(0, 1) for x in (q, k, v, decay.log(), beta.to(v.dtype)))
-                return rule(*given, scale=1.0)[0].transpose(0, 1)
-
-            return run
+            return lambda q, k, v, gate, beta: rule(q, k, v, g=gate, beta=beta, scale=1.0)[0]
 
         found["fla, gated delta rule, chunked"] = of(chunk_gated_delta_rule)
         found["fla, gated delta rule, recurrent"] = of(fused_recurrent_gated_delta_rule)
@@ -159,10 +156,9 @@ def rivals(size: int) -> dict[str, Callable[..., Tensor] | str]:
 
         rates = -torch.ones(_VALUES // size, device="cuda")
 
-        def scan(q: Tensor, k: Tensor, v: Tensor, decay: Tensor, beta: Tensor) -> Tensor:
-            x, dt, b, c = (y.transpose(0, 1) for y in (v, -decay.log(), k[:, :, :1], q[:, :, :1]))
-            y: Tensor = mamba_chunk_scan_combined(x, dt, rates, b, c, chunk_size=256)
-            return y.transpose(0, 1)
+        def scan(q: Tensor, k: Tensor, v: Tensor, gate: Tensor, beta: Tensor) -> Tensor:
+            y: Tensor = mamba_chunk_scan_combined(v, -gate, rates, k[:, :, :1], q[:, :, :1], chunk_size=256)
+            return y
 
         found["Mamba2's scan"] = scan
     return found
@@ -175,13 +171,14 @@ def main(options: Options) -> list[Row]:
     flush = torch.empty(2**28, dtype=torch.uint8, device="cuda")
     rows: list[Row] = []
     print(f"T = {options.seq_len}, bf16; µs a step forward / ms both passes, medians of {options.repeats}\n")
-    print("| B, N × K × V | what | forward | at least | both | at least |\n" + "|---" * 6 + "|", flush=True)
+    print("| B, N × K × V | what | forward | at least | both | at least | note |\n" + "|---" * 7 + "|", flush=True)
 
-    def measure(row: Row, run: Callable[..., Tensor], captured: bool) -> None:
+    def measure(row: Row, run: Callable[..., Tensor], ours: bool) -> None:
         try:
-            both = passes(run, inputs(row.batch_size, row.size, options.seq_len))
-            ms = [median_ms(in_graph(one) if captured else one, options.repeats, flush) for one in both]
-            row.forward, row.both = 1e3 * ms[0] / options.seq_len, ms[1]
+            both = passes(run, inputs(row.batch_size, row.size, options.seq_len, of_rival=not ours))
+            run_forward, run_both = (in_graph(one) if ours else one for one in both)
+            row.forward = 1e3 * median_ms(run_forward, options.repeats, flush) / options.seq_len
+            row.both = median_ms(run_both, options.repeats, flush)
         except Exception as error:
             row.note = f"{type(error).__name__}: {error}".splitlines()[0]
 
@@ -191,7 +188,7 @@ def main(options: Options) -> list[Row]:
             for cell in ("tanh", "identity"):
                 row = Row(f"elman, {cell}", batch, size)
                 row.floor, row.floor_both = floors(batch, size, options.seq_len, cell)
-                measure(row, lambda *given, cell=cell: matrix_recurrence(*given, cell=cell)[0], captured=True)
+                measure(row, lambda *given, cell=cell: matrix_recurrence(*given, cell=cell)[0], ours=True)
                 rows.append(row)
                 print(f"| {' | '.join(row.cells)} |", flush=True)
             for name, rival in others.items():
@@ -199,7 +196,7 @@ def main(options: Options) -> list[Row]:
                 if isinstance(rival, str):
                     row.note = rival
                 else:
-                    measure(row, rival, captured=False)
+                    measure(row, rival, ours=False)
                 rows.append(row)
                 print(f"| {' | '.join(row.cells)} |", flush=True)
     facts = {"machine": machine(torch.device("cuda"), options.commit), "seq_len": options.seq_len}

@@ -96,13 +96,19 @@ def matrix_recurrence(
         if chosen == "persistent":
             # Rows of zeros are neither written nor read, and columns of zeros stay zero.
             more_k, more_v = (matrix_kernels.filled(size) - size for size in (keys, values))
-            q, k, v = F.pad(q, (0, more_k)), F.pad(k, (0, more_k)), F.pad(v, (0, more_v))
-            decay = F.pad(decay, (0, more_k)) if decay.ndim == 4 else decay
-            s0 = None if s0 is None else F.pad(s0, (0, more_v, 0, more_k))
+            q, k, v = _padded(q, more_k), _padded(k, more_k), _padded(v, more_v)
+            decay = _padded(decay, more_k) if decay.ndim == 4 else decay
+            s0 = None if s0 is None else _padded(s0, more_v, more_k)
         inputs = (q, k, v, decay, beta, s0)
         save = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in inputs)
         y, s, _ = torch.ops.elman.matrix_recurrence(*inputs, reset, cell, chosen, save)
-        return y[..., :values], s[..., :keys, :values]
+        # Slices of everything would cost a copy in the backward pass.
+        return (y, s) if s.shape[-2:] == (keys, values) else (y[..., :values], s[..., :keys, :values])
+
+
+def _padded(x: Tensor, *more: int) -> Tensor:
+    """With so many zeros behind the last dimension, the one before it; x itself, and no copy, without any."""
+    return F.pad(x, [each for number in more for each in (0, number)]) if any(more) else x
 
 
 def choose(backend: str, device: torch.device, dtype: torch.dtype, keys: int, values: int) -> str:

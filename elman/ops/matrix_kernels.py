@@ -16,10 +16,10 @@ _NUMBERS = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "float
 _CELLS = {"tanh": "Tanh", "softsign": "Softsign", "identity": "Identity"}
 SIZES = (16, 32, 64, 128)
 #: Steps from one state that the forward pass keeps to the next; these and the next ones are what matrix.cuh fixes.
-INTERVAL = 16
+INTERVAL = 11
 _ROWS, _MOST_COLUMNS = 8, 4
 _FORWARD_WARPS, _DEPTH = 4, 8
-_SLOTS, _LONGEST = 5, 5
+_SLOTS, _LONGEST, _TOGETHER = 4, 4, 2
 _ALIGNMENT = 16
 _OLDEST = (8, 0)
 #: Warps of a backward block: more share sums over columns, fewer fit where shared memory is small.
@@ -90,9 +90,10 @@ class _Heads:
     def backward_bytes(self, warps: int) -> int:
         """Shared memory of a block of so many warps."""
         states = 4 * warps * _SLOTS * 32 * _ROWS * self.columns
-        sums = 2 * self.keys + self.decays + 1
         inputs = INTERVAL * self.record(warps * self.width, True)
-        return states + inputs + 4 * _LONGEST * (warps * self.width + warps * sums)
+        reads = 4 * _LONGEST * warps * self.width
+        sums = 0 if warps == 1 else 4 * _TOGETHER * warps * (2 * self.keys + self.decays + 1)
+        return states + inputs + reads + sums
 
     def backward_warps(self, shared_bytes: int) -> int:
         """Of a block, where one may have so much shared memory."""

@@ -208,7 +208,7 @@ EMULATED = {
     "one step": (draw(1, keys=16, values=16), BF16),
     "neither s0 nor resets": (draw(5, keys=32, values=32, with_s0=False, reset_rate=None), BF16),
     "several intervals, the last one short": (draw(53, keys=16, values=16, reset_rate=0.05), BF16),
-    "whole intervals, float32": (draw(32, keys=16, values=32, cell="softsign"), F32),
+    "whole intervals, float32": (draw(33, keys=16, values=32, cell="softsign"), F32),
     "a decay a row of the state, padded, the identity": (
         draw(21, keys=20, values=12, per_key=True, cell="identity"),
         BF16,
@@ -355,6 +355,29 @@ def test_the_kernels_in_a_graph_compiled_and_in_chunks() -> None:
     captured.zero_()
     graph.replay()
     assert torch.equal(captured, whole)
+
+
+@pytest.mark.gpu
+def test_the_identity_is_the_gated_delta_rule_of_flash_linear_attention() -> None:
+    """Its recurrent kernel, which has no backward pass, and its chunked one, where its Triton may compute gradients."""
+    rules = pytest.importorskip("fla.ops.gated_delta_rule")
+    p = draw(100, 2, 4, 32, 32, reset_rate=None, cell="identity").to(BF16, "cuda")
+    ours = solve(p, "persistent")
+    given = {name: getattr(p, name).transpose(0, 1).contiguous().requires_grad_() for name in INPUTS[:5]}
+    q, k, v, decay, beta = given.values()
+    assert p.s0 is not None
+    rest = {"beta": beta, "scale": 1.0, "initial_state": p.s0, "output_final_state": True}
+    for rule in (rules.fused_recurrent_gated_delta_rule, rules.chunk_gated_delta_rule):
+        y, s = rule(q, k, v, g=decay.log(), **rest)
+        torch.testing.assert_close(ours["y"], y.transpose(0, 1), rtol=2e-2, atol=2e-2)
+        torch.testing.assert_close(ours["s"], s, rtol=2e-2, atol=2e-2)
+    try:
+        found = torch.autograd.grad((y, s), list(given.values()), (p.dy.transpose(0, 1).contiguous(), p.ds))
+    except RuntimeError as error:
+        assert "Triton" in str(error)  # noqa: PT017  # some of its versions are refused on a Hopper
+        pytest.skip(str(error))
+    for name, gradient in zip(given, found, strict=True):
+        torch.testing.assert_close(ours[f"d{name}"], gradient.transpose(0, 1), rtol=5e-2, atol=5e-2)
 
 
 def test_what_the_compiler_is_told_is_what_the_op_does() -> None:

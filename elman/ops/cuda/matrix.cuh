@@ -9,8 +9,8 @@
 //
 // The backward pass needs the state before every step. It makes them again, kInterval steps at a time, from checkpoints
 // that the forward pass leaves before every kInterval-th step, its reset not yet done: first all steps, leaving a state at
-// the start of each stretch in shared memory, then a stretch at a time, from the last on, leaving all. Stretches that come
-// late find more room, and are longer: 16 steps fit where five states do.
+// the start of each stretch in shared memory, then a stretch at a time, from the last on, leaving all. The last stretch
+// finds less room than the others, and is shorter: 11 steps fit where four states do.
 //
 // T: q, k (T, B, N, K), v, y (T, B, N, V) of T, aligned to 16 bytes; decay (T, B, N), or (T, B, N, K) if kPerKey, beta (T, B,
 // N), s0, s_last (B, N, K, V), checkpoints (ceil(T / kInterval), B, N, K, V) in float; reset (T, B) an int each. Gradients lie
@@ -24,13 +24,14 @@ namespace matrix {
 // A module may have one direction alone, and NVRTC warns of what it does not use.
 [[maybe_unused]] constexpr u32 kAll = 0xffffffffu;
 [[maybe_unused]] constexpr int kRows = 8;
-[[maybe_unused]] constexpr int kInterval = 16;
+[[maybe_unused]] constexpr int kInterval = 11;
 [[maybe_unused]] constexpr int kForwardWarps = 4;  // of a block; they have nothing to do with each other
 [[maybe_unused]] constexpr int kDepth = 8;         // steps in a forward warp's ring
-[[maybe_unused]] constexpr int kStretches = 4, kSlots = 5, kLongest = 5;
+[[maybe_unused]] constexpr int kStretches = 3, kSlots = 4, kLongest = 4;
+[[maybe_unused]] constexpr int kTogether = 2;  // steps whose sums over several warps' columns are added at a time
 
 // Where a stretch of an interval starts.
-__device__ __forceinline__ constexpr int start_of(int stretch) { return stretch == 0 ? 0 : 1 + 4 * stretch; }
+__device__ __forceinline__ constexpr int start_of(int stretch) { return kLongest * stretch; }
 
 // Cells. `forward` is what the forward pass makes of x; `again` what the backward pass takes for it, from whose value y it
 // has the slope, and which must not lose that where y is near 1. Of half types tanh is one instruction forwards in bf16
@@ -200,6 +201,12 @@ __device__ __forceinline__ void sum_scattered(float (&x)[kNumber], int lane) {
     }
     sum_scattered<kLanes, kStride, kNumber, kHalf / 2, kApart / 2>(x, lane);
   }
+}
+
+template <int kNumber, class To>
+__device__ __forceinline__ void put(const float* x, To* to) {
+#pragma unroll
+  for (int i = 0; i < kNumber; ++i) from_real(x[i], to[i]);
 }
 
 // This lane's part of a state.
@@ -381,8 +388,8 @@ struct Either<false, A, B> {
   using Type = B;
 };
 
-// How a backward block of kWarps warps uses shared memory. Where a head has more warps, its blocks leave sums of their own
-// of what is summed over columns, in float.
+// How a backward block of kWarps warps uses shared memory: several add what each of them sums over its columns there, one
+// alone has the sums. Where a head has more warps, its blocks leave sums of their own, in float.
 template <class T, int K, int V, bool kPerKey, int kWarps>
 struct Backward {
   using Shape = Tile<K, V>;
@@ -391,11 +398,12 @@ struct Backward {
   using Step = Record<T, K, kWidth, true, kPerKey>;
   using Sum = typename Either<kParts == 1, T, float>::Type;
   static constexpr int kLaneFloats = kRows * Shape::kColumns, kStateFloats = 32 * kLaneFloats;
+  static constexpr bool kAlone = kWarps == 1;
   static constexpr int kSums = 2 * K + Step::kDecays + 1;  // of a step: dq, dk, ddecay, dbeta
   static constexpr int kStatesAt = 0, kRingAt = 4 * kWarps * kSlots * kStateFloats;
   static constexpr int kReadsAt = kRingAt + kInterval * Step::kBytes;
   static constexpr int kSumsAt = kReadsAt + 4 * kLongest * kWidth;
-  static constexpr int kSharedBytes = kSumsAt + 4 * kLongest * kWarps * kSums;
+  static constexpr int kSharedBytes = kSumsAt + (kAlone ? 0 : 4 * kTogether * kWarps * kSums);
 };
 
 }  // namespace matrix
@@ -525,27 +533,60 @@ __global__ void __launch_bounds__(32 * kWarps, 8 / kWarps)
       }
     }
 
-    float* const mine = sums + (offset * kWarps + warp) * kSums;
+    const long long of_step = (part * steps + t) * pairs + pair;
+    float* const mine = sums + (offset % kTogether * kWarps + warp) * kSums;
     using Mine = Scattered<Shape::kColumnLanes, kRows>;
-    auto leave = [&](float (&x)[kRows], int at) {
-      sum_scattered<Shape::kColumnLanes, Shape::kRowLanes>(x, lane);
-      if (column_lane % Mine::kShared != 0) return;
-#pragma unroll
-      for (int i = 0; i < Mine::kKept; ++i) mine[at + row + column_lane / Mine::kShared * Mine::kKept + i] = x[i];
-    };
-    leave(to_query, 0);
-    leave(to_key, K);
+    sum_scattered<Shape::kColumnLanes, Shape::kRowLanes>(to_query, lane);
+    sum_scattered<Shape::kColumnLanes, Shape::kRowLanes>(to_key, lane);
+    float total[1] = {0};
     if constexpr (kPerKey) {
-      leave(to_decay, 2 * K);
+      sum_scattered<Shape::kColumnLanes, Shape::kRowLanes>(to_decay, lane);
     } else {
-      float total[1] = {0};
 #pragma unroll
       for (int i = 0; i < kRows; ++i) total[0] += to_decay[i];
       sum<32, 1>(total);
-      if (lane == 0) mine[2 * K] = total[0];
     }
     sum<Shape::kColumnLanes, Shape::kRowLanes>(to_share);
-    if (lane == 0) mine[kSums - 1] = to_share[0];
+    if (column_lane % Mine::kShared == 0) {
+      const int mine_from = row + column_lane / Mine::kShared * Mine::kKept;
+      if constexpr (Layout::kAlone) {
+        put<Mine::kKept>(to_query, dq + of_step * K + mine_from);
+        put<Mine::kKept>(to_key, dk + of_step * K + mine_from);
+        if constexpr (kPerKey) put<Mine::kKept>(to_decay, ddecay + of_step * K + mine_from);
+      } else {
+        put<Mine::kKept>(to_query, mine + mine_from);
+        put<Mine::kKept>(to_key, mine + K + mine_from);
+        if constexpr (kPerKey) put<Mine::kKept>(to_decay, mine + 2 * K + mine_from);
+      }
+    }
+    if (lane == 0) {
+      if constexpr (!kPerKey) *(Layout::kAlone ? ddecay + of_step : mine + 2 * K) = total[0];
+      *(Layout::kAlone ? dbeta + of_step : mine + kSums - 1) = to_share[0];
+    }
+  };
+
+  // What the block's warps left of steps `step` and after it, `number` of them.
+  auto add = [&](long long step, int number) {
+#pragma unroll 1
+    for (int offset = 0; offset < number; ++offset) {
+      const long long of_step = (part * steps + step + offset) * pairs + pair;
+      auto total = [&](int which) {
+        float sum = 0;
+#pragma unroll
+        for (int w = 0; w < kWarps; ++w) sum += sums[(offset * kWarps + w) * kSums + which];
+        return sum;
+      };
+#pragma unroll
+      for (int i = threadIdx.x; i < K; i += kThreads) {
+        from_real(total(i), dq[of_step * K + i]);
+        from_real(total(K + i), dk[of_step * K + i]);
+        if constexpr (kPerKey) ddecay[of_step * K + i] = total(2 * K + i);
+      }
+      if (threadIdx.x == 0) {
+        if constexpr (!kPerKey) ddecay[of_step] = total(2 * K);
+        dbeta[of_step] = total(kSums - 1);
+      }
+    }
   };
 
   const long long intervals = (steps - 1) / kInterval + 1;
@@ -594,31 +635,19 @@ __global__ void __launch_bounds__(32 * kWarps, 8 / kWarps)
       }
       __syncwarp();
 #pragma unroll 1
-      for (int step = end - 1; step >= begin; --step) back(step, step - begin, slot(base + step - begin), first + step);
-      meet();
-
-#pragma unroll 1
-      for (int offset = 0; offset < end - begin; ++offset) {
-        const long long of_step = (part * steps + first + begin + offset) * pairs + pair;
-        auto total = [&](int which) {
-          float sum = 0;
-#pragma unroll
-          for (int w = 0; w < kWarps; ++w) sum += sums[(offset * kWarps + w) * kSums + which];
-          return sum;
-        };
-#pragma unroll
-        for (int i = threadIdx.x; i < K; i += kThreads) {
-          from_real(total(i), dq[of_step * K + i]);
-          from_real(total(K + i), dk[of_step * K + i]);
-          if constexpr (kPerKey) ddecay[of_step * K + i] = total(2 * K + i);
-        }
-        if (threadIdx.x == 0) {
-          if constexpr (!kPerKey) ddecay[of_step] = total(2 * K);
-          dbeta[of_step] = total(kSums - 1);
+      for (int step = end - 1; step >= begin; --step) {
+        const int offset = step - begin;
+        back(step, offset, slot(base + offset), first + step);
+        if constexpr (!Layout::kAlone) {
+          if (offset % kTogether == 0) {
+            meet();
+            add(first + step, min(kTogether, end - step));
+            meet();
+          }
         }
       }
+      if constexpr (Layout::kAlone) meet();
       if (interval > 0) bring(first - kInterval, begin, end);
-      meet();
     }
   }
   ds.template store<V>(ds0 + place);
