@@ -103,7 +103,7 @@ def floors(batch: int, size: int, seq_len: int, cell: str) -> tuple[float, float
 
 
 def inputs(batch: int, size: int, seq_len: int, of_rival: bool = False) -> list[Tensor]:
-    """q, k, v (T, B, N, K) in bf16, decay and beta (T, B, N) in float32; a rival's (B, T, ...), and the decay's logarithm."""
+    """q, k, v (T, B, N, K) in bf16, decay and beta (T, B, N) in float32; a rival's (B, T, …), and log decay."""
     torch.manual_seed(0)
     shape = (seq_len, batch, _VALUES // size, size)
     q, k, v = (torch.randn(shape, device="cuda") for _ in range(3))
