@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from elman.errors import UsageError
 from elman.mixers.base import Mixer, MixerConfig, State, round_width, split_heads
 from elman.ops import note_backend
+from elman.ops.registration import register_opaque
 from elman.options import check_at_least
 
 _ROTARY_BASE = 10_000.0
@@ -84,9 +85,10 @@ class Attention(Mixer):
     def forward(self, x: Tensor, state: State, reset: Tensor | None) -> tuple[Tensor, State]:
         note_backend("sdpa")
         steps, batch, _ = x.shape
-        q, k, v = self.qkv_proj(x).view(steps, batch, 3, self.heads, -1).permute(2, 1, 3, 0, 4)
+        qk, v = self.qkv_proj(x).view(steps, batch, 3, self.heads, -1).permute(2, 1, 3, 0, 4).split((2, 1))
+        v = v.squeeze(0)
         seen = 0 if state is None else state[0].shape[2]
-        q, k = _rotate(torch.stack((q, k)), seen)
+        q, k = _rotate(qk, seen)
         if state is None and reset is None:
             start = torch.zeros(batch, dtype=torch.long, device=x.device)
             y = F.scaled_dot_product_attention(q, k, v, is_causal=True)
@@ -120,10 +122,24 @@ class SwiGLU(Mixer):
 def _rotate(x: Tensor, first: int) -> Tensor:
     """Turn the halves of x (..., T, width) against each other by angles that grow with the position, ``first`` on."""
     steps, width = x.shape[-2:]
-    # Angles in float64: a float32 position of a million times a frequency is off by hundredths.
-    frequencies = _ROTARY_BASE ** (-torch.arange(0, width, 2, device=x.device, dtype=torch.float64) / width)
-    angles = torch.outer(torch.arange(first, first + steps, device=x.device, dtype=torch.float64), frequencies)
     dtype = x.dtype if x.dtype.itemsize >= 4 else torch.float32
-    cos, sin = angles.cos().to(dtype), angles.sin().to(dtype)
+    cos, sin = (table.to(dtype) for table in torch.ops.elman.rotary_tables(first, steps, width, x.device))
     a, b = x.to(dtype).chunk(2, dim=-1)
     return torch.cat((a * cos - b * sin, a * sin + b * cos), dim=-1).to(x.dtype)
+
+
+def _rotary_tables(first: int, steps: int, width: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Cosines and sines (T, width / 2) of the angles, in float64."""
+    # A float32 position of a million times a frequency is off by hundredths.
+    frequencies = _ROTARY_BASE ** (-torch.arange(0, width, 2, device=device, dtype=torch.float64) / width)
+    angles = torch.outer(torch.arange(first, first + steps, device=device, dtype=torch.float64), frequencies)
+    return angles.cos(), angles.sin()
+
+
+def _like_rotary_tables(first: int, steps: int, width: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    table = torch.empty(steps, (width + 1) // 2, device=device, dtype=torch.float64)
+    return table, torch.empty_like(table)
+
+
+# An op, lest a compiler fuses it into what it is multiplied by, and takes sines in float64 once a number of q and k.
+register_opaque("rotary_tables", _rotary_tables, _like_rotary_tables)

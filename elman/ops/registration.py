@@ -21,6 +21,14 @@ def constant_when_traced(function: Function) -> Function:
     return function
 
 
+def register_opaque(name: str, implementation: Implementation, fake: Implementation) -> None:
+    """Makes ``torch.ops.elman.NAME``, into which a compiler does not look; the arguments as in ``register``."""
+    # Not torch.library.custom_op: its first call imports torch._dynamo, which takes seconds.
+    torch.library.define(f"elman::{name}", torch.library.infer_schema(implementation, mutates_args=()))
+    torch.library.impl(f"elman::{name}", "default", implementation)
+    torch.library.register_fake(f"elman::{name}", fake)
+
+
 def register(
     name: str,
     forward: tuple[Implementation, Implementation],
@@ -39,11 +47,8 @@ def register(
         differentiate: likewise; it calls the backward op.
         cannot: what a second differentiation is told, the cure included; None where ``differentiate`` allows it.
     """
-    # Not torch.library.custom_op: its first call imports torch._dynamo, which takes seconds.
-    for op, (implementation, fake) in ((f"elman::{name}", forward), (f"elman::{name}_backward", backward)):
-        torch.library.define(op, torch.library.infer_schema(implementation, mutates_args=()))
-        torch.library.impl(op, "default", implementation)
-        torch.library.register_fake(op, fake)
+    register_opaque(name, *forward)
+    register_opaque(f"{name}_backward", *backward)
     torch.library.register_autograd(f"elman::{name}", differentiate, setup_context=setup_context)
     if cannot is None:
         return

@@ -31,7 +31,8 @@ OTHER = "other"
 _CLASSES: tuple[tuple[str, str], ...] = (
     (
         RECURRENCES,
-        r"(persistent|wide|diagonal|low_rank|banks|scan|step)_(forward|backward)|elman::(recurrence|banks|linear_scan)|rnn"
+        r"(persistent|wide|diagonal|low_rank|banks|scan|step|matrix)_(forward|backward)"
+        r"|elman::(recurrence|matrix_recurrence|banks|linear_scan)|rnn"
         r"|lstm|gru(?!p)|chunk_|state_passing|causal_conv1d|flash|fmha|attention|selective",
     ),
     ("optimiser", r"multi_tensor|fused_?adam|_foreach|lpnorm|^Optimizer|amp_|linalg_vector_norm|::lerp"),
