@@ -87,10 +87,16 @@ def _near(config: ModelConfig, params: int) -> bool:
 
 def _solve_dim(config: ModelConfig, params: int) -> ModelConfig:
     nearest: list[ModelConfig] = []
-    for granularity in _GRANULARITY:
-        nearest = _nearest(partial(_with_width, config, granularity), _MAX_DIM // granularity, params)
-        if _near(nearest[0], params):
-            return nearest[0]
+    candidates = [config]
+    for candidate in candidates:
+        for granularity in _GRANULARITY:
+            found = _nearest(partial(_with_width, candidate, granularity), _MAX_DIM // granularity, params)
+            if _near(found[0], params):
+                return found[0]
+        nearest = nearest or found
+        if candidate is config:
+            pinned = (replace(config, mixers=tuple(mixer.pinned(one.dim) for mixer in config.mixers)) for one in found)
+            candidates += [one for one in pinned if one != config]
     raise _off_target(nearest, params, "give another --params or --depth, or the width itself by --dim")
 
 

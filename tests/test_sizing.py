@@ -67,3 +67,12 @@ def test_names() -> None:
         parse_pattern("3")
     with pytest.raises(UsageError, match="`elman models`"):
         parse_pattern("")
+
+
+def test_what_a_width_rounds_is_pinned_where_no_width_would_do() -> None:
+    """A head of 32 values more or less is a tenth of a small model."""
+    (matrix,) = (mixer_config("matrix")(),)
+    for params in range(900_000, 1_400_000, 20_000):
+        config = size_model((matrix,), params=params)
+        assert abs(num_params(config) / params - 1) <= TOLERANCE
+    assert size_model((matrix,), params=50_000_000).mixers == (matrix,)

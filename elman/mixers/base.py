@@ -121,6 +121,13 @@ class MixerConfig(ABC):
         """In a line with the cure, what was given that makes products slow on a GPU's tensor cores; None: nothing."""
         return None
 
+    def pinned(self, dim: int) -> MixerConfig:
+        """The same at width ``dim``, what it rounds there given as an option: so widths near it differ smoothly.
+
+        A size that no width meets, because a large part comes or goes at once, is met by one of these.
+        """
+        return self
+
     @abstractmethod
     def num_params(self, dim: int) -> int:
         """Learned numbers."""

@@ -16,7 +16,7 @@ for β_t and a_t v_t for v_t.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar, Literal
 
 import torch
@@ -24,7 +24,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from elman.errors import UsageError
-from elman.mixers.base import ExpandedConfig, Mixer, State
+from elman.mixers.base import ExpandedConfig, Mixer, MixerConfig, State
 from elman.mixers.short_conv import ShortConv
 from elman.ops import matrix_recurrence, note_backend
 from elman.ops.matrix import choose
@@ -44,7 +44,7 @@ class MatrixConfig(ExpandedConfig):
     name: ClassVar[str] = "matrix"
     equation: ClassVar[str] = "S = tanh(a S + β k (v − a Sᵀk)ᵀ); y = norm(Sᵀq) * silu(z)"
 
-    expansion: float = 2.0
+    expansion: float = 1.0
     """Values of all heads as a multiple of the model width, where --heads is absent."""
     heads: OptionalInt = None
     """N, matrices a layer; as many as --expansion asks for if absent."""
@@ -69,6 +69,9 @@ class MatrixConfig(ExpandedConfig):
 
     def build(self, dim: int) -> Matrix:
         return Matrix(dim, self)
+
+    def pinned(self, dim: int) -> MixerConfig:
+        return replace(self, heads=self.num_heads(dim))
 
     def num_heads(self, dim: int) -> int:
         """N at model width ``dim``."""
@@ -133,7 +136,8 @@ class Matrix(Mixer):
             qkv = F.silu(qkv)
         parts = qkv.split([self.sizes[name] for name in ("q", "k", "v")], dim=-1)
         q, k, v = (part.reshape(*part.shape[:2], self.heads, -1) for part in parts)
-        q, k = _of_length_one(q), _of_length_one(k)
+        # The kernels read v as it lies: copied here, and not once by each of them.
+        q, k, v = _of_length_one(q), _of_length_one(k), v.contiguous()
         note_backend(f"matrix_{choose('auto', q.device, q.dtype, q.shape[-1], v.shape[-1])}")
         y, s = matrix_recurrence(q, k, v, *self._gates(decay, beta), state, cell=self.config.cell, reset=reset)
         real = real_of(y.dtype)
@@ -156,5 +160,7 @@ class Matrix(Mixer):
 
 
 def _of_length_one(x: Tensor) -> Tensor:
-    real = x.to(real_of(x.dtype))
-    return (real * torch.rsqrt(real.square().sum(-1, keepdim=True) + _LENGTH_EPS)).to(x.dtype)
+    # By the norm of the mean, whose gradient a compiler takes without a power of every number.
+    size = x.shape[-1]
+    unit: Tensor = F.rms_norm(x.to(real_of(x.dtype)), (size,), eps=_LENGTH_EPS / size) * size**-0.5
+    return unit.to(x.dtype)
