@@ -22,7 +22,7 @@ from elman.data.pack import pack as pack_files
 from elman.environment import driver_version, package_versions, resolve_device, supports_bf16, total_memory, why_no_cuda
 from elman.errors import UsageError
 from elman.generation import generate as generate_bytes
-from elman.mixers import mixer_config, mixer_names
+from elman.mixers import PATTERNS, mixer_config, mixer_names, parse_pattern
 from elman.ops import backend_status
 from elman.sizing import SizeError, flops_per_token, num_params, size_model, state_size
 from elman.text import one_line, readable
@@ -71,15 +71,16 @@ def models(params: str, depth: int, seq_len: int, console: Console) -> int:
         table.add_column(column)
     for column in ("width", "parameters", "FLOPs/token", "state"):
         table.add_column(column, justify="right")
-    for name in mixer_names():
-        mixer = mixer_config(name)()
+    for name in [*PATTERNS, *mixer_names()]:
+        mixers = tuple(mixer_config(each)() for each in parse_pattern(name))
+        equation = mixers[0].equation if len(mixers) == 1 else f"layers of {PATTERNS[name]}"
         try:
-            config = size_model((mixer,), params=target, depth=depth)
+            config = size_model(mixers, params=target, depth=max(depth, len(mixers)))
         except SizeError:
-            table.add_row(name, mixer.equation, "-", "no width within 2%", "-", "-")
+            table.add_row(name, equation, "-", "no width within 2%", "-", "-")
             continue
         counts = (num_params(config), flops_per_token(config, seq_len), state_size(config, seq_len))
-        table.add_row(name, mixer.equation, str(config.dim), *(format_count(count) for count in counts))
+        table.add_row(name, equation, str(config.dim), *(format_count(count) for count in counts))
     console.print(table)
     console.print("fla:NAME is the layer NAME of the package flash-linear-attention, such as fla:GatedDeltaNet.")
     console.print("FLOPs: forward, 2 a multiply-add; training costs 3 times that. State: numbers a sequence.")

@@ -306,6 +306,7 @@ def test_models_and_doctor(folder: Path, capsys: pytest.CaptureFixture[str]) -> 
     assert run("models", "--params", "50m") == 0
     shown = capsys.readouterr().out
     assert re.search(r"e1 .*1280 .*49.5M .*99M .*7.68K", shown)
+    assert re.search(r"elman .*layers of matrix,e1 .*1280 .*49.8M .*127K", shown)
     assert run("models", "--params", "300") == 0
     assert "no width within 2%" in capsys.readouterr().out
     assert run("doctor") == 0

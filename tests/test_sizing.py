@@ -15,7 +15,7 @@ def test_every_variant_meets_its_target(name: str, params: int) -> None:
     assert config.depth == 6
 
 
-@pytest.mark.parametrize("pattern", ["e1,e1,mamba2", "e0,transformer", "lstm,minlstm,mamba2"])
+@pytest.mark.parametrize("pattern", ["elman", "e1,e1,mamba2", "e0,transformer", "lstm,minlstm,mamba2"])
 @pytest.mark.parametrize("params", [3 * 10**6, 5 * 10**7, 4 * 10**8])
 def test_every_pattern_meets_its_target(pattern: str, params: int) -> None:
     mixers = tuple(mixer_config(name)() for name in parse_pattern(pattern))

@@ -11,7 +11,7 @@ import importlib
 from elman.errors import UsageError
 from elman.mixers.base import Mixer, MixerConfig, State
 
-__all__ = ["Mixer", "MixerConfig", "State", "mixer_config", "mixer_names", "parse_pattern"]
+__all__ = ["PATTERNS", "Mixer", "MixerConfig", "State", "mixer_config", "mixer_names", "parse_pattern"]
 
 _REGISTRY = {
     "e0": "elman.mixers.e0:E0Config",
@@ -31,6 +31,9 @@ _REGISTRY = {
     "mamba2": "elman.mixers.mamba2:Mamba2Config",
     "transformer": "elman.mixers.transformer:TransformerConfig",
 }
+
+#: Patterns with a name of their own. ``elman`` is what learns most of the strictly nonlinear ones, by docs/results.
+PATTERNS = {"elman": "matrix,e1"}
 
 
 def mixer_names() -> list[str]:
@@ -52,7 +55,7 @@ def mixer_config(name: str) -> type[MixerConfig]:
         # A number that no E-variant has is likely to be meant as a rung of the older ladder.
         rung = f"ladder_{name[1:]}" if name[1:].isdigit() else name
         near = [rung] if rung in _REGISTRY else difflib.get_close_matches(name, _REGISTRY, n=3, cutoff=0.4)
-        near = near or list(_REGISTRY)
+        near = near or [*PATTERNS, *_REGISTRY]
         raise UsageError(
             f"--model {name!r} is unknown: did you mean {' or '.join(near)}? `elman models` lists every variant"
         )
@@ -62,6 +65,10 @@ def mixer_config(name: str) -> type[MixerConfig]:
 
 
 def parse_pattern(text: str) -> tuple[str, ...]:
-    """``"e1"`` or ``"e1,e1,e0"``: the variants of successive layers, repeated over the depth. ``"1"`` means ``e1``."""
+    """``"e1"`` or ``"e1,e1,e0"``: the variants of successive layers, repeated over the depth.
+
+    ``"1"`` means ``e1``, and a name of ``PATTERNS`` what it stands for.
+    """
     names = [name.strip() if name.strip().startswith("fla:") else name.strip().lower() for name in text.split(",")]
+    names = [each for name in names for each in PATTERNS.get(name, name).split(",")]
     return tuple(mixer_config(f"e{name}" if name.isdigit() else name).name for name in names)

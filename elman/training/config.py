@@ -17,7 +17,8 @@ class TrainConfig:
     """Everything that a run is, but for the options of its mixers."""
 
     model: Annotated[str, tyro.conf.arg(aliases=["--level"])] = "e1"
-    """Variant by name or number (1 means e1), or a pattern repeated over the depth, such as e0,e1."""
+    """Variant by name or number (1 means e1), or a pattern repeated over the depth, such as e0,e1; elman is the one
+    that learns most."""
     params: OptionalStr = None
     """Parameters to size the model for, such as 50m; within 2%. The default is 10m where no --dim is given."""
     dim: OptionalInt = None
