@@ -33,6 +33,7 @@ from elman.options import OptionalInt, check_at_least
 
 _NORM_EPS = 1e-5
 _LENGTH_EPS = 1e-6
+_FAST_WIDTH = 8
 #: What the heads forget a step at the start, from the slowest to the fastest.
 _FORGOTTEN = (1e-3, 1e-1)
 
@@ -127,9 +128,9 @@ class Matrix(Mixer):
         self.out_proj = nn.Linear(self.sizes["v"], dim, bias=False)
 
     def forward(self, x: Tensor, state: State, reset: Tensor | None) -> tuple[Tensor, State]:
-        qkv, z, decay, beta = self.in_proj(x).split(
-            [self.sizes["q"] + self.sizes["k"] + self.sizes["v"], *list(self.sizes.values())[3:]], dim=-1
-        )
+        first, *others = self.sizes["q"] + self.sizes["k"] + self.sizes["v"], *list(self.sizes.values())[3:]
+        projected = self._project(x)[..., : self.in_proj.out_features]
+        qkv, z, decay, beta = projected.split_with_sizes([first, *others], dim=-1)
         if self.conv is not None:
             state, last = (None, None) if state is None else state
             qkv, last = self.conv(qkv, last, reset)
@@ -144,6 +145,14 @@ class Matrix(Mixer):
         y = F.rms_norm(y.to(real), self.norm.normalized_shape, self.norm.weight.to(real), self.norm.eps)
         y = y * F.silu(z.to(real).reshape(y.shape))
         return self.out_proj(y.flatten(2).to(x.dtype)), s if self.conv is None else (s, last)
+
+    def _project(self, x: Tensor) -> Tensor:
+        """The first product, filled up behind its end to a width that tensor cores write fast."""
+        missing = -self.in_proj.out_features % _FAST_WIDTH
+        if not missing or not x.is_cuda:
+            projected: Tensor = self.in_proj(x)
+            return projected
+        return F.linear(x, F.pad(self.in_proj.weight, (0, 0, 0, missing)))
 
     def _gates(self, decay: Tensor, beta: Tensor) -> tuple[Tensor, Tensor]:
         """A and β of their logits (T, B, .), never of a half type: that would round what is near 1 to 1."""

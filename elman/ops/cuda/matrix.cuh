@@ -33,14 +33,34 @@ namespace matrix {
 // Where a stretch of an interval starts.
 __device__ __forceinline__ constexpr int start_of(int stretch) { return kLongest * stretch; }
 
-// Cells. `forward` is what the forward pass makes of x; `again` what the backward pass takes for it, from whose value y it
+// Cells. They take x times `scale`, which its factors are given at the start: a multiplication a row and column, not one a
+// number. `forward` is what the forward pass makes of it; `again` what the backward pass takes for it, from whose value y it
 // has the slope, and which must not lose that where y is near 1. Of half types tanh is one instruction forwards in bf16
 // (relative error 2^-11, and as many clocks as the four multiply-adds of an element together and once more), and elsewhere 1
 // − 2 / (1 + exp 2x), two of those, whose absolute error is 2e-7.
+struct Unscaled {
+  template <bool kAgain, class Math>
+  static __device__ __forceinline__ constexpr float scale(Math) {
+    return 1.0f;
+  }
+};
+
 struct Tanh {
+  template <bool kAgain>
+  static __device__ __forceinline__ constexpr float scale(Precise<float>) {
+    return 1.0f;
+  }
+  template <bool kAgain>
+  static __device__ __forceinline__ constexpr float scale(Fast) {
+    return 2.0f * Fast::kLog2E;
+  }
+  template <bool kAgain>
+  static __device__ __forceinline__ constexpr float scale(Coarse) {
+    return kAgain ? 2.0f * Fast::kLog2E : 1.0f;
+  }
   static __device__ __forceinline__ float again(Precise<float>, float x) { return ::tanh(x); }
   static __device__ __forceinline__ float again(Fast, float x) {
-    return fmaf(-2.0f, hardware::reciprocal(1.0f + hardware::exp2(x * (2.0f * Fast::kLog2E))), 1.0f);
+    return fmaf(-2.0f, hardware::reciprocal(1.0f + hardware::exp2(x)), 1.0f);
   }
   static __device__ __forceinline__ float forward(Precise<float> math, float x) { return again(math, x); }
   static __device__ __forceinline__ float forward(Fast math, float x) { return again(math, x); }
@@ -48,7 +68,7 @@ struct Tanh {
   static __device__ __forceinline__ float slope(float y) { return fmaf(-y, y, 1.0f); }
 };
 
-struct Softsign {
+struct Softsign : Unscaled {
   template <class Math>
   static __device__ __forceinline__ float again(Math, float x) {
     return Math::divide(x, 1.0f + fabsf(x));
@@ -60,7 +80,7 @@ struct Softsign {
   static __device__ __forceinline__ float slope(float y) { return (1.0f - fabsf(y)) * (1.0f - fabsf(y)); }
 };
 
-struct Identity {
+struct Identity : Unscaled {
   template <class Math>
   static __device__ __forceinline__ float again(Math, float x) {
     return x;
@@ -269,12 +289,17 @@ template <class T, class Cell, class Record, bool kAgain, bool kPerKey, int K, i
 __device__ __forceinline__ void advance(State<K, V>& s, const char* record, int row, int column, bool cut,
                                         float (&u)[State<K, V>::kColumns]) {
   constexpr int kColumns = State<K, V>::kColumns;
-  const typename Arithmetic<T>::Math math{};
+  constexpr typename Arithmetic<T>::Math math{};
+  constexpr float kScale = Cell::template scale<kAgain>(math);
   float k[kRows], a[kRows], v[kColumns];
   read<kRows, T>(record + row * sizeof(T), k);
   read_decay<kPerKey, Record::kDecay>(record, row, a);
   read<kColumns, T>(record + Record::kValue + column * sizeof(T), v);
   const float beta = *reinterpret_cast<const float*>(record + Record::kBeta);
+  if constexpr (kScale != 1.0f) {
+#pragma unroll
+    for (int i = 0; i < kRows; ++i) a[i] *= kScale;
+  }
   if (cut) s.forget();
 #pragma unroll
   for (int j = 0; j < kColumns; ++j) u[j] = 0;
@@ -287,7 +312,11 @@ __device__ __forceinline__ void advance(State<K, V>& s, const char* record, int 
     }
   sum<Tile<K, V>::kRowLanes, 1>(u);
 #pragma unroll
-  for (int j = 0; j < kColumns; ++j) v[j] = beta * (v[j] - u[j]);
+  for (int j = 0; j < kColumns; ++j) {
+    if constexpr (kScale != 1.0f) v[j] *= kScale;
+    v[j] = beta * (v[j] - u[j]);
+    if constexpr (kScale != 1.0f) u[j] *= 1.0f / kScale;
+  }
 #pragma unroll
   for (int i = 0; i < kRows; ++i)
 #pragma unroll
@@ -451,12 +480,20 @@ __global__ void __launch_bounds__(32 * kWarps, 8 / kWarps)
   // Steps begin .. end - 1 of the interval that starts at `first`, into their places of the ring.
   const Inputs<T> inputs{k, q, v, dy, decay, beta, reset, pairs, pair, pairs / heads, pair / heads};
   const int pieces = reset != nullptr ? Step::kPieces : Step::kPieces - 1;
+  // A thread has the same pieces of every step, or one of every kAtOnce-th.
+  constexpr int kRounds = (Step::kPieces + kThreads - 1) / kThreads, kAtOnce = kRounds > 1 ? 1 : kThreads / Step::kPieces;
+  const int ahead = kRounds > 1 ? 0 : threadIdx.x / Step::kPieces;
+  const int first_piece = kRounds > 1 ? threadIdx.x : threadIdx.x % Step::kPieces;
+  Source sources[kRounds];
+#pragma unroll
+  for (int i = 0; i < kRounds; ++i)
+    sources[i] = inputs.template source<Step, K, V>(min(first_piece + kThreads * i, Step::kPieces - 1), first_column);
   auto bring = [&](long long first, int begin, int end) {
 #pragma unroll 1
-    for (int i = threadIdx.x; i < (end - begin) * Step::kPieces; i += kThreads) {
-      const int step = begin + i / Step::kPieces, piece = i % Step::kPieces;
-      if (piece < pieces)
-        copy(inputs.template source<Step, K, V>(piece, first_column), record_of(step), first + step);
+    for (int step = ahead < kAtOnce ? begin + ahead : end; step < end; step += kAtOnce) {
+#pragma unroll
+      for (int i = 0; i < kRounds; ++i)
+        if (first_piece + kThreads * i < pieces) copy(sources[i], record_of(step), first + step);
     }
     commit_copies();
   };
