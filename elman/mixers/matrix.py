@@ -135,7 +135,7 @@ class Matrix(Mixer):
             state, last = (None, None) if state is None else state
             qkv, last = self.conv(qkv, last, reset)
             qkv = F.silu(qkv)
-        parts = qkv.split([self.sizes[name] for name in ("q", "k", "v")], dim=-1)
+        parts = qkv.split_with_sizes([self.sizes[name] for name in ("q", "k", "v")], dim=-1)
         q, k, v = (part.reshape(*part.shape[:2], self.heads, -1) for part in parts)
         # The kernels read v as it lies: copied here, and not once by each of them.
         q, k, v = _of_length_one(q), _of_length_one(k), v.contiguous()
