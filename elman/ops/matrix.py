@@ -235,7 +235,8 @@ def _fake_forward(
     save: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     state = (*k.shape[1:], v.shape[-1])
-    checkpoints = decay.new_empty(-(-q.shape[0] // INTERVAL), *state) if save else decay.new_empty(0)
+    kept = matrix_kernels.checkpoint_dtype(q.dtype, cell) if backend == "persistent" else decay.dtype
+    checkpoints = decay.new_empty(*((-(-q.shape[0] // INTERVAL), *state) if save else (0,)), dtype=kept)
     return v.new_empty(v.shape), decay.new_empty(state), checkpoints
 
 
@@ -320,7 +321,7 @@ def _fake_backward(
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     dq, dk, dv, ddecay, dbeta = (x.new_empty(x.shape) for x in (q, k, v, decay, beta))
-    return dq, dk, dv, ddecay, dbeta, checkpoints.new_empty(checkpoints.shape[1:])
+    return dq, dk, dv, ddecay, dbeta, decay.new_empty(checkpoints.shape[1:])
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:

@@ -46,6 +46,11 @@ def why_not(device: torch.device, dtype: torch.dtype, keys: int, values: int) ->
     return None
 
 
+def checkpoint_dtype(dtype: torch.dtype, cell: str) -> torch.dtype:
+    """Of the states that the forward pass keeps, for q of ``dtype``; see ``Kept`` in matrix.cuh."""
+    return torch.float16 if cell != "identity" and dtype.itemsize == 2 else torch.float32
+
+
 @dataclass(frozen=True)
 class _Heads:
     """How warps share heads of this size; see matrix.cuh."""
@@ -115,7 +120,8 @@ def forward(
     heads = _heads(k, v, decay)
     state = (*k.shape[1:], v.shape[-1])
     y, s_last = torch.empty_like(v, memory_format=torch.contiguous_format), decay.new_empty(state)
-    checkpoints = decay.new_empty(-(-len(q) // INTERVAL), *state) if save else None
+    kept = checkpoint_dtype(q.dtype, cell)
+    checkpoints = decay.new_empty(-(-len(q) // INTERVAL), *state, dtype=kept) if save else None
     module = _forward_module(heads, q.dtype, cell)
     pairs = q.shape[1] * q.shape[2]
     launch(
@@ -127,7 +133,7 @@ def forward(
         q.device,
         shared_bytes=heads.forward_bytes,
     )
-    return y, s_last, decay.new_empty(0) if checkpoints is None else checkpoints
+    return y, s_last, decay.new_empty(0, dtype=kept) if checkpoints is None else checkpoints
 
 
 def backward(
@@ -150,7 +156,7 @@ def backward(
     of_sums = q.dtype if parts == 1 else torch.float32
     dq, dk = (q.new_empty(parts, *q.shape, dtype=of_sums) for _ in range(2))
     ddecay, dbeta = (x.new_empty(parts, *x.shape) for x in (decay, beta))
-    dv, ds0 = torch.empty_like(v, memory_format=torch.contiguous_format), torch.empty_like(checkpoints[0])
+    dv, ds0 = torch.empty_like(v, memory_format=torch.contiguous_format), decay.new_empty(checkpoints.shape[1:])
     pairs = q.shape[1] * q.shape[2]
     given = _dense(dy, ds, q, k, v, decay, beta)
     launch(

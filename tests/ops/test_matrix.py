@@ -216,6 +216,8 @@ EMULATED = {
     "several warps a head": (draw(19, batch=1, keys=64, values=64), BF16),
     "several blocks a head, a decay a row": (draw(18, 1, 1, 128, 128, per_key=True), BF16),
     "saturated": (draw(18, keys=16, values=16, scale=30.0), BF16),
+    "saturated, fp16": (draw(29, keys=16, values=16, scale=30.0), F16),
+    "fp16": (draw(14, keys=32, values=32, per_key=True), F16),
 }
 
 

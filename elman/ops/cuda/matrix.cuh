@@ -13,7 +13,7 @@
 // finds less room than the others, and is shorter: 11 steps fit where four states do.
 //
 // T: q, k (T, B, N, K), v, y (T, B, N, V) of T, aligned to 16 bytes; decay (T, B, N), or (T, B, N, K) if kPerKey, beta (T, B,
-// N), s0, s_last (B, N, K, V), checkpoints (ceil(T / kInterval), B, N, K, V) in float; reset (T, B) an int each. Gradients lie
+// N), s0, s_last (B, N, K, V) in float, checkpoints (ceil(T / kInterval), B, N, K, V) of Kept; reset (T, B) an int each. Gradients lie
 // as what they are of. What is null is not there, or not wanted. Every argument has 8 bytes; `pairs` is B * N.
 #pragma once
 
@@ -39,6 +39,7 @@ __device__ __forceinline__ constexpr int start_of(int stretch) { return kLongest
 // (relative error 2^-11, and as many clocks as the four multiply-adds of an element together and once more), and elsewhere 1
 // − 2 / (1 + exp 2x), two of those, whose absolute error is 2e-7.
 struct Unscaled {
+  static constexpr bool kBounded = false;
   template <bool kAgain, class Math>
   static __device__ __forceinline__ constexpr float scale(Math) {
     return 1.0f;
@@ -46,6 +47,7 @@ struct Unscaled {
 };
 
 struct Tanh {
+  static constexpr bool kBounded = true;
   template <bool kAgain>
   static __device__ __forceinline__ constexpr float scale(Precise<float>) {
     return 1.0f;
@@ -69,6 +71,7 @@ struct Tanh {
 };
 
 struct Softsign : Unscaled {
+  static constexpr bool kBounded = true;
   template <class Math>
   static __device__ __forceinline__ float again(Math, float x) {
     return Math::divide(x, 1.0f + fabsf(x));
@@ -91,6 +94,21 @@ struct Identity : Unscaled {
   }
   static __device__ __forceinline__ float slope(float) { return 1.0f; }
 };
+
+template <bool kChoose, class A, class B>
+struct Either {
+  using Type = A;
+};
+template <class A, class B>
+struct Either<false, A, B> {
+  using Type = B;
+};
+
+// What a checkpoint is kept in. A state that a cell keeps from -1 to 1 is rounded by 2^-12 of itself, which is less than the
+// gradients of a half type are.
+template <class T, class Cell>
+using Kept = typename Either<Cell::kBounded && sizeof(T) == 2, fp16, float>::Type;
+constexpr float kMostKept = 65504;  // only an s0 may be more
 
 template <int K, int V>
 struct Tile {
@@ -262,6 +280,28 @@ struct State {
     }
   }
   template <int kPitch>
+  __device__ __forceinline__ void load(const fp16* from) {
+#pragma unroll
+    for (int i = 0; i < kRows; ++i) {
+      const Pack<fp16, kColumns> row = ::load<kColumns>(from, i * kPitch);
+#pragma unroll
+      for (int j = 0; j < kColumns; ++j) at[i][j] = to_real(row.at[j]);
+    }
+  }
+  template <int kPitch>
+  __device__ __forceinline__ void store(fp16* to) const {
+#pragma unroll
+    for (int i = 0; i < kRows; ++i) {
+      Pack<fp16, kColumns> row;
+#pragma unroll
+      for (int j = 0; j < kColumns; ++j) {
+        const float x = at[i][j];
+        from_real(fabsf(x) > kMostKept ? copysignf(kMostKept, x) : x, row.at[j]);
+      }
+      ::store<kColumns>(to, i * kPitch, row);
+    }
+  }
+  template <int kPitch>
   __device__ __forceinline__ void store(float* to) const {
 #pragma unroll
     for (int i = 0; i < kRows; ++i) {
@@ -335,7 +375,7 @@ __global__ void __launch_bounds__(32 * matrix::kForwardWarps, 5)
     matrix_forward(const T* __restrict__ q, const T* __restrict__ k, const T* __restrict__ v,
                    const float* __restrict__ decay, const float* __restrict__ beta, const float* __restrict__ s0,
                    const int* __restrict__ reset, T* __restrict__ y, float* __restrict__ s_last,
-                   float* __restrict__ checkpoints, long long steps, long long pairs, long long heads) {
+                   matrix::Kept<T, Cell>* __restrict__ checkpoints, long long steps, long long pairs, long long heads) {
   using namespace matrix;
   using Shape = Tile<K, V>;
   using Step = Record<T, K, Shape::kWidth, false, kPerKey>;
@@ -408,15 +448,6 @@ __global__ void __launch_bounds__(32 * matrix::kForwardWarps, 5)
 
 namespace matrix {
 
-template <bool kChoose, class A, class B>
-struct Either {
-  using Type = A;
-};
-template <class A, class B>
-struct Either<false, A, B> {
-  using Type = B;
-};
-
 // How a backward block of kWarps warps uses shared memory: several add what each of them sums over its columns there, one
 // alone has the sums. Where a head has more warps, its blocks leave sums of their own, in float.
 template <class T, int K, int V, bool kPerKey, int kWarps>
@@ -443,7 +474,7 @@ __global__ void __launch_bounds__(32 * kWarps, 8 / kWarps)
     matrix_backward(const T* __restrict__ dy, const float* __restrict__ ds_last, const T* __restrict__ q,
                     const T* __restrict__ k, const T* __restrict__ v, const float* __restrict__ decay,
                     const float* __restrict__ beta, const int* __restrict__ reset,
-                    const float* __restrict__ checkpoints,
+                    const matrix::Kept<T, Cell>* __restrict__ checkpoints,
                     typename matrix::Backward<T, K, V, kPerKey, kWarps>::Sum* __restrict__ dq,
                     typename matrix::Backward<T, K, V, kPerKey, kWarps>::Sum* __restrict__ dk, T* __restrict__ dv,
                     float* __restrict__ ddecay, float* __restrict__ dbeta, float* __restrict__ ds0, long long steps,
@@ -632,7 +663,7 @@ __global__ void __launch_bounds__(32 * kWarps, 8 / kWarps)
 #pragma unroll 1
   for (long long interval = intervals - 1; interval >= 0; --interval, number = kInterval) {
     const long long first = interval * kInterval;
-    const float* const checkpoint = checkpoints + interval * pairs * K * V + place;
+    const auto* const checkpoint = checkpoints + interval * pairs * K * V + place;
     wait_copies<0>();
     meet();
     if (number < kInterval && interval > 0) bring(first - kInterval, number, kInterval);

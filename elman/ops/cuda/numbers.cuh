@@ -40,7 +40,13 @@ __device__ __forceinline__ float to_real(fp16 x) { return fp16::low(x.bits); }
 // Rounds to nearest even; NaN stays NaN.
 __device__ __forceinline__ void from_real(double x, double& y) { y = x; }
 __device__ __forceinline__ void from_real(float x, float& y) { y = x; }
-__device__ __forceinline__ void from_real(float x, fp16& y) { asm("cvt.rn.f16.f32 %0, %1;" : "=h"(y.bits) : "f"(x)); }
+__device__ __forceinline__ void from_real(float x, fp16& y) {
+#ifdef __CUDA_ARCH__
+  asm("cvt.rn.f16.f32 %0, %1;" : "=h"(y.bits) : "f"(x));
+#else
+  y.bits = static_cast<unsigned short>(fp16::pack(x, 0.0f));
+#endif
+}
 __device__ __forceinline__ void from_real(float x, bf16& y) {
 #if __CUDA_ARCH__ >= 800
   asm("cvt.rn.bf16.f32 %0, %1;" : "=h"(y.bits) : "f"(x));

@@ -257,8 +257,21 @@ struct bf16 {
   u16 bits;
 };
 struct fp16 {
-  using Math = Precise<float>;
-  static float low(u32);
+  using Math = Fast;
+  static u32 round(float value) {
+    const _Float16 half = static_cast<_Float16>(value);
+    u16 bits;
+    memcpy(&bits, &half, 2);
+    return bits;
+  }
+  static u32 pack(float lo, float hi) { return round(lo) | round(hi) << 16; }
+  static float low(u32 word) {
+    const u16 bits = word;
+    _Float16 half;
+    memcpy(&half, &bits, 2);
+    return half;
+  }
+  static float high(u32 word) { return low(word >> 16); }
   u16 bits;
 };
 
