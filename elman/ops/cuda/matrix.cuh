@@ -108,7 +108,7 @@ struct Either<false, A, B> {
 // gradients of a half type are.
 template <class T, class Cell>
 using Kept = typename Either<Cell::kBounded && sizeof(T) == 2, fp16, float>::Type;
-constexpr float kMostKept = 65504;  // only an s0 may be more
+[[maybe_unused]] constexpr float kMostKept = 65504;  // only an s0 may be more
 
 template <int K, int V>
 struct Tile {
