@@ -1,7 +1,7 @@
 """The word problem of the symmetric groups S3 and S5: what do the permutations so far make together?
 
     input   102  120  021  210          S3
-    label   =102 =210 =201 =021
+    label   =102 =210 =120 =102
 
 A permutation g is written as g(0) g(1) ... Permutations are independent and uniform over all n! of them; the label of
 step t is g_t ∘ ... ∘ g_1, g_1 being the first to act. Guessing gets 1/n!: 1/6 or 1/120. S5 is not solvable, so that
