@@ -17,7 +17,7 @@ from elman.errors import UsageError
 from elman.model import ModelConfig
 from elman.sizing import TOLERANCE, flops_per_token, num_params
 from elman.studies.plan import settings, what_was_changed
-from elman.training.config import TrainConfig
+from elman.training.config import RunConfig
 from elman.training.run import RunFolder
 from elman.units import bits, format_count, format_duration
 
@@ -50,7 +50,7 @@ class Record:
     label: str
     problems: list[str] = field(default_factory=list)
     remarks: list[str] = field(default_factory=list)
-    config: TrainConfig | None = None
+    config: RunConfig | None = None
     model: ModelConfig | None = None
     facts: dict[str, Any] = field(default_factory=dict)
     summary: dict[str, Any] = field(default_factory=dict)
