@@ -228,7 +228,7 @@ class TaskConfig(RunConfig):
     """Lengths that accuracy is told at in the end, as multiples of --train-length."""
     eval_examples: int = 256
     """Examples of each length an evaluation reads, always the same ones."""
-    workers: int = 2
+    workers: int = 1
     """Processes that make examples ahead, on a GPU; 0 makes them between steps, as a CPU always does."""
 
     default_params: ClassVar[str] = "200k"
