@@ -165,7 +165,8 @@ def show_study(name: str, scale: ScaleName, console: Console) -> int:
     table = Table()
     for column in ("run", "model", "options", "width × depth", "parameters"):
         table.add_column(column, justify="right" if column in ("width × depth", "parameters") else "left")
-    for run in study.runs:
+    # Of a study of tasks each model once: that of another task has other tokens, and so about the same width.
+    for run in [run for run in study.runs if run.task == study.runs[0].task]:
         options = ", ".join(f"{key} {value}" for key, value in {**run.options, **run.train}.items())
         try:
             model = study.model(run)
@@ -173,6 +174,9 @@ def show_study(name: str, scale: ScaleName, console: Console) -> int:
         except UsageError as error:
             table.add_row(run.name, run.model, options, "refused", str(error))
     console.print(table)
+    if study.is_of_tasks:
+        tasks = list(dict.fromkeys(str(run.task) for run in study.runs))
+        say(console, f"and so for each of its tasks: {', '.join(tasks)}")
     runs = len(study.runs) * len(study.seeds)
     sweep = len(study.runs) * len(study.learning_rates) if len(study.learning_rates) > 1 else 0
     line = f"{runs} runs, and {sweep} shorter ones to choose learning rates"

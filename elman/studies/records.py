@@ -343,14 +343,14 @@ def _looks_like_run(path: Path) -> bool:
 
 
 def name_apart(records: Sequence[Record]) -> None:
-    """Give runs of one label and budget that differ in more than the seed labels that differ, by what they differ in.
+    """Give runs of one label, budget and task that differ in more than the seed labels that tell in what.
 
     Such are runs of no study; and those of a study that was run again after it was changed.
     """
     alike: dict[tuple[object, ...], list[Record]] = {}
     for record in records:
         if record.config is not None and record.model is not None:
-            alike.setdefault((record.label, record.budget), []).append(record)
+            alike.setdefault((record.label, record.budget, record.task), []).append(record)
     for same in alike.values():
         found = [options(record) for record in same]
         names = list(dict.fromkeys(name for values in found for name in values))

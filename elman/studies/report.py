@@ -369,7 +369,8 @@ def _tell_environment(report: Report, records: Sequence[Record]) -> None:
                 note(package, version)
     for record in records:
         for session in record.sessions:
-            note("kernels", f"{record.label}: {', '.join(sorted(set(session.get('backends') or ['none of ours'])))}")
+            kernels = ", ".join(sorted(set(session.get("backends") or ["none of ours"])))
+            note("kernels", f"{record.label if record.task is None else record.series}: {kernels}")
     report.environment = list(facts.items())
 
 

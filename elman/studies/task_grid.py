@@ -93,7 +93,7 @@ class Grid:
 
 
 def _row(record: Record) -> str:
-    """A run of a study is in its series' row, another in that of its label without the task."""
+    """The row of its series in a study; elsewhere that of its label, which tells the model."""
     return str(record.facts["series"]) if record.facts.get("series") else record.label
 
 
