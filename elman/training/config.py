@@ -210,6 +210,8 @@ class TaskConfig(RunConfig):
     """Examples a step, those of all processes."""
     steps: OptionalInt = None
     """Stop after this many steps; 2000 if absent, and no --time-limit is given."""
+    lr: float = 3e-3
+    """Peak learning rate, which means the same to AdamW and Muon."""
     weight_decay: float = 0.01
     """Of weights; biases, norms and decays are not decayed."""
     compile: Literal["auto", "on", "off"] = "off"
