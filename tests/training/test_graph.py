@@ -13,7 +13,7 @@ from elman.errors import TrainingError, UsageError
 from elman.mixers import MixerConfig, mixer_config
 from elman.ops import persistent
 from elman.training import graph
-from elman.training.config import TrainConfig
+from elman.training.config import TaskConfig, TrainConfig
 from elman.training.graph import StepGraph
 from elman.training.loop import Trainer
 from elman.training.run import RunFolder
@@ -70,6 +70,18 @@ def test_captured_steps_are_those_of_a_plain_run_bit_for_bit(
     assert rows(config.out) == rows(tmp_path / "plain")
     (session,) = json.loads((config.out / "env.json").read_text())  # type: ignore[operator]
     assert session["captured"] is True
+
+
+def test_steps_of_a_task_are_captured_whatever_their_lengths(tmp_path: Path, recorders: list[TapeRecorder]) -> None:
+    config = TaskConfig(
+        task="copying", dim=16, depth=2, seq_len=12, batch_size=4, steps=12, lr=1e-2, device="cpu", eval_examples=5,
+        eval_multiples=(2,),
+    )  # fmt: skip
+    start(replace(config, graph="off", out=tmp_path / "plain"))
+    start(replace(config, graph="on", out=tmp_path / "captured"))
+    (recorder,) = recorders
+    assert (recorder.plain, recorder.recorded, recorder.replayed) == (3, 1, 9)
+    assert rows(tmp_path / "captured") == rows(tmp_path / "plain")
 
 
 def test_the_stand_in_would_notice_a_rate_that_the_host_keeps(
