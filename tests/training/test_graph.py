@@ -228,9 +228,9 @@ def test_kernels_are_chosen_for_graphs_before_there_is_one(
     def watch(name: str, method: str) -> None:
         real = getattr(Trainer, method)
 
-        def watched(trainer: Trainer, *given: Any) -> Any:
+        def watched(trainer: Trainer, *given: Any, **named: Any) -> Any:
             seen[name].add(persistent._is_captured())
-            return real(trainer, *given)
+            return real(trainer, *given, **named)
 
         monkeypatch.setattr(Trainer, method, watched)
 
