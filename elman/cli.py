@@ -19,9 +19,10 @@ from rich.console import Console
 
 from elman.errors import TrainingError, UsageError
 from elman.mixers import MixerConfig, mixer_config, parse_pattern
+from elman.options import OptionalInt
 from elman.studies.options import CompareRuns, ReportRuns, Studies
 from elman.text import one_line
-from elman.training.config import TrainConfig
+from elman.training.config import RunConfig, TaskConfig, TrainConfig
 
 
 @dataclass(frozen=True)
@@ -66,6 +67,25 @@ class Models:
         from elman.commands import models
 
         return models(self.params, self.depth, self.seq_len, console)
+
+
+@dataclass(frozen=True)
+class Tasks:
+    """Table of the synthetic tasks: what each asks, its chance level, its source; or one of them, with an example."""
+
+    task: Annotated[str | None, tyro.conf.Positional, tyro.conf.arg(metavar="[TASK]", help_behavior_hint="")] = None
+    """Task to tell of at length."""
+    length: OptionalInt = None
+    """Of the example, and that chance levels are told at; 12 and 40 if absent."""
+    seed: int = 0
+    """Of the example."""
+
+    def run_command(self, console: Console) -> int:
+        from elman.commands import show_task, tasks
+
+        if self.task is None:
+            return tasks(40 if self.length is None else self.length, console)
+        return show_task(self.task, self.length, self.seed, console)
 
 
 @dataclass(frozen=True)
@@ -135,8 +155,8 @@ class Data:
 _PLAIN: dict[str, Any] = {"highlight": False, "markup": False, "emoji": False}
 
 
-def _train_command(argv: list[str]) -> Any:
-    """The ``train`` command's type: the options of training, and those of the mixers that ``argv`` names.
+def _run_command(kind: type[RunConfig], argv: list[str]) -> Any:
+    """The type of ``train`` or ``task``: a run's options of this kind, and those of the mixers that ``argv`` names.
 
     Which options a mixer has is known only once it is chosen, so ``--model`` and ``--resume`` are read ahead.
     """
@@ -150,12 +170,13 @@ def _train_command(argv: list[str]) -> Any:
         choice, _ = tyro.cli(Choice, args=argv, return_unknown_args=True, add_help=False, console_outputs=False)
     except SystemExit:
         choice = Choice()  # the whole command line is parsed again below, and the mistake shown there
-    base: TrainConfig | None = None
+    base: RunConfig | None = None
     if choice.resume is not None:
         from elman.training.run import open_run
 
         saved, model = open_run(choice.resume, "--resume").read_config()
-        base = dataclasses.replace(saved, resume=choice.resume)
+        # Either command goes on with a run of either kind.
+        base, kind = dataclasses.replace(saved, resume=choice.resume), type(saved)
         mixers: list[MixerConfig] = list(model.mixers)
         names = tuple(mixer.name for mixer in mixers)
     else:
@@ -177,9 +198,9 @@ def _train_command(argv: list[str]) -> Any:
 
     config_field = dataclasses.field(default=base) if base is not None else dataclasses.field()
     command = dataclasses.make_dataclass(
-        "Train",
+        kind.__name__.removesuffix("Config"),
         [
-            ("config", Annotated[TrainConfig, tyro.conf.arg(name="")], config_field),
+            ("config", Annotated[kind, tyro.conf.arg(name="")], config_field),
             *(
                 (attributes[name], Annotated[type(mixer), prefix(name)], dataclasses.field(default=mixer))
                 for name, mixer in distinct.items()
@@ -188,7 +209,8 @@ def _train_command(argv: list[str]) -> Any:
         namespace={"run_command": run_command},
         frozen=True,
     )
-    command.__doc__ = f"Train a language model ({','.join(names)}): --model NAME --help shows that variant's options."
+    what = "Train a small model on a synthetic task" if kind is TaskConfig else "Train a language model"
+    command.__doc__ = f"{what} ({','.join(names)}): --model NAME --help shows that variant's options."
     return command
 
 
@@ -204,9 +226,12 @@ def main(argv: list[str] | None = None) -> int:
     # Processes that torchrun started have one command line: the first of a machine tells what is wrong with it.
     tells = os.environ.get("LOCAL_RANK", "0") == "0"
     try:
-        train: Any = _train_command(argv[1:] if argv[:1] == ["train"] else [])
+        train: Any = _run_command(TrainConfig, argv[1:] if argv[:1] == ["train"] else [])
+        task: Any = _run_command(TaskConfig, argv[1:] if argv[:1] == ["task"] else [])
         commands = (
             Annotated[train, tyro.conf.subcommand("train")]
+            | Annotated[task, tyro.conf.subcommand("task")]
+            | Annotated[Tasks, tyro.conf.subcommand("tasks")]
             | Annotated[Generate, tyro.conf.subcommand("generate")]
             | Annotated[Models, tyro.conf.subcommand("models")]
             | Annotated[Doctor, tyro.conf.subcommand("doctor")]

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import codecs
+import inspect
 import os
 import sys
 from pathlib import Path
 from typing import TextIO
 
+import numpy as np
 import torch
 from rich.console import Console
 from rich.progress import MofNCompleteColumn, Progress, TextColumn
 from rich.table import Table
+from rich.text import Text
 
 from elman.cache import cache_folder
 from elman.data import bytes as raw
@@ -21,6 +24,7 @@ from elman.data.pack import PackSummary, check_out, find_files, pack_texts
 from elman.data.pack import pack as pack_files
 from elman.environment import driver_version, package_versions, resolve_device, supports_bf16, total_memory, why_no_cuda
 from elman.errors import UsageError
+from elman.evaluation.tasks import find_task, task_names
 from elman.generation import generate as generate_bytes
 from elman.mixers import PATTERNS, mixer_config, mixer_names, parse_pattern
 from elman.ops import backend_status
@@ -84,6 +88,37 @@ def models(params: str, depth: int, seq_len: int, console: Console) -> int:
     console.print(table)
     console.print("fla:NAME is the layer NAME of the package flash-linear-attention, such as fla:GatedDeltaNet.")
     console.print("FLOPs: forward, 2 a multiply-add; training costs 3 times that. State: numbers a sequence.")
+    return 0
+
+
+def tasks(length: int, console: Console) -> int:
+    """Print every task."""
+    if length < 1:
+        raise UsageError(f"--length {length} is out of range: give a number of at least 1")
+    table = Table(title=f"tasks at --length {length}", title_justify="left")
+    for column in ("task", "what is asked", "source"):
+        table.add_column(column, no_wrap=column == "task")
+    for column in ("symbols", "shortest", "chance"):
+        table.add_column(column, justify="right")
+    for name in task_names():
+        task = find_task(name)
+        chance = f"{task.chance(length):.3f}" if length >= task.shortest else "-"
+        table.add_row(name, task.asks, task.source, str(len(task.symbols)), str(task.shortest), chance)
+    console.print(table)
+    console.print("chance: what the best constant guess gets right. elman tasks NAME shows an example.")
+    return 0
+
+
+def show_task(name: str, length: int | None, seed: int, console: Console) -> int:
+    """Print what a task is, and an example of it."""
+    task = find_task(name)
+    length = max(12, task.shortest) if length is None else length
+    examples = task.examples(np.random.Generator(np.random.Philox(key=seed)), 1, length, "--length")
+    console.print(Text(inspect.getdoc(sys.modules[type(task).__module__]) or ""), soft_wrap=True)
+    console.print(
+        Text(f"\nOf length {length}, where chance is {task.chance(length):.4f}:\n\n{task.draw(examples)}"),
+        soft_wrap=True,
+    )
     return 0
 
 

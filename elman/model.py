@@ -184,8 +184,12 @@ class LanguageModel(nn.Module):
         return logits.transpose(0, 1), tuple(new_state)
 
 
+#: A target that is none: it is left out of the loss, and of its mean.
+IGNORED = -100
+
+
 def next_token_loss(logits: Tensor, targets: Tensor, reduction: str = "mean") -> Tensor:
     """Cross-entropy in nats, in float32. logits (B, T, V) as the model returns them, targets (B, T)."""
     # The model's logits are time-major underneath, so flattening them that way round is free of a copy.
     flat = logits.transpose(0, 1).flatten(0, 1).float()
-    return F.cross_entropy(flat, targets.t().flatten().long(), reduction=reduction)
+    return F.cross_entropy(flat, targets.t().flatten().long(), reduction=reduction, ignore_index=IGNORED)

@@ -4,7 +4,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from elman.training import finish
+from elman.training import finish, task, text
 
 
 def _no_picture(rows: Any, title: str, path: Path, unit: str) -> None:
@@ -13,5 +13,6 @@ def _no_picture(rows: Any, title: str, path: Path, unit: str) -> None:
 
 def make_brief(replace: Callable[[Any, str, Any], None] = setattr) -> None:
     """For this process; ``replace`` may be what takes it back, such as ``monkeypatch.setattr``."""
-    replace(finish, "_SAMPLE_BYTES", 8)
+    replace(text, "_SAMPLE_BYTES", 8)
     replace(finish, "plot_losses", _no_picture)
+    replace(task, "plot_accuracies", lambda accuracies, length, title, path: path.touch())

@@ -5,27 +5,43 @@ from __future__ import annotations
 import itertools
 import signal
 import warnings
-from collections.abc import Iterable, Iterator
-from typing import TypeVar
+from collections.abc import Callable, Iterable, Iterator
+from typing import NamedTuple, TypeVar
 
 import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, IterableDataset, get_worker_info
 
-from elman.data.sampling import Batch, Sampler
+from elman.data.sampling import Batch, Batches
 from elman.data.streams import Places, TokenStreams
 
 T = TypeVar("T")
 
-#: (B, seq_len + 1) tokens, and (B, seq_len) resets or None.
-TensorBatch = tuple[Tensor, Tensor | None]
+
+class TensorBatch(NamedTuple):
+    """A ``Batch`` in tensors."""
+
+    tokens: Tensor
+    reset: Tensor | None
+    targets: Tensor | None = None
+
+    def each(self, make: Callable[[Tensor], Tensor]) -> TensorBatch:
+        """The same of other tensors: ``make`` of each that is there."""
+        reset, targets = (None if part is None else make(part) for part in (self.reset, self.targets))
+        return TensorBatch(make(self.tokens), reset, targets)
+
+    def pairs(self) -> tuple[Tensor, Tensor]:
+        """Inputs and targets, both (B, seq_len)."""
+        if self.targets is None:
+            return self.tokens[:, :-1], self.tokens[:, 1:]
+        return self.tokens, self.targets
 
 
 class _Steps(Dataset[Batch]):
     """A rank's rows of a step's batch under its number."""
 
-    def __init__(self, sampler: Sampler, rank: int, world_size: int) -> None:
+    def __init__(self, sampler: Batches, rank: int, world_size: int) -> None:
         self.sampler = sampler
         self.rank, self.world_size = rank, world_size
 
@@ -51,7 +67,7 @@ class Loader:
     order of their steps. Those of token streams depend on their places too, which are taken up by ``seek``.
     """
 
-    def __init__(self, sampler: Sampler | TokenStreams, workers: int = 0, rank: int = 0, world_size: int = 1) -> None:
+    def __init__(self, sampler: Batches | TokenStreams, workers: int = 0, rank: int = 0, world_size: int = 1) -> None:
         self._sampler = sampler
         self._rank, self._world_size = rank, world_size
         self.workers = workers
@@ -92,7 +108,7 @@ class Loader:
         self._batches, self._next, self._last = iter(()), -1, None
 
     def _start(self, step: int) -> Iterator[tuple[TensorBatch, Tensor | None]]:
-        if isinstance(self._sampler, Sampler):
+        if not isinstance(self._sampler, TokenStreams):
             steps = _Steps(self._sampler, self._rank, self._world_size)
             made = (
                 self._made(steps, itertools.count(step))
@@ -126,15 +142,19 @@ class Loader:
 
 
 def _tensors(batch: Batch) -> TensorBatch:
-    return torch.as_tensor(batch.tokens), None if batch.reset is None else torch.as_tensor(batch.reset)
+    reset, targets = (None if part is None else torch.as_tensor(part) for part in (batch.reset, batch.targets))
+    return TensorBatch(torch.as_tensor(batch.tokens), reset, targets)
 
 
 def _joined(made: Iterator[tuple[Batch, Places]], parts: int) -> Iterator[tuple[TensorBatch, Tensor]]:
     """Of batches that come in parts, whole ones."""
     while True:
         found = [next(made) for _ in range(parts)]
-        tokens, resets = zip(*(_tensors(batch) for batch, _ in found), strict=True)
-        yield (torch.cat(tokens), torch.cat(resets)), torch.cat([torch.as_tensor(places) for _, places in found])
+        tokens, resets, _ = zip(*(_tensors(batch) for batch, _ in found), strict=True)
+        yield (
+            TensorBatch(torch.cat(tokens), torch.cat(resets)),
+            torch.cat([torch.as_tensor(places) for _, places in found]),
+        )
 
 
 def _leave_signals_to_the_parent(worker: int) -> None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import functools
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from typing import ClassVar, NamedTuple
+from typing import ClassVar, NamedTuple, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -27,12 +27,28 @@ class Batch(NamedTuple):
     """Rows of a step.
 
     Attributes:
-        tokens: (B, seq_len + 1), the inputs and, one further, the targets.
+        tokens: (B, seq_len + 1), the inputs and, one further, the targets; (B, seq_len), the inputs alone, where
+            there are ``targets``.
         reset: (B, seq_len) bool, true where an input starts a document; None where documents are not told apart.
+        targets: (B, seq_len), what each input is to be answered by, where that is not the token behind it.
     """
 
     tokens: Tokens
     reset: npt.NDArray[np.bool_] | None
+    targets: Tokens | None = None
+
+
+class Batches(Protocol):
+    """The rows of every step, a function of the step alone."""
+
+    #: Whether a document's start resets the model's state.
+    resets: ClassVar[bool]
+    #: Whether a row goes on where that of the step before ended, and so does the model's state.
+    carries_state: ClassVar[bool]
+
+    def batch(self, step: int, rank: int = 0, world_size: int = 1) -> Batch:
+        """The rows of a step's batch that fall to a rank, an even share of them."""
+        ...
 
 
 @dataclass(frozen=True)

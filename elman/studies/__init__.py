@@ -5,6 +5,6 @@ in ``catalogue/``. ``study.py`` says what a study may declare, ``plan.py`` makes
 ``launch.py`` run them, and ``records.py``, ``analysis.py``, ``figures.py`` and ``report.py`` tell what came of them.
 """
 
-from elman.studies.study import Run, Scale, Study
+from elman.studies.study import Run, Scale, Study, over_tasks
 
-__all__ = ["Run", "Scale", "Study"]
+__all__ = ["Run", "Scale", "Study", "over_tasks"]

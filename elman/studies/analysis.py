@@ -136,16 +136,13 @@ def group(records: Sequence[Record]) -> list[Group]:
 
 
 def compare(records: Sequence[Record]) -> list[Comparison]:
-    """The comparisons that these runs allow; sweeps and runs with problems are none of them."""
+    """The comparisons that these runs allow; sweeps, runs with problems and those of tasks are none of them."""
     found: dict[tuple[object, ...], list[Record]] = {}
     for record in records:
-        if record.problems or record.is_sweep:
+        if record.problems or record.is_sweep or record.task is not None:
             continue
-        assert record.config is not None
-        text = record.facts.get("fingerprint") or str(record.config.data)
-        held_out = (text, record.config.heldout, record.config.eval_bytes)
         target = record.facts.get("target_params") if "params" in record.facts.get("varies", ()) else None
-        found.setdefault((*record.budget, target, *held_out), []).append(record)
+        found.setdefault((*record.budget, target, *record.judged_by), []).append(record)
     return [
         Comparison(Budget(key[0], float(key[1])), key[2], tuple(group(same)))  # type: ignore[arg-type]
         for key, same in found.items()

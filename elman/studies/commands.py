@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -37,7 +38,7 @@ def run_study(options: RunStudy, console: Console) -> int:
     plan = _plan(options, study, console)
     device = resolve_device(options.device) if options.launcher == "local" else torch.device("cuda")
     if options.dry_run:
-        jobs = len(_slots(options, device)) if options.launcher == "local" else options.jobs or 1
+        jobs = len(_slots(options, device, study.is_of_tasks)) if options.launcher == "local" else options.jobs or 1
         show_plan(plan, jobs, device.type, console)
         return 0
     code = run_plan(plan, _launcher(options, plan, device), console, options.keep)
@@ -48,10 +49,11 @@ def run_study(options: RunStudy, console: Console) -> int:
 def _changed(options: RunStudy, study: Study) -> Study:
     """The study with what the command line puts in place of its own."""
     if options.only:
-        names = [run.name for run in study.runs]
+        names = list(dict.fromkeys(name for run in study.runs for name in sorted(run.names)))
         for name in options.only:
             if name not in names:
-                raise UsageError(f"--only {name!r} is no run of {study.name}: choose among {', '.join(names)}")
+                near = difflib.get_close_matches(name, names, n=8, cutoff=0.3) or names
+                raise UsageError(f"--only {name!r} is no run of {study.name}: choose among {', '.join(near)}")
     given: dict[str, Any] = {}
     if options.seeds:
         given["seeds"] = options.seeds
@@ -62,10 +64,13 @@ def _changed(options: RunStudy, study: Study) -> Study:
 
 def _plan(options: RunStudy, study: Study, console: Console) -> Plan:
     budget = _budget(options, study)
-    data = options.data if options.data is not None else demo_data(console)
+    if study.is_of_tasks and options.data is not None:
+        raise UsageError(f"--data {options.data}: study {study.name} is of tasks, whose examples are drawn: drop it")
+    data = options.data if options.data is not None or study.is_of_tasks else demo_data(console)
     folder = options.folder or default_folder(study.name, options.scale)
     device = options.device if options.launcher == "local" else None
-    return Plan(study, Scale(options.scale), budget, folder, data.absolute(), device, only=frozenset(options.only))
+    data = None if data is None else data.absolute()
+    return Plan(study, Scale(options.scale), budget, folder, data, device, only=frozenset(options.only))
 
 
 def _budget(options: RunStudy, study: Study) -> Budget:
@@ -89,12 +94,12 @@ def _budget(options: RunStudy, study: Study) -> Budget:
     return Budget(kind, given[kind]()) if given else study.budget_of(kind)
 
 
-def _slots(options: RunStudy, device: torch.device) -> list[str | None]:
-    """Where jobs run on this machine: a GPU each, unless one device is named."""
+def _slots(options: RunStudy, device: torch.device, shared: bool) -> list[str | None]:
+    """Where jobs run on this machine: a GPU each, unless one device is named, or they may share it."""
     if options.jobs is not None and options.jobs < 1:
         raise UsageError(f"--jobs {options.jobs} is out of range: give a number of at least 1")
     every_gpu = device.type == "cuda" and device.index is None
-    return gpu_slots(torch.cuda.device_count() if every_gpu else 0, options.jobs)
+    return gpu_slots(torch.cuda.device_count() if every_gpu else 0, options.jobs, shared=shared)
 
 
 def _launcher(options: RunStudy, plan: Plan, device: torch.device) -> Launcher:
@@ -102,7 +107,8 @@ def _launcher(options: RunStudy, plan: Plan, device: torch.device) -> Launcher:
     if options.launcher == "local":
         if options.slurm:
             raise UsageError("--slurm is of no use to --launcher local: drop it, or give --launcher slurm")
-        return LocalLauncher(_slots(options, device), logs)
+        is_of_tasks = plan.study.is_of_tasks
+        return LocalLauncher(_slots(options, device, is_of_tasks), logs, keep=is_of_tasks)
     parameters: dict[str, Any] = {}
     for word in options.slurm:
         name, equals, value = word.partition("=")
@@ -159,7 +165,8 @@ def show_study(name: str, scale: ScaleName, console: Console) -> int:
     table = Table()
     for column in ("run", "model", "options", "width × depth", "parameters"):
         table.add_column(column, justify="right" if column in ("width × depth", "parameters") else "left")
-    for run in study.runs:
+    # Of a study of tasks each model once: that of another task has other tokens, and so about the same width.
+    for run in [run for run in study.runs if run.task == study.runs[0].task]:
         options = ", ".join(f"{key} {value}" for key, value in {**run.options, **run.train}.items())
         try:
             model = study.model(run)
@@ -167,6 +174,9 @@ def show_study(name: str, scale: ScaleName, console: Console) -> int:
         except UsageError as error:
             table.add_row(run.name, run.model, options, "refused", str(error))
     console.print(table)
+    if study.is_of_tasks:
+        tasks = list(dict.fromkeys(str(run.task) for run in study.runs))
+        say(console, f"and so for each of its tasks: {', '.join(tasks)}")
     runs = len(study.runs) * len(study.seeds)
     sweep = len(study.runs) * len(study.learning_rates) if len(study.learning_rates) > 1 else 0
     line = f"{runs} runs, and {sweep} shorter ones to choose learning rates"

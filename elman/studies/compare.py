@@ -11,6 +11,7 @@ from rich.table import Table
 
 from elman.errors import UsageError
 from elman.studies.records import Record, name_apart, options, read_run
+from elman.training.config import TrainConfig
 from elman.training.display import say
 from elman.units import bits, format_bytes, format_count
 
@@ -27,6 +28,8 @@ _ROWS: tuple[tuple[str, Callable[[Record], Any], Callable[[float], str]], ...] =
     ("last 100, nats/token", lambda r: r.summary.get("last_100_loss"), lambda x: f"{x:.4f}"),
     ("held out, nats/byte", lambda r: r.nats, lambda x: f"{x:.4f}"),
     ("held out, bits/byte", lambda r: bits(r.nats), lambda x: f"{x:.4f}"),
+    ("accuracy, training length", lambda r: _accuracy(r, 0), lambda x: f"{x:.1%}"),
+    ("accuracy, longest", lambda r: _accuracy(r, -1), lambda x: f"{x:.1%}"),
     ("tokens/s", lambda r: r.summary.get("tokens_per_second"), format_count),
     ("MFU", lambda r: r.summary.get("mfu"), lambda x: f"{x:.1%}"),
     ("peak memory", lambda r: r.summary.get("peak_memory_bytes"), format_bytes),
@@ -34,6 +37,10 @@ _ROWS: tuple[tuple[str, Callable[[Record], Any], Callable[[float], str]], ...] =
     ("steps skipped", lambda r: r.summary.get("skipped_steps"), lambda x: f"{x:.0f}"),
 )
 _LOSSES = ("last 100, nats/token", "held out, nats/byte", "held out, bits/byte")
+
+
+def _accuracy(record: Record, place: int) -> float | None:
+    return record.accuracies[place].accuracy if record.accuracies else None
 
 
 def compare_runs(a: Path, b: Path, console: Console) -> int:
@@ -106,7 +113,8 @@ def _facts(record: Record) -> dict[str, str]:
         }
         facts |= {name: str(value) for name, value in options(record).items()}
         facts["seed"] = str(record.config.seed)
-        facts["data"] = str(record.config.data)
+        if isinstance(record.config, TrainConfig):
+            facts["data"] = str(record.config.data)
     for session in record.sessions[-1:]:
         for name in ("gpu", "device", "driver", "precision", "compiled", "git_commit"):
             if name in session:
@@ -122,13 +130,9 @@ def _caveats(records: list[Record]) -> list[str]:
         return ["What is left open cannot be compared."]
     lines = ["Two runs are one sample each: what other seeds would give, they do not tell."]
     a, b = records
-    assert a.config is not None
-    assert b.config is not None
-    text = [
-        (r.facts.get("fingerprint", str(c.data)), c.heldout, c.eval_bytes) for r, c in ((a, a.config), (b, b.config))
-    ]
-    if text[0] != text[1]:
-        lines.append("They were evaluated on unequal held-out text: their losses do not compare.")
+    if a.judged_by != b.judged_by:
+        what = "text: their losses do" if a.task is None and b.task is None else "examples: they do"
+        lines.append(f"They were evaluated on unequal held-out {what} not compare.")
     if a.budget != b.budget:
         lines.append("They had unequal budgets.")
     if a.device != b.device:

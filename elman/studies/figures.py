@@ -14,6 +14,7 @@ from matplotlib.ticker import NullFormatter
 
 from elman.studies.analysis import Comparison, Group, PowerLaw
 from elman.studies.records import Record
+from elman.studies.task_grid import Grid, Place
 from elman.training.plot import running_mean
 from elman.units import format_count
 
@@ -156,6 +157,37 @@ def against(
     axes.grid(alpha=0.25)
     axes.legend(fontsize=8, frameon=False)
     return _svg(figure)
+
+
+def heat_map(grid: Grid, place: Place, title: str) -> tuple[str, bytes]:
+    """Accuracies of models (rows) in tasks (columns), as an SVG and as a PNG."""
+    shape = len(grid.models), len(grid.tasks)
+    cells = [[grid.cell(model, task, place) for task in grid.tasks] for model in grid.models]
+    above = np.array([[np.nan if cell is None else cell.above_chance for cell in row] for row in cells])
+    figure = _figure(1.9 + 0.36 * shape[0], width=max(5.0, 2.3 + 0.62 * shape[1]))
+    figure.suptitle(title, fontsize=11)
+    axes = figure.subplots()
+    shown = axes.imshow(above, cmap="YlGnBu", vmin=0, vmax=1, aspect="auto")
+    for y, x in np.ndindex(*shape):
+        cell = cells[y][x]
+        text = "–" if cell is None else f"{100 * cell.mean:.0f}"
+        dark = cell is not None and cell.above_chance > 0.55
+        axes.text(x, y, text, ha="center", va="center", fontsize=9, color="white" if dark else "#1c1f24")
+    labels = [f"{task}\n({100 * grid.chance(task, place):.2g})" for task in grid.tasks]
+    axes.set_xticks(range(shape[1]), labels, rotation=40, ha="right", rotation_mode="anchor", fontsize=9)
+    axes.set_yticks(range(shape[0]), grid.models, fontsize=9)
+    axes.set_xticks(np.arange(shape[1] - 1) + 0.5, minor=True)
+    axes.set_yticks(np.arange(shape[0] - 1) + 0.5, minor=True)
+    axes.grid(which="minor", color="white", linewidth=1.5)
+    axes.tick_params(which="both", length=0)
+    axes.spines[:].set_visible(False)
+    axes.set_xlabel("task (chance, per cent)", fontsize=9)
+    bar = figure.colorbar(shown, ax=axes, ticks=[0, 1], pad=0.015, aspect=30)
+    bar.ax.set_yticklabels(["chance", "all right"], fontsize=8)
+    bar.outline.set_visible(False)
+    sink = io.BytesIO()
+    figure.savefig(sink, format="png", dpi=130)
+    return _svg(figure), sink.getvalue()
 
 
 def _at(record: Record, axis: str) -> float:

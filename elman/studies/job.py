@@ -9,7 +9,7 @@ from typing import Any
 from elman.errors import TrainingError, UsageError
 from elman.model import ModelConfig
 from elman.text import one_line
-from elman.training.config import TrainConfig
+from elman.training.config import RunConfig, TrainConfig
 from elman.training.display import RunConsole
 from elman.training.run import open_run
 from elman.training.start import resume_run, start_run
@@ -27,7 +27,7 @@ class TrainJob:
     """
 
     label: str
-    config: TrainConfig
+    config: RunConfig
     model: ModelConfig
     facts: dict[str, Any]
 
@@ -48,7 +48,9 @@ class TrainJob:
         try:
             if (self.folder / "config.json").exists():
                 saved, model = open_run(self.folder).read_config()
-                again = replace(saved, resume=self.folder, data=self.config.data, device=self.config.device)
+                again = replace(saved, resume=self.folder, device=self.config.device)
+                if isinstance(again, TrainConfig) and isinstance(self.config, TrainConfig):
+                    again = replace(again, data=self.config.data)
                 return resume_run(again, model.mixers, console)
             return start_run(self.config, self.model.mixers, console, self.facts)
         except (UsageError, TrainingError) as error:

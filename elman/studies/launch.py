@@ -53,67 +53,105 @@ class Launcher(ABC):
         """Run them all; ``done`` is called here, in the order in which they end."""
 
 
+class _Slot:
+    """A place for a job, and the process that stays there to take one job after another, if any does."""
+
+    def __init__(self, visible: str | None) -> None:
+        self.visible = visible
+        self.process: subprocess.Popen[str] | None = None
+
+
 class LocalLauncher(Launcher):
-    """A process a job, on the slots given.
+    """A process a job, on the slots given; or with ``keep`` a process a slot, for jobs shorter than a process's start.
 
     A slot is the value of CUDA_VISIBLE_DEVICES for its jobs, so that a job sees one GPU; or None, and it sees what
     there is. Where this process is told to stop, so are the jobs, and they save.
     """
 
-    def __init__(self, slots: Sequence[str | None], logs: Path) -> None:
-        self.slots = list(slots)
+    def __init__(self, slots: Sequence[str | None], logs: Path, keep: bool = False) -> None:
+        self.slots = [_Slot(visible) for visible in slots]
         self.jobs = len(self.slots)
         self.logs = logs
+        self.keep = keep
         self._running: set[subprocess.Popen[str]] = set()
         self._lock = threading.Lock()
         self._stopping = False
 
     def run(self, jobs: Sequence[Job], done: Done) -> None:
         self.logs.mkdir(parents=True, exist_ok=True)
-        free: queue.SimpleQueue[str | None] = queue.SimpleQueue()
+        free: queue.SimpleQueue[_Slot] = queue.SimpleQueue()
         for slot in self.slots:
             free.put(slot)
-        with ThreadPoolExecutor(len(self.slots)) as pool:
-            tasks = {pool.submit(self._run_one, job, free): job for job in jobs}
-            try:
-                for task in as_completed(tasks):
-                    outcome = task.result()
-                    if outcome is not None:
-                        done(tasks[task], *outcome)
-            except BaseException:
-                self._stop()
-                raise
+        try:
+            with ThreadPoolExecutor(len(self.slots)) as pool:
+                tasks = {pool.submit(self._run_one, job, free): job for job in jobs}
+                try:
+                    for task in as_completed(tasks):
+                        outcome = task.result()
+                        if outcome is not None:
+                            done(tasks[task], *outcome)
+                except BaseException:
+                    self._stop()
+                    raise
+        finally:
+            for slot in self.slots:
+                self._dismiss(slot)
 
-    def _run_one(self, job: Job, free: queue.SimpleQueue[str | None]) -> tuple[int, str] | None:
+    def _run_one(self, job: Job, free: queue.SimpleQueue[_Slot]) -> tuple[int, str] | None:
         slot = free.get()
         try:
-            environment = dict(os.environ)
-            if slot is not None:
-                environment["CUDA_VISIBLE_DEVICES"] = slot
-            # Each would start as many compilers as there are cores.
-            threads = max(1, len(os.sched_getaffinity(0)) // len(self.slots))
-            environment.setdefault("TORCHINDUCTOR_COMPILE_THREADS", str(threads))
             request, log = self.logs / f"{job.name}.job", self.logs / f"{job.name}.log"
             request.write_bytes(pickle.dumps(job))
-            with log.open("a", encoding="utf-8") as output:
-                with self._lock:
-                    if self._stopping:
-                        return None
-                    # A session of its own: who presses Ctrl-C stops this process, and it the jobs, once.
-                    process = subprocess.Popen(
-                        [sys.executable, "-m", "elman.studies.child", str(request)],
-                        stdout=output, stderr=subprocess.STDOUT, text=True, env=environment, start_new_session=True,
-                    )  # fmt: skip
-                    self._running.add(process)
-                code = process.wait()
             with self._lock:
-                self._running.discard(process)
+                if self._stopping:
+                    return None
+                process = slot.process or self._start(slot)
+                assert process.stdin is not None
+                assert process.stdout is not None
+                # One that was killed in between says so below.
+                with contextlib.suppress(BrokenPipeError):
+                    process.stdin.write(f"{request.absolute()}\n{log.absolute()}\n")
+                    process.stdin.flush()
+            told = process.stdout.readline()
+            if not told or not self.keep or self._stopping:
+                self._dismiss(slot)
+            code = int(told) if told else process.returncode
             request.unlink(missing_ok=True)
             # A process that was killed, as one that takes all memory is, had no time to say so.
             killed = f"killed by {signal.Signals(-code).name}" if code < 0 else None
             return code, killed or last_line(log)
         finally:
             free.put(slot)
+
+    def _start(self, slot: _Slot) -> subprocess.Popen[str]:
+        environment = dict(os.environ)
+        if slot.visible is not None:
+            environment["CUDA_VISIBLE_DEVICES"] = slot.visible
+        # Each would start as many compilers, and as many threads for its products, as there are cores.
+        threads = str(max(1, len(os.sched_getaffinity(0)) // len(self.slots)))
+        environment.setdefault("TORCHINDUCTOR_COMPILE_THREADS", threads)
+        if self.keep:
+            environment.setdefault("OMP_NUM_THREADS", threads)
+        # A session of its own: who presses Ctrl-C stops this process, and it the jobs, once.
+        slot.process = subprocess.Popen(
+            [sys.executable, "-m", "elman.studies.child"],
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment, start_new_session=True,
+        )  # fmt: skip
+        self._running.add(slot.process)
+        return slot.process
+
+    def _dismiss(self, slot: _Slot) -> None:
+        """Let a slot's process end, once it has no job any more, and wait for it."""
+        process, slot.process = slot.process, None
+        if process is None:
+            return
+        for pipe in (process.stdin, process.stdout):
+            assert pipe is not None
+            with contextlib.suppress(OSError):
+                pipe.close()
+        process.wait()
+        with self._lock:
+            self._running.discard(process)
 
     def _stop(self) -> None:
         with self._lock:
@@ -189,18 +227,21 @@ class SubmititLauncher(Launcher):
             raise
 
 
-def gpu_slots(count: int, jobs: int | None) -> list[str | None]:
+def gpu_slots(count: int, jobs: int | None, shared: bool = False) -> list[str | None]:
     """A slot a GPU that this process sees, at most ``jobs``; one slot without a GPU, where runs would share the cores.
 
     Args:
         count: GPUs that are seen.
         jobs: as asked for.
+        shared: whether several jobs may share a GPU.
     """
     if count == 0:
         return [None] * (jobs or 1)
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     names = [str(i) for i in range(count)] if not visible else [name.strip() for name in visible.split(",")][:count]
     if jobs is not None and jobs > len(names):
+        if shared:
+            return [names[i % len(names)] for i in range(jobs)]
         raise UsageError(
             f"--jobs {jobs}: this machine has {len(names)} GPU(s), and runs that share one are no measure of speed: "
             f"give at most {len(names)}"

@@ -14,7 +14,7 @@ from elman.errors import TrainingError, UsageError
 from elman.model import LanguageModel, ModelConfig, next_token_loss
 from elman.text import one_line
 from elman.training.checks import fixed_memory
-from elman.training.config import TrainConfig
+from elman.training.config import RunConfig
 from elman.training.loop import Trainer
 from elman.training.memory import free_memory, kept_bytes, window_bytes
 from elman.units import format_bytes
@@ -58,7 +58,7 @@ def most_memory(model: ModelConfig, batch_size: int, seq_len: int, bf16: bool) -
     return fixed_memory(model) + round(batch_size * seq_len * (one + (turns - 1) * (two - one)))
 
 
-def measured_memory(config: TrainConfig, model: ModelConfig) -> int:
+def measured_memory(config: RunConfig, model: ModelConfig) -> int:
     """Bytes that training holds at most: of a GPU, measured; of a CPU, weights, moments and what a pass keeps."""
     trainer = Trainer(config, model, Console(quiet=True))
     if trainer.device.type != "cuda":
@@ -71,7 +71,7 @@ def measured_memory(config: TrainConfig, model: ModelConfig) -> int:
     return peak_memory(trainer.device)
 
 
-def largest_batch(config: TrainConfig, model: ModelConfig, memory: float) -> int:
+def largest_batch(config: RunConfig, model: ModelConfig, memory: float) -> int:
     """The largest batch, a multiple of 8, whose training fits into so many bytes.
 
     Raises:
@@ -104,7 +104,7 @@ class ProbeJob:
 
     label: str
     name: str
-    config: TrainConfig
+    config: RunConfig
     model: ModelConfig
     memory: float
     out: Path

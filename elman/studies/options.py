@@ -38,7 +38,7 @@ class RunStudy:
     learning_rates: tuple[float, ...] = ()
     """In place of those that the study's sweep tries; one alone is taken without a sweep."""
     only: tuple[str, ...] = ()
-    """Names of the runs to train now; all if absent."""
+    """Names of the runs to train now, or of their series or tasks; all if absent."""
     data: OptionalPath = None
     """Raw text file, documents ended by 0x1e; Python's standard library if absent."""
     folder: OptionalPath = None
@@ -46,7 +46,8 @@ class RunStudy:
     device: str = "auto"
     """cpu or cuda; auto takes GPUs where there are some."""
     jobs: OptionalInt = None
-    """Runs at a time: one a GPU if absent, and one where there is none, for runs that share cores slow each other."""
+    """Runs at a time: one a GPU if absent, and one where there is none, for runs that share cores slow each other.
+    Those of a study of tasks, whose speed is not asked for, may share a GPU."""
     launcher: Literal["local", "slurm"] = "local"
     """This machine, or a Slurm cluster by submitit (pip install submitit)."""
     slurm: tuple[str, ...] = ()

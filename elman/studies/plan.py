@@ -24,11 +24,12 @@ from elman.data.bytes import open_bytes
 from elman.data.vocabulary import open_vocabulary
 from elman.environment import resolve_device
 from elman.errors import UsageError
+from elman.evaluation.tasks import find_task
 from elman.mixers import mixer_config
 from elman.model import ModelConfig
 from elman.studies.job import TrainJob
 from elman.studies.study import SWEEP_SEED, Budget, Run, Scale, Study, slug
-from elman.training.config import TrainConfig
+from elman.training.config import RunConfig
 from elman.training.run import RunFolder
 
 #: Options of ``elman train`` that change neither what a run computes nor how fast it trains, or that the model tells.
@@ -41,13 +42,17 @@ Role = Literal["sweep", "final"]
 State = Literal["new", "cut", "done", "busy", "damaged"]
 
 
-def identity(config: TrainConfig, model: ModelConfig, fingerprint: str) -> str:
+def identity(config: RunConfig, model: ModelConfig, fingerprint: str) -> str:
     """Ten hexadecimal digits by which a run is known: of its options, its model and its text.
 
     Options at their defaults are left out, so that one which elman gains later changes no name; a default that changes
     makes other runs, with other names.
     """
-    defaults = {entry.name: entry.default for entry in dataclasses.fields(config)}
+    # As JSON has them: it has no tuples.
+    defaults = {
+        entry.name: list(entry.default) if isinstance(entry.default, tuple) else entry.default
+        for entry in dataclasses.fields(config)
+    }
     found = settings(config, model)
     train = {name: value for name, value in found["train"].items() if value != defaults[name]}
     for options in found["model"]["mixers"]:
@@ -57,7 +62,7 @@ def identity(config: TrainConfig, model: ModelConfig, fingerprint: str) -> str:
     return _digest(train, found["model"], fingerprint)[:10]
 
 
-def settings(config: TrainConfig, model: ModelConfig) -> dict[str, Any]:
+def settings(config: RunConfig, model: ModelConfig) -> dict[str, Any]:
     """All that decides what a run computes, as config.json writes it, for study.json to hold beside it."""
     train = {name: value for name, value in dataclasses.asdict(config).items() if name not in NOT_IDENTITY}
     plain: dict[str, Any] = json.loads(json.dumps({"train": train, "model": model.to_dict()}))
@@ -102,10 +107,11 @@ class Plan:
     """A study with its budget, its text and its place.
 
     Attributes:
+        data: the text; None for a study of tasks.
         folder: of the study; its runs lie in ``runs``, those of the sweep in ``sweep``.
         device: as for ``elman train``; None where the runs go to other machines.
         batches: each run's batch, where the study holds memory equal and they have been found.
-        only: names of the runs to train now; all if empty.
+        only: names of the runs to train now, of their series or tasks; all if empty.
         refusals: runs that are refused beside those whose size or path is wrong, and why.
     """
 
@@ -113,15 +119,19 @@ class Plan:
     scale: Scale
     budget: Budget
     folder: Path
-    data: Path
+    data: Path | None
     device: str | None = "auto"
     batches: Mapping[str, int] = field(default_factory=dict)
     only: frozenset[str] = frozenset()
     refusals: Mapping[str, str] = field(default_factory=dict)
 
+    def fingerprint(self, run: Run) -> str:
+        """Of the text, or of the run's task."""
+        return self._text_fingerprint if run.task is None else find_task(run.task).fingerprint
+
     @functools.cached_property
-    def fingerprint(self) -> str:
-        """Of the text."""
+    def _text_fingerprint(self) -> str:
+        assert self.data is not None
         return open_bytes(self.data, self.study.options(self.study.runs[0]).get("heldout", 0.05)).fingerprint()
 
     @functools.cached_property
@@ -132,24 +142,28 @@ class Plan:
     @property
     def accepted(self) -> list[Row]:
         """The rows to train: not refused, and asked for."""
-        return [row for row in self.rows if row.model is not None and (not self.only or row.run.name in self.only)]
+        return [row for row in self.rows if row.model is not None and (not self.only or self.only & row.run.names)]
 
     def _size(self, run: Run) -> Row:
         if run.name in self.refusals:
             return Row(run, refused=self.refusals[run.name])
-        vocabulary = open_vocabulary(self.study.options(run).get("tokenizer"))
+        # Whose speed is not asked for may run on any path.
+        speed_counts = self.device is not None and run.task is None
         try:
-            model = self.study.model(run, vocabulary.size)
-            reason = None if self.device is None else slow_path(model, resolve_device(self.device))
+            tokenizer = self.study.options(run).get("tokenizer")
+            model = self.study.model(run, None if tokenizer is None else open_vocabulary(tokenizer).size)
+            reason = slow_path(model, resolve_device(self.device or "auto")) if speed_counts else None
         except UsageError as error:
             return Row(run, refused=str(error))
         return Row(run, refused=reason) if reason is not None else Row(run, model)
 
-    def config(self, row: Row, lr: float, seed: int, part: float = 1.0) -> TrainConfig:
+    def config(self, row: Row, lr: float, seed: int, part: float = 1.0) -> RunConfig:
         """The options of a run, its size and its end among them."""
         assert row.model is not None
         study, run = self.study, row.run
-        more: dict[str, Any] = {"data": self.data, "device": self.device or "auto", "tensorboard": "off"}
+        more: dict[str, Any] = {"device": self.device or "auto", "tensorboard": "off"}
+        if run.task is None:
+            more["data"] = self.data
         plain = study.config(run, lr, seed, steps=1, **more)
         if run.name in self.batches:
             plain = replace(plain, batch_size=self.batches[run.name])
@@ -162,7 +176,8 @@ class Plan:
         assert row.model is not None
         part = self.study.sweep_part if role == "sweep" else 1.0
         config = self.config(row, lr, seed, part)
-        digest = identity(config, row.model, self.fingerprint)
+        fingerprint = self.fingerprint(row.run)
+        digest = identity(config, row.model, fingerprint)
         budget = self.budget.part(part)
         name = f"{slug(row.run.name)}-{budget.short}-lr{lr:g}-seed{seed}-{digest}"
         folder = self.folder.absolute() / ("sweep" if role == "sweep" else "runs") / name
@@ -172,6 +187,7 @@ class Plan:
             "run": row.run.name,
             "series": row.run.series or row.run.model,
             "target_params": self.study.target(row.run),
+            "fingerprint": fingerprint,
             "identity": digest,
             "settings": settings(config, row.model),
         }
@@ -196,8 +212,8 @@ class Plan:
             "learning_rates": list(study.learning_rates),
             "sweep_part": study.sweep_part,
             "planned": [row.run.name for row in self.rows],
+            "planned_series": list(dict.fromkeys(row.run.series or row.run.model for row in self.rows)),
             "refused": {row.run.name: row.refused for row in self.rows if row.refused is not None},
-            "fingerprint": self.fingerprint,
         }
 
     def sweep_jobs(self) -> list[TrainJob]:

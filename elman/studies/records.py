@@ -14,10 +14,11 @@ from pathlib import Path
 from typing import Any
 
 from elman.errors import UsageError
+from elman.evaluation.accuracy import Accuracy
 from elman.model import ModelConfig
 from elman.sizing import TOLERANCE, flops_per_token, num_params
 from elman.studies.plan import settings, what_was_changed
-from elman.training.config import TrainConfig
+from elman.training.config import RunConfig, TaskConfig, TrainConfig
 from elman.training.run import RunFolder
 from elman.units import bits, format_count, format_duration
 
@@ -50,7 +51,7 @@ class Record:
     label: str
     problems: list[str] = field(default_factory=list)
     remarks: list[str] = field(default_factory=list)
-    config: TrainConfig | None = None
+    config: RunConfig | None = None
     model: ModelConfig | None = None
     facts: dict[str, Any] = field(default_factory=dict)
     summary: dict[str, Any] = field(default_factory=dict)
@@ -66,6 +67,28 @@ class Record:
     def series(self) -> str:
         """What it is joined with where loss is drawn against a scale."""
         return str(self.facts.get("series") or self.label)
+
+    @property
+    def task(self) -> str | None:
+        """The task that it learned; None where that was a text."""
+        return self.config.task if isinstance(self.config, TaskConfig) else None
+
+    @property
+    def accuracies(self) -> list[Accuracy]:
+        """In its task, that at the training length first; none where there are none."""
+        found = self.summary.get("accuracies")
+        return [Accuracy(**values) for values in found] if isinstance(found, list) else []
+
+    @property
+    def judged_by(self) -> tuple[object, ...]:
+        """What its loss, or its accuracy, was measured on: alike only where that is."""
+        known = self.facts.get("fingerprint")
+        match self.config:
+            case TrainConfig() as text:
+                return known or str(text.data), text.heldout, text.eval_bytes
+            case TaskConfig() as task:
+                return task.task, known, task.lengths, task.eval_examples
+        return (known,)
 
     @property
     def is_sweep(self) -> bool:
@@ -198,17 +221,13 @@ def _check_summary(record: Record) -> None:
     summary, model, config = record.summary, record.model, record.config
     assert model is not None
     assert config is not None
-    heldout = summary.get("heldout")
     for name in _NEEDED:
         if not _is_number(summary.get(name)):
             record.problems.append(f"its summary.json has no number for {name}")
-    if not isinstance(heldout, dict) or not _is_number(heldout.get("nats_per_byte")):
-        record.problems.append("its summary.json has no held-out loss")
+    judged = _check_accuracies(record) if record.task is not None else _check_heldout(record)
     if record.problems:
         return
-    assert isinstance(heldout, dict)
     losses = [row["loss"] for row in record.rows if _is_number(row.get("loss"))]
-    at_end = [row["heldout_bits_per_byte"] for row in record.rows if _is_number(row.get("heldout_bits_per_byte"))]
     tokens = summary["steps"] * config.batch_size * config.seq_len
     checks: list[tuple[str, float, float | None]] = [
         ("params", summary["params"], num_params(model)),
@@ -218,11 +237,12 @@ def _check_summary(record: Record) -> None:
         ("steps", summary["steps"], max((row["step"] for row in record.rows), default=None)),
         ("tokens_per_second", summary["tokens_per_second"], tokens / summary["train_seconds"]),
         ("last_100_loss", summary["last_100_loss"], statistics.fmean(losses[-100:]) if losses else None),
-        ("heldout", bits(heldout["nats_per_byte"]), at_end[-1] if at_end else None),
+        *judged,
     ]
     if record.remarks:
         # Lines of the metrics are lost: what is worked out from them is not what it was.
-        checks = [check for check in checks if check[0] not in ("last_100_loss", "steps", "heldout")]
+        kept = ("params", "flops_per_token", "batch_size", "tokens", "tokens_per_second")
+        checks = [check for check in checks if check[0] in kept]
     for name, told, found in checks:
         if found is None:
             record.problems.append(f"its metrics.jsonl has nothing to check its summary's {name} by")
@@ -237,6 +257,34 @@ def _check_summary(record: Record) -> None:
         )
 
 
+def _check_heldout(record: Record) -> list[tuple[str, float, float | None]]:
+    """The held-out loss, as the summary and as the metrics have it."""
+    heldout = record.summary.get("heldout")
+    if not isinstance(heldout, dict) or not _is_number(heldout.get("nats_per_byte")):
+        record.problems.append("its summary.json has no held-out loss")
+        return []
+    return [("heldout", bits(heldout["nats_per_byte"]), _last(record, "heldout_bits_per_byte"))]
+
+
+def _check_accuracies(record: Record) -> list[tuple[str, float, float | None]]:
+    """The accuracies, likewise."""
+    assert isinstance(record.config, TaskConfig)
+    found = record.accuracies
+    if tuple(accuracy.length for accuracy in found) != record.config.lengths:
+        record.problems.append("its summary.json has not the accuracies of its lengths")
+        return []
+    return [
+        (name, accuracy.accuracy, _last(record, name))
+        for accuracy in found
+        for name in (f"accuracy_{accuracy.length}",)
+    ]
+
+
+def _last(record: Record, name: str) -> float | None:
+    """The last number of this name in the metrics."""
+    return next((row[name] for row in reversed(record.rows) if _is_number(row.get(name))), None)
+
+
 def _remark(record: Record) -> None:
     summary = record.summary
     if summary.get("skipped_steps"):
@@ -244,12 +292,17 @@ def _remark(record: Record) -> None:
     if len(record.sessions) > 1:
         record.remarks.append(f"it was started {len(record.sessions)} times")
     if len({session.get("gpu") or session.get("device") for session in record.sessions}) > 1:
-        record.problems.append(f"it ran on several kinds of device ({record.device}): its time is no measure")
+        _note_time(record, f"it ran on several kinds of device ({record.device}): its time is no measure")
     for session in record.sessions:
         slow = sorted(set(session.get("backends") or ()) & set(_SLOW))
         if session.get("gpu") and slow:
-            record.problems.append(f"it ran on a slow path of that GPU ({', '.join(slow)}): its time is no measure")
+            _note_time(record, f"it ran on a slow path of that GPU ({', '.join(slow)}): its time is no measure")
             break
+
+
+def _note_time(record: Record, what: str) -> None:
+    """Whose time is no measure cannot be compared; but for tasks, which are judged by accuracy alone."""
+    (record.problems if record.task is None else record.remarks).append(what)
 
 
 def _is_number(value: Any) -> bool:
@@ -290,14 +343,14 @@ def _looks_like_run(path: Path) -> bool:
 
 
 def name_apart(records: Sequence[Record]) -> None:
-    """Give runs of one label and budget that differ in more than the seed labels that differ, by what they differ in.
+    """Give runs of one label, budget and task that differ in more than the seed labels that tell in what.
 
     Such are runs of no study; and those of a study that was run again after it was changed.
     """
     alike: dict[tuple[object, ...], list[Record]] = {}
     for record in records:
         if record.config is not None and record.model is not None:
-            alike.setdefault((record.label, record.budget), []).append(record)
+            alike.setdefault((record.label, record.budget, record.task), []).append(record)
     for same in alike.values():
         found = [options(record) for record in same]
         names = list(dict.fromkeys(name for values in found for name in values))

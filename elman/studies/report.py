@@ -31,6 +31,7 @@ from elman.studies.analysis import (
 )
 from elman.studies.records import Record, name_apart, read_run, run_folders
 from elman.studies.study import Budget, slug
+from elman.studies.task_grid import PLACES, Grid, Place, task_verdict
 from elman.units import bits, format_bytes, format_count
 
 #: What env.json tells that decides what a run computes and how fast, in the order of the page.
@@ -41,11 +42,12 @@ _ENVIRONMENT = ("gpu", "device", "gpu_memory", "compute_capability", "driver", "
 
 @dataclass(frozen=True)
 class Picture:
-    """An SVG, what it is called, and what it shows."""
+    """An SVG, what it is called, and what it shows; and the same as a PNG, where it may be wanted by itself."""
 
     name: str
     caption: str
     svg: str
+    png: bytes | None = None
 
     @property
     def uri(self) -> str:
@@ -55,10 +57,11 @@ class Picture:
 
 @dataclass(frozen=True)
 class Table:
-    """Columns, and rows of as many words."""
+    """Columns, and rows of as many words; and what it shows, where its section does not say."""
 
     columns: list[str]
     rows: list[list[str]]
+    caption: str = ""
 
 
 @dataclass(frozen=True)
@@ -70,6 +73,8 @@ class Section:
     results: Table
     costs: Table
     pictures: list[Picture]
+    #: The pictures come before the tables, where these only say the same in numbers.
+    pictures_first: bool = False
 
 
 @dataclass
@@ -91,6 +96,7 @@ class Report:
     remarks: list[tuple[str, str]] = field(default_factory=list)
     environment: list[tuple[str, list[str]]] = field(default_factory=list)
     runs: list[list[str]] = field(default_factory=list)
+    is_of_tasks: bool = False
     version: str = elman.__version__
 
     @property
@@ -111,6 +117,8 @@ class Report:
         folder.mkdir(parents=True, exist_ok=True)
         for picture in self.pictures:
             (folder / f"{picture.name}.svg").write_text(picture.svg, encoding="utf-8")
+            if picture.png is not None:
+                (folder / f"{picture.name}.png").write_bytes(picture.png)
         (folder / "report.md").write_text(self.markdown(), encoding="utf-8")
         page = folder / "report.html"
         page.write_text(self.html(), encoding="utf-8")
@@ -138,6 +146,8 @@ def make_report(paths: Sequence[Path]) -> Report:
     planned = [] if newest is None else [str(label) for label in newest.facts.get("planned", [])]
     for number, comparison in enumerate(comparisons, 1):
         report.sections.append(_section(comparison, number, planned, several=len(comparisons) > 1))
+    report.sections += task_sections(good)
+    report.is_of_tasks = bool(good) and all(record.task is not None for record in good)
     if newest is not None and newest.facts.get("axis"):
         _tell_axis(report, str(newest.facts["axis"]), comparisons)
     _tell_sweep(report, [record for record in records if record.is_sweep], good)
@@ -204,6 +214,53 @@ def _section(comparison: Comparison, number: int, planned: Sequence[str], severa
         ),
     ]
     return Section(title, verdict(comparison), results, costs, pictures)
+
+
+def task_sections(records: Sequence[Record]) -> list[Section]:
+    """Of runs of tasks: a section for all that had one budget and training length, models by tasks."""
+    found: dict[tuple[object, ...], list[Record]] = {}
+    for record in records:
+        if record.task is not None:
+            found.setdefault((*record.budget, *(a.length for a in record.accuracies)), []).append(record)
+    sections = []
+    for number, ((kind, amount, *lengths), same) in enumerate(found.items(), 1):
+        budget = Budget(kind, amount)  # type: ignore[arg-type]
+        grid = Grid.of(same)
+        name = slug(budget.short) + ("" if len(found) == 1 else f"-{number}")
+        title = f"After {budget}, trained at length {lengths[0]}"
+        sections.append(
+            Section(
+                title,
+                task_verdict(grid),
+                _grid_table(grid, "longest"),
+                _grid_table(grid, "trained"),
+                [_heat_map(grid, place, f"accuracy-{place}-{name}") for place in PLACES],
+                pictures_first=True,
+            )
+        )
+    return sections
+
+
+_PLACES = {
+    "trained": "Accuracy at the training length, {first}",
+    "longest": "Accuracy past the training length, in examples of length {last}",
+}
+
+
+def _heat_map(grid: Grid, place: Place, name: str) -> Picture:
+    caption = _PLACES[place].format(first=grid.lengths[0], last=grid.lengths[-1])
+    svg, png = figures.heat_map(grid, place, caption)
+    return Picture(name, f"{caption}: per cent, the mean over seeds. The colour goes from chance to all.", svg, png)
+
+
+def _grid_table(grid: Grid, place: Place) -> Table:
+    caption = _PLACES[place].format(first=grid.lengths[0], last=grid.lengths[-1])
+    rows = []
+    for model in grid.models:
+        cells = [grid.cell(model, task, place) for task in grid.tasks]
+        rows.append([model, *("–" if cell is None else cell.words for cell in cells)])
+    chances = [f"{100 * grid.chance(task, place):.1f}" for task in grid.tasks]
+    return Table(["", *grid.tasks], [*rows, ["chance", *chances]], f"{caption}, per cent: mean ± spread over seeds.")
 
 
 def _result(group: Group, behind: Difference | None) -> list[str]:
@@ -312,7 +369,8 @@ def _tell_environment(report: Report, records: Sequence[Record]) -> None:
                 note(package, version)
     for record in records:
         for session in record.sessions:
-            note("kernels", f"{record.label}: {', '.join(sorted(set(session.get('backends') or ['none of ours'])))}")
+            kernels = ", ".join(sorted(set(session.get("backends") or ["none of ours"])))
+            note("kernels", f"{record.label if record.task is None else record.series}: {kernels}")
     report.environment = list(facts.items())
 
 

@@ -22,6 +22,7 @@ from elman.studies.launch import Launcher
 from elman.studies.memory import ProbeJob, most_memory
 from elman.studies.plan import Plan, Row, job_state
 from elman.studies.records import Record, read_run
+from elman.studies.study import slug
 from elman.training.display import say
 from elman.training.run import RunFolder
 from elman.units import format_bytes, format_count, format_duration
@@ -30,6 +31,10 @@ from elman.units import format_bytes, format_count, format_duration
 _ASSUMED_FLOPS = {"cuda": 1e14, "cpu": 2e10}
 #: Seconds of a run that are not training: starting, compiling, evaluation, saving. Rough.
 _ASSUMED_START = {"cuda": 60.0, "cpu": 10.0}
+
+#: Of a small model that learns a task: seconds a position and layer of a step, and of a run beside its training. Rough.
+_ASSUMED_TASK_STEP = {"cuda": 25e-6, "cpu": 150e-6}
+_ASSUMED_TASK_START = {"cuda": 3.0, "cpu": 3.0}
 
 Keep = Literal["all", "finals", "none"]
 J = TypeVar("J", TrainJob, ProbeJob)
@@ -189,6 +194,9 @@ def _outcome(job: TrainJob | ProbeJob) -> str:
     record = read_run(job.folder)
     if record.problems:
         return record.problems[0]
+    if record.accuracies:
+        told = ", ".join(f"{found.accuracy:.1%} at {found.length}" for found in record.accuracies)
+        return f"{told} (chance {record.accuracies[0].chance:.1%})"
     speed = format_count(record.summary["tokens_per_second"])
     return f"last 100 {record.last_100:.4f}, held out {record.nats:.4f} nats/byte, {speed} tokens/s"
 
@@ -196,6 +204,9 @@ def _outcome(job: TrainJob | ProbeJob) -> str:
 def show_plan(plan: Plan, launcher_jobs: int, device_type: str, console: Console) -> None:
     """The table of a dry run: every row with its size, its end, and about how long and how much memory."""
     study = plan.study
+    if study.is_of_tasks:
+        _show_task_plan(plan, launcher_jobs, device_type, console)
+        return
     if study.memory is not None:
         plan = with_batches(plan)
     table = Table(title=f"{study.name}: {plan.budget} a run", title_justify="left")
@@ -234,12 +245,7 @@ def show_plan(plan: Plan, launcher_jobs: int, device_type: str, console: Console
             f"{states.count('done')}/{len(study.seeds)}",
         )
     console.print(table)
-    for row in plan.rows:
-        if row.refused is not None:
-            say(console, f"{row.run.name} is refused: {row.refused}")
-    say(console, "held equal:")
-    for line in study.held_equal(plan.budget):
-        say(console, f"  {line}")
+    _tell_plan(plan, console)
     whole = total / max(1, launcher_jobs)
     say(
         console,
@@ -249,13 +255,90 @@ def show_plan(plan: Plan, launcher_jobs: int, device_type: str, console: Console
     say(console, f"runs lie in {plan.folder}")
 
 
+def _tell_plan(plan: Plan, console: Console) -> None:
+    for row in plan.rows:
+        if row.refused is not None:
+            say(console, f"{row.run.name} is refused: {row.refused}")
+    say(console, "held equal:")
+    for line in plan.study.held_equal(plan.budget):
+        say(console, f"  {line}")
+
+
+def _show_task_plan(plan: Plan, launcher_jobs: int, device_type: str, console: Console) -> None:
+    """Of a study of tasks: a line a model, over all of its tasks, and about how long what is left to do takes."""
+    study = plan.study
+    table = Table(title=f"{study.name}: {plan.budget} a run", title_justify="left")
+    for column in ("model", "widths × depth", "parameters", "tasks", "a run", "runs done"):
+        table.add_column(column, justify="left" if column == "model" else "right")
+    rates = chosen_rates(plan)
+    sweeps = plan.sweep_jobs()
+    finals = plan.final_jobs(rates) if rates else []
+    places = {row.run.name: row for row in plan.accepted}
+    seconds = {name: _task_seconds(plan, row, device_type) for name, row in places.items()}
+    left = sum(study.sweep_part * seconds[job.facts["run"]] for job in sweeps if job_state(job)[0] != "done")
+    done: dict[str, int] = dict.fromkeys(places, 0)
+    for job in finals:
+        done[job.facts["run"]] += job_state(job)[0] == "done"
+    by_series: dict[str, list[Row]] = {}
+    for row in places.values():
+        by_series.setdefault(row.run.series or row.run.name, []).append(row)
+    for series, rows in by_series.items():
+        models = [row.model for row in rows if row.model is not None]
+        widths, sizes = ({model.dim for model in models}, [num_params(model) for model in models])
+        names = [row.run.name for row in rows]
+        each = sum(seconds[name] for name in names) / len(names)
+        of = len(names) * len(study.seeds)
+        left += sum(seconds[name] * (len(study.seeds) - done[name]) for name in names)
+        table.add_row(
+            series,
+            f"{_range(widths, str)} × {_range({model.depth for model in models}, str)}",
+            _range(set(sizes), format_count),
+            str(len(names)),
+            f"~{format_duration(each)}",
+            f"{sum(done[name] for name in names)}/{of}",
+        )
+    console.print(table)
+    _tell_plan(plan, console)
+    runs, sweep = (
+        len(places) * len(study.seeds) - sum(done.values()),
+        sum(job_state(job)[0] != "done" for job in sweeps),
+    )
+    say(
+        console,
+        f"{runs} runs and {sweep} of the sweep to do: about {format_duration(left / max(1, launcher_jobs))}, "
+        f"{launcher_jobs} at a time if they did not slow each other; where nothing has been measured yet, a guess",
+    )
+    say(console, f"runs lie in {plan.folder}")
+
+
+def _range(values: set[int], show: Callable[[int], str]) -> str:
+    low, high = show(min(values)), show(max(values))
+    return low if low == high else f"{low} to {high}"
+
+
+def _task_seconds(plan: Plan, row: Row, device_type: str) -> float:
+    """Of one run of a small model, start and evaluation included, about."""
+    measured = _measured(plan, row)
+    if measured is not None:
+        spent = float(measured.summary["train_seconds"]) + measured.start_up_seconds
+        return spent + _ASSUMED_TASK_START[device_type]
+    assert row.model is not None
+    config = plan.config(row, plan.study.learning_rates[0], plan.study.seeds[0])
+    if config.steps is None:
+        return plan.budget.amount + _ASSUMED_TASK_START[device_type]
+    # Small models are bound by the number of steps in sequence, not by FLOPs.
+    each = config.seq_len * row.model.depth * _ASSUMED_TASK_STEP[device_type]
+    return config.steps * each + _ASSUMED_TASK_START[device_type]
+
+
 def _measured(plan: Plan, row: Row) -> Record | None:
     """A finished run of the row, which tells its speed and memory."""
     for place in ("runs", "sweep"):
         folder = plan.folder / place
-        for path in sorted(folder.iterdir()) if folder.is_dir() else []:
+        # By what its name begins with first, for a study may have hundreds.
+        for path in sorted(folder.glob(f"{slug(row.run.name)}-*")):
             facts = _facts(path)
-            if facts.get("run") == row.run.name and facts.get("fingerprint") == plan.fingerprint:
+            if facts.get("run") == row.run.name and facts.get("fingerprint") == plan.fingerprint(row.run):
                 record = read_run(path)
                 if not record.problems and record.model == row.model:
                     return record

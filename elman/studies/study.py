@@ -15,11 +15,12 @@ from dataclasses import dataclass, field
 from typing import Any, Literal, TypeVar
 
 from elman.errors import UsageError
+from elman.evaluation.tasks import find_task
 from elman.mixers import MixerConfig, mixer_config, parse_pattern
 from elman.model import ModelConfig
 from elman.options import flag
 from elman.sizing import TOLERANCE, flops_per_token, size_model
-from elman.training.config import TrainConfig
+from elman.training.config import RunConfig, TaskConfig, TrainConfig
 from elman.units import format_count, format_duration, parse_count, parse_duration
 
 BudgetKind = Literal["time", "tokens", "flops"]
@@ -29,10 +30,11 @@ Axis = Literal["params", "depth", "batch_size", "peak_memory_bytes"]
 #: Options of ``elman train`` that a study may set for all its runs: such as change what is learned, or how fast.
 _SHARED = frozenset(
     ("sampling", "tokenizer", "seq_len", "batch_size", "grad_accum", "optimizer", "warmup", "schedule", "weight_decay",
-     "grad_clip", "max_skipped", "heldout", "eval_bytes", "precision", "compile", "graph")
+     "grad_clip", "max_skipped", "heldout", "eval_bytes", "eval_multiples", "eval_examples", "precision", "compile",
+     "graph")
 )  # fmt: skip
 #: Beside them, what a study may be about.
-_VARIABLE = _SHARED | {"params"}
+_VARIABLE = _SHARED | {"params", "task"}
 
 #: Those of them that are told as they are.
 _TRAINING = ("optimizer", "schedule", "warmup", "weight_decay", "grad_clip", "precision", "sampling")
@@ -65,7 +67,9 @@ class Run:
         params: parameters to be within 2% of; the study's if absent.
         dim, depth: as for ``elman train``; solved for where absent.
         train: options of ``elman train`` in which this run differs; only such as the study ``varies``.
-        series: runs of one series are joined by a line where loss is drawn against a scale; the model's if empty.
+        series: runs of one series are joined by a line where loss is drawn against a scale; the model's if empty. In a
+            study of tasks it is a row of the table, and the task a column.
+        task: a synthetic task to learn, as for ``elman task``, in place of a text.
     """
 
     name: str
@@ -76,10 +80,16 @@ class Run:
     depth: int | None = None
     train: Mapping[str, Any] = field(default_factory=dict)
     series: str = ""
+    task: str | None = None
 
     def __post_init__(self) -> None:
         if not isinstance(self.name, str) or not slug(self.name):
             raise UsageError(f"a run is named {self.name!r}: give a name with a letter or a digit in it")
+
+    @property
+    def names(self) -> frozenset[str]:
+        """By which it may be asked for: its own, its series' and its task's."""
+        return frozenset(name for name in (self.name, self.series, self.task) if name)
 
     def mixers(self) -> tuple[MixerConfig, ...]:
         """The variants with their options.
@@ -198,9 +208,16 @@ class Study:
             raise self._wrong(f"seed {SWEEP_SEED} is that of the sweep: give another")
         if not 0 < self.sweep_part <= 1:
             raise self._wrong(f"sweep_part {self.sweep_part} is out of range: give a number above 0 and up to 1")
+        if len({run.task is None for run in self.runs}) > 1:
+            raise self._wrong("some of its runs learn a task and some a text: make two studies of them")
+        if len({run.task for run in self.runs}) > 1 and "task" not in self.varies:
+            raise self._wrong("its runs learn several tasks: name task among varies")
+        if self.is_of_tasks and self.memory is not None:
+            raise self._wrong("equal memory is for studies of a text: leave it out")
+        shared = _SHARED & {entry.name for entry in dataclasses.fields(self._kind)}
         for option in self.train:
-            if option not in _SHARED:
-                raise self._wrong(_unknown("option of train,", option, _SHARED))
+            if option not in shared:
+                raise self._wrong(_unknown("option of train,", option, shared))
         for option in self.varies:
             if option not in _VARIABLE:
                 raise self._wrong(_unknown("option among varies,", option, _VARIABLE))
@@ -224,6 +241,15 @@ class Study:
             raise self._wrong(f"run {run.name!r} has no size: give params or dim")
         run.mixers()
 
+    @property
+    def is_of_tasks(self) -> bool:
+        """Whether its runs learn tasks, not a text."""
+        return self.runs[0].task is not None
+
+    @property
+    def _kind(self) -> type[RunConfig]:
+        return TaskConfig if self.is_of_tasks else TrainConfig
+
     def _wrong(self, what: str) -> UsageError:
         return UsageError(f"study {self.name}: {what}")
 
@@ -232,12 +258,14 @@ class Study:
         text = run.params or self.params
         return None if text is None else parse_count(text, f"study {self.name}, run {run.name!r}: params")
 
-    def model(self, run: Run, vocab_size: int = 256) -> ModelConfig:
-        """The model of a run.
+    def model(self, run: Run, vocab_size: int | None = None) -> ModelConfig:
+        """The model of a run, of so many tokens; if absent, as many as its task has, or 256.
 
         Raises:
             UsageError: no such size comes within 2% of the run's parameters.
         """
+        if vocab_size is None:
+            vocab_size = 256 if run.task is None else find_task(run.task).vocab_size
         return size_model(
             run.mixers(), params=self.target(run), dim=run.dim, depth=run.depth, vocab_size=vocab_size
         )  # fmt: skip
@@ -246,9 +274,10 @@ class Study:
         """The options of ``elman train`` that the study and the run give."""
         return {**self.train, **run.train}
 
-    def config(self, run: Run, lr: float, seed: int, **more: Any) -> TrainConfig:
+    def config(self, run: Run, lr: float, seed: int, **more: Any) -> RunConfig:
         """A run's options, but for its size, which ``model`` tells."""
-        return TrainConfig(model=run.model, lr=lr, seed=seed, eval_every=0, **self.options(run), **more)
+        options = {"model": run.model, "lr": lr, "seed": seed, "eval_every": 0, **self.options(run), **more}
+        return TrainConfig(**options) if run.task is None else TaskConfig(task=run.task, **options)
 
     def budget_of(self, kind: BudgetKind) -> Budget:
         """The study's own budget of a kind.
@@ -276,12 +305,18 @@ class Study:
             lines.append(f"parameters: counted, within {TOLERANCE:.0%} of what each run is meant to have")
         if self.memory is not None:
             lines.append(f"memory: each run's largest batch that fits {self.memory / 2**30:.3g} GiB")
+        what = "examples" if isinstance(same, TaskConfig) else "windows"
         if "batch_size" not in self.varies:
-            lines.append(f"batch: {same.batch_size} windows a step")
+            lines.append(f"batch: {same.batch_size} {what} a step")
         if "seq_len" not in self.varies:
-            lines.append(f"window: {same.seq_len} {'bytes' if same.tokenizer is None else 'tokens'}")
-        lines.append(f"text: one file, the same held-out part of it, {same.eval_bytes} of that read at the end")
-        training = {name: getattr(same, name) for name in _TRAINING if name not in self.varies}
+            length = f"{same.seq_len} {'bytes' if getattr(same, 'tokenizer', None) is None else 'tokens'}"
+            lines.append(f"window: {length}" if isinstance(same, TrainConfig) else f"length: {same.seq_len} or less")
+        if isinstance(same, TrainConfig):
+            lines.append(f"text: one file, the same held-out part of it, {same.eval_bytes} of that read at the end")
+        if isinstance(same, TaskConfig):
+            lengths = ", ".join(map(str, same.lengths))
+            lines.append(f"judged by: the same {same.eval_examples} examples of each length, {lengths}")
+        training = {name: getattr(same, name) for name in _TRAINING if name not in self.varies and hasattr(same, name)}
         lines.append("training: " + ", ".join(f"{flag(name)} {value}" for name, value in training.items()))
         rates = ", ".join(f"{rate:g}" for rate in self.learning_rates)
         if len(self.learning_rates) > 1:
@@ -291,8 +326,19 @@ class Study:
             )
         else:
             lines.append(f"learning rate: {rates}")
-        lines.append(f"seeds: {', '.join(map(str, self.seeds))}, which fix the weights and the order of the data")
+        fixed = "the weights and " + ("the examples" if self.is_of_tasks else "the order of the data")
+        lines.append(f"seeds: {', '.join(map(str, self.seeds))}, which fix {fixed}")
         return lines
+
+
+def over_tasks(runs: Iterable[Run], tasks: Iterable[str]) -> tuple[Run, ...]:
+    """Each of the runs with each of the tasks, named ``RUN on TASK``; the run's own name is that of the series."""
+    runs = tuple(runs)
+    return tuple(
+        dataclasses.replace(run, name=f"{run.name} on {task}", series=run.name, task=task)
+        for task in tasks
+        for run in runs
+    )
 
 
 def slug(name: str) -> str:

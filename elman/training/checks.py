@@ -8,12 +8,12 @@ from elman.environment import total_memory
 from elman.errors import UsageError
 from elman.model import ModelConfig
 from elman.sizing import num_params
-from elman.training.config import TrainConfig
+from elman.training.config import RunConfig
 from elman.training.distributed import ALONE, Processes
 from elman.units import format_bytes, format_count
 
 
-def rows_a_pass(config: TrainConfig, processes: Processes) -> int:
+def rows_a_pass(config: RunConfig, processes: Processes) -> int:
     """Windows that a rank's pass is over: its share of the batch, by parts.
 
     Raises:
@@ -55,7 +55,7 @@ def slow_option(model: ModelConfig, device: torch.device, precision: str) -> str
 
 
 def check_mixers(
-    model: ModelConfig, config: TrainConfig, resets: bool, carries_state: bool, device: torch.device
+    model: ModelConfig, config: RunConfig, resets: bool, carries_state: bool, device: torch.device
 ) -> None:
     """Every mixer can be trained by what the data's mode asks for.
 

@@ -11,7 +11,6 @@ from types import TracebackType
 from typing import Any
 
 from rich.console import Console, RenderableType
-from rich.panel import Panel
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 from rich.table import Table
 from rich.text import Text
@@ -120,9 +119,10 @@ def say(console: Console, line: str) -> None:
     console.print(Text(line), soft_wrap=True)
 
 
-def print_summary(console: Console, summary: dict[str, Any], sample: str) -> None:
-    """The table that a run ends with, and a sample of what it writes."""
-    heldout, unit = summary["heldout"], summary["unit"]
+def print_summary(
+    console: Console, summary: dict[str, Any], facts: list[tuple[str, str]], shown: list[RenderableType]
+) -> None:
+    """What a run has to show, and then the table that it ends with, whose last rows are ``facts``."""
     table = Table(title=f"{summary['model']}: {summary['steps']} steps", show_header=False, title_justify="left")
     table.add_column(style="cyan")
     table.add_column(justify="right")
@@ -137,9 +137,9 @@ def print_summary(console: Console, summary: dict[str, Any], sample: str) -> Non
     table.add_row("peak memory", format_bytes(summary["peak_memory_bytes"]))
     if summary["skipped_steps"]:
         table.add_row("steps skipped", f"{summary['skipped_steps']:,}")
-    table.add_row("loss, mean of the last 100 steps", f"{summary['last_100_loss']:.4f} nats/{unit}")
-    table.add_row("held-out loss", f"{heldout['nats_per_token']:.4f} nats/{unit}")
-    table.add_row("", f"{heldout['bits_per_byte']:.4f} bits/byte")
-    table.add_row("held-out bytes read", f"{heldout['bytes']:,}")
-    console.print(Panel(Text(sample), title="sample", title_align="left"))
+    table.add_row("loss, mean of the last 100 steps", f"{summary['last_100_loss']:.4f} nats/{summary['unit']}")
+    for fact in facts:
+        table.add_row(*fact)
+    for what in shown:
+        console.print(what)
     console.print(table)

@@ -21,7 +21,7 @@ from torch.utils._pytree import tree_map
 
 from elman.environment import resolve_device
 from elman.errors import TrainingError, UsageError
-from elman.training.config import TrainConfig
+from elman.training.config import RunConfig
 
 T = TypeVar("T")
 
@@ -165,7 +165,7 @@ def launched(environment: Mapping[str, str] = os.environ) -> Processes | None:
 
 
 @contextlib.contextmanager
-def process_group(config: TrainConfig) -> Iterator[Processes]:
+def process_group(config: RunConfig) -> Iterator[Processes]:
     """The processes that share a run, connected from here to the end of the context.
 
     Raises:

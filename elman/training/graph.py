@@ -18,7 +18,7 @@ from torch import Tensor
 from elman.data.loading import TensorBatch
 from elman.errors import UsageError
 from elman.ops import choosing_for_graphs
-from elman.training.config import TrainConfig
+from elman.training.config import RunConfig
 
 Step = Callable[[], Tensor]
 
@@ -81,9 +81,7 @@ class StepGraph:
     def place(self, batch: TensorBatch) -> None:
         """Put the next step's batch where every step reads it, and wait for nothing."""
         if self.batch is None:
-            tokens, reset = (None if x is None else torch.empty_like(x, device=self._device) for x in batch)
-            assert tokens is not None
-            self.batch = tokens, reset
+            self.batch = batch.each(lambda tensor: torch.empty_like(tensor, device=self._device))
         for place, given in zip(self.batch, batch, strict=True):
             if place is not None and given is not None:
                 place.copy_(given.pin_memory() if place.is_cuda else given, non_blocking=True)
@@ -107,7 +105,7 @@ class StepGraph:
             return self._recorder.run(step)
 
 
-def why_not(config: TrainConfig, device: torch.device) -> str | None:
+def why_not(config: RunConfig, device: torch.device) -> str | None:
     """In words, why a run's steps cannot be captured, the cure included; None if they can."""
     if device.type != "cuda":
         return f"a CUDA graph needs an NVIDIA GPU, not device {device}: give --graph off"
@@ -118,7 +116,7 @@ def why_not(config: TrainConfig, device: torch.device) -> str | None:
     return None
 
 
-def make_graph(config: TrainConfig, device: torch.device) -> StepGraph | None:
+def make_graph(config: RunConfig, device: torch.device) -> StepGraph | None:
     """What ``--graph`` asks for; None where that is nothing, or ``auto`` and cannot be done.
 
     Raises:

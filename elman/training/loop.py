@@ -14,14 +14,9 @@ from typing import Any
 import torch
 from rich.console import Console
 
-from elman.data.bytes import open_bytes
 from elman.data.loading import Loader, TensorBatch
-from elman.data.sampling import SAMPLERS
-from elman.data.streams import TokenStreams
-from elman.data.vocabulary import open_vocabulary
 from elman.environment import is_out_of_memory, peak_memory, supports_bf16
 from elman.errors import TrainingError, UsageError
-from elman.evaluation.heldout import HeldoutLoss, HeldoutText, evaluate
 from elman.mixers import State
 from elman.model import LanguageModel, ModelConfig, next_token_loss
 from elman.ops import choosing_for_graphs, record_backends
@@ -29,7 +24,7 @@ from elman.training.carry import Carry
 from elman.training.checkpoint import Checkpoint, load_checkpoint, save_checkpoint, save_sharded
 from elman.training.checks import check_memory, check_mixers, rows_a_pass
 from elman.training.compiling import compile_training, first_line, ignoring_compiler_warnings
-from elman.training.config import TrainConfig
+from elman.training.config import RunConfig
 from elman.training.display import TrainingDisplay, say, show_profile
 from elman.training.distributed import ALONE, Processes
 from elman.training.finish import finish
@@ -42,6 +37,7 @@ from elman.training.parallel import check_shareable, share_model
 from elman.training.profile import profiling
 from elman.training.run import RunFolder, load_newest, load_weights, newest_checkpoint
 from elman.training.saving import Saver
+from elman.training.source import Outcome, open_source
 from elman.training.statistics import LayerStatistics
 from elman.training.stop import StopSignal
 from elman.training.tracking import check_trackers, open_metrics
@@ -55,9 +51,8 @@ class Trainer:
     """
 
     def __init__(
-        self, config: TrainConfig, model_config: ModelConfig, console: Console, processes: Processes = ALONE
+        self, config: RunConfig, model_config: ModelConfig, console: Console, processes: Processes = ALONE
     ) -> None:
-        assert config.data is not None
         self.config = config
         self.model_config = model_config
         self.console = console
@@ -73,25 +68,11 @@ class Trainer:
             self.precision = auto if config.precision == "auto" else config.precision
             if self.precision == "fp8":
                 check_float8(self.device, self.rows * config.seq_len)
-            data = open_bytes(config.data, config.heldout)
-            self.fingerprint = data.fingerprint()
-            self.data = data
-            self.vocabulary = open_vocabulary(config.tokenizer)
-            if self.vocabulary.size != model_config.vocab_size:
-                raise UsageError(
-                    f"--tokenizer {config.tokenizer} has {self.vocabulary.size} tokens, but the model was made for "
-                    f"{model_config.vocab_size}: install the tiktoken that the run began with, or start a new run"
-                )
-            streams_of_tokens = config.sampling == "tbptt" and config.tokenizer is not None
-            self.sampler = (TokenStreams if streams_of_tokens else SAMPLERS[config.sampling])(
-                data.train, config.seq_len, config.batch_size, config.seed, self.vocabulary
-            )
+            self.source = open_source(config)
+            self.source.check_vocabulary(model_config.vocab_size)
+            self.sampler = self.source.sampler
             check_mixers(model_config, config, self.sampler.resets, self.sampler.carries_state, self.device)
-            self.heldout = HeldoutText.cut(
-                data.heldout, config.seq_len, config.eval_byte_count, self.vocabulary, self.sampler.resets
-            )
-            workers = config.workers if config.tokenizer is not None else 0
-            self._loader = Loader(self.sampler, workers, processes.rank, processes.size)
+            self._loader = Loader(self.sampler, self.source.workers(self.device), processes.rank, processes.size)
             check_memory(model_config, self.device, processes)
             torch.manual_seed(config.seed)
             self.model = LanguageModel(model_config).to(self.device)
@@ -145,11 +126,7 @@ class Trainer:
                 f"{path} was written by another version of elman (it has no {', '.join(sorted(missing))}): "
                 f"resume with that version, or start a new run; its weights can still be read, by elman generate"
             )
-        if checkpoint.trainer["data"] != self.fingerprint:
-            raise UsageError(
-                f"--data {self.config.data} is not the file that the run began with: "
-                f"name that file by --data, or start a new run"
-            )
+        self.source.check_fingerprint(checkpoint.trainer["data"])
         load_weights(self.model, checkpoint.model, path, self.parallel.place)
         self.optimizer.load_state_dict(checkpoint.trainer["optimizer"], self.parallel.place)
         self.scaler.load_state_dict(checkpoint.trainer["scaler"])
@@ -254,7 +231,7 @@ class Trainer:
             TrainingError: too many steps in a row had to be skipped, or a checkpoint cannot be written.
         """
         self.run = run
-        shown = TrainingDisplay(self.console, self.vocabulary.unit)
+        shown = TrainingDisplay(self.console, self.source.unit)
         shows = open_metrics(run, self.config, self.step + 1)
         trace = run.path / "profile.json.gz"
         with (
@@ -275,16 +252,16 @@ class Trainer:
                 if self.progress >= 1 or stop:
                     break
                 if _due(self.step, self.config.eval_every):
-                    self._evaluate(display, stop)
+                    self._evaluate(display, stop, final=False)
                 if _due(self.step, self.config.save_every):
                     self._save()
                 self.capture()
             self._save()
-            heldout = None if stop else self._evaluate(display, stop)
+            outcome = None if stop else self._evaluate(display, stop, final=True)
             self._saver.wait()
-            if heldout is None:
+            if outcome is None:
                 return False
-            finish(self, heldout, display)
+            finish(self, outcome, display)
         return True
 
     def _train_until_due(self, display: TrainingDisplay, stop: StopSignal) -> None:
@@ -372,27 +349,26 @@ class Trainer:
         """The batch of a step, on the device; that of steps to be captured lies where it was placed before."""
         if self.graph is not None and self.graph.batch is not None:
             return self.graph.batch
-        tokens, reset = self._loader.batch(self.step)
-        return self._to_device(tokens), None if reset is None else self._to_device(reset)
+        return self._loader.batch(self.step).each(self._to_device)
 
     def _look(self) -> torch.Tensor:
         """The statistics of this step's batch, before the step."""
-        tokens, reset = self._batch()
-        first = tokens.chunk(self.config.grad_accum)[0]
-        return self.statistics.look(first[:, :-1], self.carry.states[0], reset, self.autocast)
+        batch = self._batch()
+        first = batch.pairs()[0].chunk(self.config.grad_accum)[0]
+        return self.statistics.look(first, self.carry.states[0], batch.reset, self.autocast)
 
     def _accumulate_gradients(self) -> torch.Tensor:
         """Both passes over this rank's rows of the step's batch, a part at a time; the loss is their mean."""
-        tokens, reset = self._batch()
-        parts = tokens.chunk(self.config.grad_accum)
-        resets = [None] * len(parts) if reset is None else reset.chunk(self.config.grad_accum)
+        batch = self._batch()
+        inputs, targets = (rows.chunk(self.config.grad_accum) for rows in batch.pairs())
+        resets = [None] * len(inputs) if batch.reset is None else batch.reset.chunk(self.config.grad_accum)
         loss = torch.zeros((), device=self.device)
-        for i, part in enumerate(parts):
-            with self.parallel.part(last=i == len(parts) - 1):
+        for i, part in enumerate(inputs):
+            with self.parallel.part(last=i == len(inputs) - 1):
                 with self.autocast():
-                    logits, state = self.parallel.forward(part[:, :-1], self.carry.states[i], resets[i])
+                    logits, state = self.parallel.forward(part, self.carry.states[i], resets[i])
                 self.carry.put(i, state)
-                part_loss = self._loss(logits, part[:, 1:]) / self.config.grad_accum
+                part_loss = self._loss(logits, targets[i]) / self.config.grad_accum
                 self.scaler.scale(part_loss).backward()  # type: ignore[no-untyped-call]
             loss += part_loss.detach()
         return loss
@@ -448,35 +424,20 @@ class Trainer:
             memory=peak_memory(self.device),
         )
 
-    def _evaluate(self, display: TrainingDisplay, stop: StopSignal) -> HeldoutLoss | None:
+    def _evaluate(self, display: TrainingDisplay, stop: StopSignal, *, final: bool) -> Outcome | None:
         def stopped() -> bool:
             stop.agree()
             return bool(stop)
 
         with self.optimizer.averaged():
-            heldout = evaluate(
-                self.model,
-                self.heldout,
-                batch_size=self.rows,
-                device=self.device,
-                autocast=self.autocast,
-                stop=stopped,
-                rank=self.processes.rank,
-                world_size=self.processes.size,
-                total=self.processes.sum,
-            )
-        if heldout is not None:
-            loss = heldout.nats_per_token
-            if not math.isfinite(loss):
-                complaint = f"the held-out loss is {loss} at step {self.step}: lower the --lr"
+            outcome = self.source.evaluate(self, stopped, final=final)
+        if outcome is not None:
+            if not math.isfinite(outcome.loss):
+                complaint = f"the {self.source.judge} is {outcome.loss} at step {self.step}: lower the --lr"
                 raise self.processes.failure(TrainingError(complaint))
-            row = {"heldout_loss": loss, "heldout_bits_per_byte": heldout.bits_per_byte}
-            self.metrics.append([{"step": self.step, "seconds": self.seconds, **row}])
-            display.say(
-                f"step {self.step}  held-out loss {loss:.4f} nats/{self.vocabulary.unit}  "
-                f"{heldout.bits_per_byte:.4f} bits/byte"
-            )
-        return heldout
+            self.metrics.append([{"step": self.step, "seconds": self.seconds, **outcome.row()}])
+            display.say(f"step {self.step}  {outcome.line()}")
+        return outcome
 
     def _state(self) -> dict[str, Any]:
         """What a checkpoint keeps beside the weights."""
@@ -487,7 +448,7 @@ class Trainer:
             "skipped": (self.skipped, self.skipped_in_row),
             "rng": torch.get_rng_state(),
             "seconds": self.seconds,
-            "data": self.fingerprint,
+            "data": self.source.fingerprint,
             "state": self.carry.whole(),
             **({} if places is None else {"places": self.processes.rows(places)}),
         }

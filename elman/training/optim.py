@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from elman.errors import UsageError
-from elman.training.config import TrainConfig
+from elman.training.config import RunConfig
 
 _BETAS = (0.9, 0.95)
 
@@ -164,7 +164,7 @@ def _step_unless(skip: Tensor, optimizer: torch.optim.Optimizer) -> None:
         torch.where(skip, old, tensor, out=tensor)
 
 
-def build_optimizer(model: nn.Module, config: TrainConfig, roles: dict[str, Role] | None = None) -> Optimizer:
+def build_optimizer(model: nn.Module, config: RunConfig, roles: dict[str, Role] | None = None) -> Optimizer:
     """``config.optimizer`` for a model. Biases, norms and decays do not decay.
 
     ``roles`` are those of its parameters before ranks shared them, which leaves no marks on them.
@@ -217,7 +217,7 @@ def _schedule_free() -> Any:
         ) from None
 
 
-def learning_rate(config: TrainConfig, step: int, progress: float) -> float:
+def learning_rate(config: RunConfig, step: int, progress: float) -> float:
     """The rate of a step.
 
     Args:

@@ -1,7 +1,8 @@
-"""loss.png: the training curve against steps and against time, from the run folder alone."""
+"""The pictures of a run: loss.png, its training curve against steps and against time, and of a task accuracy.png."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,8 @@ import numpy as np
 import numpy.typing as npt
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+
+from elman.evaluation.accuracy import Accuracy
 
 
 def running_mean(values: npt.NDArray[np.float64], window: int) -> npt.NDArray[np.float64]:
@@ -46,4 +49,29 @@ def plot_losses(rows: list[dict[str, Any]], title: str, path: Path, unit: str = 
     panels[1].legend()
     # The first steps fall from the logarithm of the vocabulary; the interesting part is what follows.
     panels[0].set_ylim(max(0.0, float(losses.min()) - 0.15), min(float(losses.max()), float(means[-1]) * 2) + 0.15)
+    figure.savefig(path, dpi=120)
+
+
+def plot_accuracies(accuracies: Sequence[Accuracy], train_length: int, title: str, path: Path) -> None:
+    """Draw accuracy against length, that of training being marked, into a PNG."""
+    figure = Figure(figsize=(7, 4.2), layout="constrained")
+    FigureCanvasAgg(figure)
+    figure.suptitle(title)
+    axes = figure.subplots()
+    lengths = [found.length for found in accuracies]
+    axes.plot(lengths, [found.accuracy for found in accuracies], marker="o", label="accuracy")
+    beyond = [(found.length, found.beyond) for found in accuracies if found.beyond is not None]
+    if beyond:
+        axes.plot(*zip(*beyond, strict=True), marker="s", label="past the training length")
+    axes.plot(lengths, [found.whole for found in accuracies], marker="^", label="whole examples")
+    axes.plot(lengths, [found.chance for found in accuracies], color="gray", linestyle="--", label="chance")
+    axes.axvline(train_length, color="gray", linewidth=0.8, linestyle=":", label="training length")
+    axes.set_xscale("log")
+    axes.set_xticks(lengths, [str(length) for length in lengths])
+    axes.minorticks_off()
+    axes.set_ylim(-0.03, 1.03)
+    axes.set_xlabel("length")
+    axes.set_ylabel("part that is right")
+    axes.grid(alpha=0.3)
+    axes.legend()
     figure.savefig(path, dpi=120)

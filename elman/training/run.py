@@ -5,9 +5,9 @@ env.json        machine, versions, commit; one entry for each time the run was s
 metrics.jsonl   a line a step (step, loss, lr, grad_norm, tokens, seconds; now and then tokens_per_second and mfu) and
                 a line an evaluation; a step that was skipped has what of it was finite, and under "skipped" how many
                 there were so far; every --stats-every steps "stats", see statistics.py
-summary.json    the outcome
+summary.json    the outcome; of a task, its accuracies
 study.json      of a run of a study: what the study asks, and which of its runs this is, see elman/studies/plan.py
-sample.txt, loss.png
+sample.txt, loss.png; of a task, accuracy.png in place of a sample
 checkpoints/
 profile.json.gz             a trace, by --profile
 tensorboard/, wandb.json    where trackers show the same numbers, see tracking.py
@@ -35,7 +35,7 @@ from elman.data.vocabulary import Vocabulary, open_vocabulary
 from elman.errors import UsageError
 from elman.model import LanguageModel, ModelConfig
 from elman.training.checkpoint import Checkpoint, DamagedCheckpointError, list_checkpoints, load_checkpoint
-from elman.training.config import TrainConfig
+from elman.training.config import RunConfig, TaskConfig, TrainConfig
 
 
 @dataclass(frozen=True)
@@ -83,7 +83,7 @@ class RunFolder:
         finally:
             lock.release()
 
-    def read_config(self) -> tuple[TrainConfig, ModelConfig]:
+    def read_config(self) -> tuple[RunConfig, ModelConfig]:
         """What the run was started with.
 
         Raises:
@@ -92,16 +92,18 @@ class RunFolder:
         try:
             values = json.loads((self.path / "config.json").read_text(encoding="utf-8"))
             train = dict(values["train"])
+            kind = TaskConfig if "task" in train else TrainConfig
             for name in ("data", "out", "resume"):
-                train[name] = Path(train[name]) if train[name] is not None else None
-            return TrainConfig(**train), ModelConfig.from_dict(values["model"])
+                if train.get(name) is not None:
+                    train[name] = Path(train[name])
+            return kind(**train), ModelConfig.from_dict(values["model"])
         except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise UsageError(
                 f"{self.path}/config.json is not as elman train wrote it ({error}): "
                 f"put the file back, or start a new run"
             ) from None
 
-    def write_config(self, train: TrainConfig, model: ModelConfig) -> None:
+    def write_config(self, train: RunConfig, model: ModelConfig) -> None:
         """Write config.json."""
         self.write_json("config.json", {"train": asdict(train), "model": model.to_dict()})
 
@@ -284,9 +286,11 @@ def load_text(path: Path | str) -> tuple[Vocabulary, bool]:
     """How a run's model was shown text: its tokens, and whether a document's start reset its state.
 
     Raises:
-        UsageError: no run there, or its tokeniser is missing.
+        UsageError: no run there, its tokeniser is missing, or it never saw a text.
     """
     config, _ = open_run(Path(path)).read_config()
+    if not isinstance(config, TrainConfig):
+        raise UsageError(f"{path} learned a task, not a language: give a run folder of elman train")
     return open_vocabulary(config.tokenizer), SAMPLERS[config.sampling].resets
 
 

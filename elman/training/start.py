@@ -15,7 +15,6 @@ from rich.console import Console
 from rich.progress import Progress
 
 from elman.data.stdlib import pack_stdlib, stdlib_files, stdlib_path
-from elman.data.vocabulary import open_vocabulary
 from elman.environment import describe_environment, is_out_of_memory
 from elman.errors import TrainingError, UsageError
 from elman.mixers import MixerConfig
@@ -23,7 +22,7 @@ from elman.model import ModelConfig
 from elman.options import flag
 from elman.sizing import flops_per_token, num_params, size_model, state_size
 from elman.training.checks import slow_option
-from elman.training.config import TrainConfig
+from elman.training.config import RunConfig, TrainConfig
 from elman.training.display import say
 from elman.training.distributed import Processes, process_group
 from elman.training.loop import Trainer
@@ -40,7 +39,7 @@ _RESUMABLE = (
 
 
 def start_run(
-    config: TrainConfig, mixers: tuple[MixerConfig, ...], console: Console, study: dict[str, Any] | None = None
+    config: RunConfig, mixers: tuple[MixerConfig, ...], console: Console, study: dict[str, Any] | None = None
 ) -> int:
     """Train a new run. Returns the exit code: 0, or 130 if it was stopped and saved.
 
@@ -52,13 +51,14 @@ def start_run(
         with processes.together():
             if config.out is not None:
                 check_free(config.out)
-            vocab_size = open_vocabulary(config.tokenizer).size
             model_config = size_model(
-                mixers, params=config.param_count, dim=config.dim, depth=config.depth, vocab_size=vocab_size
+                mixers, params=config.param_count, dim=config.dim, depth=config.layers, vocab_size=config.vocab_size
             )
-            # Packed by one process of each machine.
-            data = demo_data(console) if config.data is None and processes.local_rank == 0 else config.data
-        config = replace(config, data=data if data is not None else demo_data(console))
+        if isinstance(config, TrainConfig) and config.data is None:
+            with processes.together():
+                # Packed by one process of each machine.
+                data = demo_data(console) if processes.local_rank == 0 else None
+            config = replace(config, data=data if data is not None else demo_data(console))
         trainer = _build(config, model_config, console, processes)
         with _write_to(create(config.out, model_config.pattern), processes) as run:
             if study is not None:
@@ -69,7 +69,7 @@ def start_run(
             return _train(trainer, run)
 
 
-def resume_run(config: TrainConfig, mixers: tuple[MixerConfig, ...], console: Console) -> int:
+def resume_run(config: RunConfig, mixers: tuple[MixerConfig, ...], console: Console) -> int:
     """Go on with ``config.resume``; ``config`` is that run's own but for what may be given anew."""
     assert config.resume is not None
     with process_group(config) as processes:
@@ -84,11 +84,10 @@ def resume_run(config: TrainConfig, mixers: tuple[MixerConfig, ...], console: Co
             return _train(trainer, run)
 
 
-def _changed(run: RunFolder, config: TrainConfig, mixers: tuple[MixerConfig, ...]) -> tuple[TrainConfig, ModelConfig]:
+def _changed(run: RunFolder, config: RunConfig, mixers: tuple[MixerConfig, ...]) -> tuple[RunConfig, ModelConfig]:
     """The options that a run goes on with, and its model."""
-    assert config.data is not None
     before, model_config = run.read_config()
-    config = replace(config, data=config.data.absolute(), resume=None)
+    config = replace(config.resolved(), resume=None)
     changed = [name for name in vars(config) if getattr(config, name) != getattr(before, name)]
     for new, old in zip(mixers, model_config.mixers, strict=False):
         changed += [name for name in vars(new) if getattr(new, name) != getattr(old, name, None)]
@@ -127,7 +126,7 @@ def _write_to(opened: AbstractContextManager[RunFolder], processes: Processes) -
 
 
 def _build(
-    config: TrainConfig, model: ModelConfig, console: Console, processes: Processes, run: RunFolder | None = None
+    config: RunConfig, model: ModelConfig, console: Console, processes: Processes, run: RunFolder | None = None
 ) -> Trainer:
     """A trainer that is ready to go on with a run, or to begin one."""
     trainer = Trainer(config, model, console, processes)
@@ -143,10 +142,9 @@ def _build(
     return trainer
 
 
-def _write_config(run: RunFolder, config: TrainConfig, model: ModelConfig) -> None:
-    assert config.data is not None
+def _write_config(run: RunFolder, config: RunConfig, model: ModelConfig) -> None:
     # A profile is taken where it is asked for, and not again when the run goes on.
-    run.write_config(replace(config, data=config.data.absolute(), out=run.path, profile=False), model)
+    run.write_config(replace(config.resolved(), out=run.path, profile=False), model)
 
 
 def demo_data(console: Console) -> Path:
@@ -191,8 +189,8 @@ def _train(trainer: Trainer, run: RunFolder) -> int:
     except OSError as error:
         raise TrainingError(f"{run.path} cannot be written ({error.strerror or error}); {cure}") from None
     if finished:
-        say(console, f"results in {run.path}: summary.json, metrics.jsonl, loss.png, sample.txt, checkpoints/")
-        say(console, f"write with it: elman generate {run.path} --prompt 'def '")
+        for line in trainer.source.farewell(run):
+            say(console, line)
         return 0
     say(console, f"stopped at step {trainer.step}, saved in {run.path}; go on with: elman train --resume {run.path}")
     return 130
@@ -224,8 +222,7 @@ def _print_head(trainer: Trainer, run: RunFolder) -> None:
         how += f", {trainer.processes.kind} over {trainer.processes.size} processes"
     say(
         trainer.console,
-        f"{config.data}: {len(trainer.data.train):,} bytes to train on, {len(trainer.data.heldout):,} held out; "
-        f"{where}, {how}; run folder {run.path}",
+        f"{trainer.source.describe()}; {where}, {how}; run folder {run.path}",
     )
 
 

@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from typing import Any, Protocol
 
 from elman.errors import UsageError
-from elman.training.config import TrainConfig
+from elman.training.config import RunConfig
 from elman.training.run import RunFolder
 
 #: What every row has, and what is no measurement of its own.
@@ -109,7 +109,7 @@ def _wandb(project: str) -> Any:
         raise UsageError(f"--wandb {project} needs its package ({error}): pip install wandb, or drop --wandb") from None
 
 
-def uses_tensorboard(config: TrainConfig) -> bool:
+def uses_tensorboard(config: RunConfig) -> bool:
     """Whether a run is shown in TensorBoard: if it asks for it, or may have it and the package is there.
 
     Raises:
@@ -121,7 +121,7 @@ def uses_tensorboard(config: TrainConfig) -> bool:
     return found and config.tensorboard != "off"
 
 
-def check_trackers(config: TrainConfig) -> None:
+def check_trackers(config: RunConfig) -> None:
     """All that a run asks to be shown by is installed.
 
     Raises:
@@ -133,7 +133,7 @@ def check_trackers(config: TrainConfig) -> None:
 
 
 @contextlib.contextmanager
-def open_metrics(run: RunFolder, config: TrainConfig, first_step: int) -> Iterator[Metrics]:
+def open_metrics(run: RunFolder, config: RunConfig, first_step: int) -> Iterator[Metrics]:
     """The metrics of a run that begins with step ``first_step``, its trackers closed at the end."""
     with contextlib.ExitStack() as stack:
         trackers: list[Tracker] = []

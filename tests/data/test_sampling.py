@@ -75,7 +75,7 @@ def test_a_ring_goes_round_and_tells_the_end_from_the_start() -> None:
 def test_resets_are_where_documents_start(kind: type[Sampler]) -> None:
     one = sampler(kind, data=DOCUMENTS, seq_len=40)
     for step in range(1, 40):
-        tokens, reset = one.batch(step)
+        tokens, reset, _ = one.batch(step)
         assert reset is not None
         for row, marks, start in zip(tokens, reset, one.starts(step), strict=True):
             before = DOCUMENTS[start - 1]
@@ -86,7 +86,7 @@ def test_rows_of_documents_start_with_one_or_in_the_middle_of_a_long_one() -> No
     one = sampler(DocumentSampler, data=letters("abc|" * 10 + "l" * 500 + "|" + "xyz|" * 10))
     read = np.zeros(len(one.data), dtype=int)
     for step in range(300):
-        tokens, _ = one.batch(step)
+        tokens = one.batch(step).tokens
         for row, start in zip(tokens, one.starts(step), strict=True):
             text = shown(row)
             assert text == shown(Ring(one.data).read(int(start), 17))

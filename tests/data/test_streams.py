@@ -70,8 +70,8 @@ def test_neither_workers_nor_ranks_nor_a_stop_change_what_is_read(workers: int, 
             assert torch.equal(loader.places(9), places.chunk(world_size)[after.index(loader)])  # type: ignore[arg-type]
         for step in (9, 9, 10, 11, 12, 13, 14):
             parts = [loader.batch(step) for loader in after]
-            assert np.array_equal(torch.cat([tokens for tokens, _ in parts]).numpy(), whole[step].tokens)
-            assert np.array_equal(torch.cat([reset for _, reset in parts]).numpy(), whole[step].reset)  # type: ignore[misc]
+            assert np.array_equal(torch.cat([part.tokens for part in parts]).numpy(), whole[step].tokens)
+            assert np.array_equal(torch.cat([part.reset for part in parts]).numpy(), whole[step].reset)  # type: ignore[misc]
         # Taken up again after the workers have been ended.
         after[0].close()
         assert np.array_equal(after[0].batch(14)[0].numpy(), whole[14].tokens[: 6 // world_size])

@@ -60,7 +60,7 @@ def test_a_long_run_of_spaces_does_not_overflow() -> None:
 def test_windows_of_tokens_are_runs_of_the_file(kind: type[Sampler]) -> None:
     one = kind(array(TEXT), 48, 8, 0, TINY)
     for step in range(20):
-        tokens, reset = one.batch(step)
+        tokens, reset, _ = one.batch(step)
         assert tokens.shape == (8, 49)
         for row, start in zip(tokens, one.starts(step), strict=True):
             text = decode(row)
@@ -85,7 +85,7 @@ def test_the_number_of_workers_changes_nothing(workers: int) -> None:
     loader = Loader(one, workers)
     try:
         for step in (7, 7, 8, 9, 10, 11, 3, 4):
-            tokens, reset = loader.batch(step)
+            tokens, reset, _ = loader.batch(step)
             expected = one.batch(step)
             assert np.array_equal(tokens.numpy(), expected.tokens)
             assert reset is not None

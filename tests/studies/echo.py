@@ -19,6 +19,6 @@ class Echo:
             os.kill(os.getpid(), -self.code)
         time.sleep(self.seconds)
         seen = os.environ.get("CUDA_VISIBLE_DEVICES")
-        (self.out / self.name).write_text(json.dumps([seen, started, time.time()]))
+        (self.out / self.name).write_text(json.dumps([seen, started, time.time(), os.getpid()]))
         print(f"{self.name} saw {seen}\n")
         return self.code

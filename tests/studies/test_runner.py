@@ -330,6 +330,7 @@ def test_slots_are_the_gpus_that_are_seen(monkeypatch: pytest.MonkeyPatch) -> No
     assert gpu_slots(2, None) == ["3", "GPU-abc"]
     with pytest.raises(UsageError, match="--jobs 3: this machine has 2 GPU"):
         gpu_slots(2, 3)
+    assert gpu_slots(2, 3, shared=True) == ["3", "GPU-abc", "3"]
 
 
 def test_local_jobs_have_a_gpu_each_and_tell_how_they_ended(tmp_path: Path) -> None:
@@ -343,6 +344,27 @@ def test_local_jobs_have_a_gpu_each_and_tell_how_they_ended(tmp_path: Path) -> N
     assert set(gpus.values()) == {"0", "5"}
     assert ended == {f"job{i}": (i, f"job{i} saw {gpus[f'job{i}']}") for i in range(2)}
     assert [path.suffix for path in (tmp_path / "logs").iterdir()] == [".log"] * 3
+
+
+def test_a_process_that_is_kept_takes_one_job_after_another(tmp_path: Path) -> None:
+    ended: dict[str, tuple[int, str]] = {}
+    names = ["a", "b", "killed", "c", "broken"]
+    jobs = [Echo(name, tmp_path / ("nowhere" if name == "broken" else "")) for name in names]
+    jobs[1].code, jobs[2].code = 3, -signal.SIGKILL
+    launcher = LocalLauncher(["0"], tmp_path / "logs", keep=True)
+    launcher.run(jobs, lambda job, code, line: ended.update({job.name: (code, line)}))
+    pids = {name: json.loads((tmp_path / name).read_text())[3] for name in "abc"}
+    # What ends the process ends no other job; and none stays where there is nothing left to do.
+    assert pids["a"] == pids["b"] != pids["c"]
+    for pid in pids.values():
+        with pytest.raises(ProcessLookupError):
+            os.kill(pid, 0)
+    assert ended["a"] == (0, "a saw 0")
+    assert ended["b"] == (3, "b saw 0")
+    assert ended["killed"] == (-signal.SIGKILL, "killed by SIGKILL")
+    assert ended["broken"][0] == 1
+    assert "FileNotFoundError" in ended["broken"][1]
+    assert (tmp_path / "logs" / "a.log").read_text() == "a saw 0\n\n"
 
 
 @pytest.mark.filterwarnings("ignore::ResourceWarning")  # submitit's debug executor leaves its logs open

@@ -8,7 +8,7 @@ from typing import Any
 from rich.console import Console
 
 from elman.mixers import MixerConfig, mixer_config
-from elman.training.config import TrainConfig
+from elman.training.config import RunConfig
 from elman.training.run import RunFolder, open_run
 from elman.training.start import resume_run, start_run
 
@@ -17,12 +17,12 @@ E1 = (mixer_config("e1")(),)
 CAPPED = (mixer_config("e1")(constraint="spectral_norm"),)
 
 
-def start(config: TrainConfig, mixers: tuple[MixerConfig, ...] = E1) -> tuple[int, str]:
+def start(config: RunConfig, mixers: tuple[MixerConfig, ...] = E1) -> tuple[int, str]:
     output = io.StringIO()
     return start_run(config, mixers, Console(file=output, width=100)), output.getvalue()
 
 
-def resume(config: TrainConfig, **changes: Any) -> tuple[int, str]:
+def resume(config: RunConfig, **changes: Any) -> tuple[int, str]:
     saved, model = open_run(config.out).read_config()  # type: ignore[arg-type]
     output = io.StringIO()
     code = resume_run(replace(saved, resume=config.out, **changes), model.mixers, Console(file=output, width=100))

@@ -111,8 +111,8 @@ def test_ranks_share_an_evaluation_whatever_the_number_of_batches(config: TrainC
         return values
 
     for rank in range(world_size):
-        evaluate(trainer.model, trainer.heldout, rank=rank, world_size=world_size, total=keep, **given)
-    whole = evaluate(trainer.model, trainer.heldout, **given)
+        evaluate(trainer.model, trainer.source.heldout, rank=rank, world_size=world_size, total=keep, **given)
+    whole = evaluate(trainer.model, trainer.source.heldout, **given)
     assert whole is not None
     batches = torch.stack(parts)
     assert batches.shape == (world_size, 2, 4)

@@ -8,11 +8,12 @@ from typing import Any
 import pytest
 import torch
 
+from elman.data.loading import TensorBatch
 from elman.errors import TrainingError, UsageError
 from elman.mixers import MixerConfig, mixer_config
 from elman.ops import persistent
 from elman.training import graph
-from elman.training.config import TrainConfig
+from elman.training.config import TaskConfig, TrainConfig
 from elman.training.graph import StepGraph
 from elman.training.loop import Trainer
 from elman.training.run import RunFolder
@@ -69,6 +70,18 @@ def test_captured_steps_are_those_of_a_plain_run_bit_for_bit(
     assert rows(config.out) == rows(tmp_path / "plain")
     (session,) = json.loads((config.out / "env.json").read_text())  # type: ignore[operator]
     assert session["captured"] is True
+
+
+def test_steps_of_a_task_are_captured_whatever_their_lengths(tmp_path: Path, recorders: list[TapeRecorder]) -> None:
+    config = TaskConfig(
+        task="copying", dim=16, depth=2, seq_len=12, batch_size=4, steps=12, lr=1e-2, device="cpu", eval_examples=5,
+        eval_multiples=(2,),
+    )  # fmt: skip
+    start(replace(config, graph="off", out=tmp_path / "plain"))
+    start(replace(config, graph="on", out=tmp_path / "captured"))
+    (recorder,) = recorders
+    assert (recorder.plain, recorder.recorded, recorder.replayed) == (3, 1, 9)
+    assert rows(tmp_path / "captured") == rows(tmp_path / "plain")
 
 
 def test_the_stand_in_would_notice_a_rate_that_the_host_keeps(
@@ -195,13 +208,13 @@ def test_optimisers_that_count_on_the_host_are_not_captured() -> None:
 
 def test_a_batch_is_placed_where_the_last_one_was() -> None:
     captured = StepGraph(TapeRecorder(torch.device("cpu")), torch.device("cpu"))
-    captured.place((torch.arange(6, dtype=torch.uint8).view(2, 3), torch.tensor([[True], [False]])))
+    captured.place(TensorBatch(torch.arange(6, dtype=torch.uint8).view(2, 3), torch.tensor([[True], [False]])))
     first = captured.batch
-    captured.place((torch.full((2, 3), 9, dtype=torch.uint8), torch.tensor([[False], [True]])))
+    captured.place(TensorBatch(torch.full((2, 3), 9, dtype=torch.uint8), torch.tensor([[False], [True]])))
     second = captured.batch
     assert first is not None
     assert second is not None
-    for a, b, expected in zip(first, second, (9, torch.tensor([[False], [True]])), strict=True):
+    for a, b, expected in zip(first[:2], second[:2], (9, torch.tensor([[False], [True]])), strict=True):
         assert a is b
         assert (a == expected).all()
 
@@ -215,9 +228,9 @@ def test_kernels_are_chosen_for_graphs_before_there_is_one(
     def watch(name: str, method: str) -> None:
         real = getattr(Trainer, method)
 
-        def watched(trainer: Trainer, *given: Any) -> Any:
+        def watched(trainer: Trainer, *given: Any, **named: Any) -> Any:
             seen[name].add(persistent._is_captured())
-            return real(trainer, *given)
+            return real(trainer, *given, **named)
 
         monkeypatch.setattr(Trainer, method, watched)
 
