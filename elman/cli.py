@@ -12,13 +12,14 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import tyro
 from rich.console import Console
 
 from elman.errors import TrainingError, UsageError
 from elman.mixers import MixerConfig, mixer_config, parse_pattern
+from elman.options import OptionalInt
 from elman.studies.options import CompareRuns, ReportRuns, Studies
 from elman.text import one_line
 from elman.training.config import TrainConfig
@@ -26,29 +27,49 @@ from elman.training.config import TrainConfig
 
 @dataclass(frozen=True)
 class Generate:
-    """Write on from a prompt with a trained model, in constant memory."""
+    """Write on from prompts with a trained model: a recurrent one in constant memory, however long the text."""
 
     run: tyro.conf.Positional[Path]
     """Run folder of elman train."""
-    prompt: str = ""
-    """Text to go on from; none starts a document."""
+    prompt: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
+    """Text to go on from, its bytes as they are; given several times, several texts at a time. Empty starts a
+    document."""
+    prompt_file: tyro.conf.UseAppendAction[tuple[Path, ...]] = ()
+    """A file whose bytes are a prompt, of any size; likewise."""
+    interactive: bool = False
+    """Read a line, write on, and so on, the state kept between turns. Ctrl-C ends a turn, Ctrl-D all."""
     bytes: int = 500
-    """How many to write."""
+    """How many to write, each text or turn."""
     temperature: float = 0.8
     """0 always takes the likeliest byte."""
+    top_k: OptionalInt = None
+    """Draw from so many of the likeliest bytes; from all if absent."""
     top_p: float = 0.95
     """Draw from the likeliest bytes that hold this much probability."""
     seed: int = 0
     """Of the draws."""
+    precision: Literal["auto", "bf16", "fp32"] = "auto"
+    """auto takes bf16 where a GPU has it."""
+    graph: Literal["auto", "off"] = "auto"
+    """auto captures a step in a CUDA graph on a GPU, but for layers of other packages."""
     device: str = "auto"
     """cpu, cuda, cuda:1, ...; auto takes a GPU where there is one."""
 
     def run_command(self, console: Console) -> int:
-        from elman.commands import generate
+        from elman.writing import Request, generate
 
-        return generate(
-            self.run, self.prompt, self.bytes, self.temperature, self.top_p, self.seed, self.device, sys.stdout
+        request = Request(
+            run=self.run,
+            prompts=self.prompt,
+            prompt_files=self.prompt_file,
+            interactive=self.interactive,
+            num_bytes=self.bytes,
+            sampling=(self.temperature, self.top_k, self.top_p, self.seed),
+            precision=self.precision,
+            graph=self.graph,
+            device=self.device,
         )
+        return generate(request, sys.stdout)
 
 
 @dataclass(frozen=True)

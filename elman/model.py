@@ -150,6 +150,12 @@ class LanguageModel(nn.Module):
             if isinstance(module, FollowsWeights):
                 module.after_step()
 
+    def reserve(self, state: State, steps: int) -> tuple[State, ...]:
+        """A state that ``forward`` returned, to go on from in the memory that it has: see ``Mixer.reserve``."""
+        assert state is not None
+        mixers = [layer.mixer for layer in self.layers if isinstance(layer, Layer)]
+        return tuple(mixer.reserve(each, steps) for mixer, each in zip(mixers, state, strict=True))
+
     def forward(
         self, tokens: Tensor, state: State | None = None, reset: Tensor | None = None
     ) -> tuple[Tensor, tuple[State, ...]]:
