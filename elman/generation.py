@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 
@@ -137,6 +137,21 @@ class Decoder:
     def has_read(self) -> bool:
         """Whether there is anything to go on from."""
         return self._logits is not None
+
+    @property
+    def captured(self) -> bool:
+        """Whether steps are replayed now."""
+        return self._replay is not None
+
+    @property
+    def state_bytes(self) -> int:
+        """Memory of the state of all rows."""
+        return sum(leaf.nbytes for leaf in tree_leaves(self._state))
+
+    def change_state(self, change: Callable[[State], State], room: int) -> None:
+        """Go on from another state, which has room for so many steps: for measurements."""
+        self._state = change(self._state)
+        self._room, self._settled, self._replay = room, 0, None
 
     @torch.inference_mode()
     def read(self, texts: Sequence[Bytes]) -> None:

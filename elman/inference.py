@@ -5,8 +5,21 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from elman.environment import supports_bf16
+from elman.errors import UsageError
 from elman.mixers.recurrent_weight import RecurrentWeight, Weight
 from elman.model import LanguageModel
+
+
+def autocast_dtype(precision: str, device: torch.device) -> torch.dtype | None:
+    """What ``--precision auto|bf16|fp32`` rounds products to on a device; None: nothing.
+
+    Raises:
+        UsageError: bf16, on a GPU without it.
+    """
+    if precision == "bf16" and device.type == "cuda" and not supports_bf16(device):
+        raise UsageError(f"--precision bf16: {device} does not multiply bf16 in hardware: give --precision fp32")
+    return torch.bfloat16 if precision == "bf16" or (precision == "auto" and supports_bf16(device)) else None
 
 
 class Composed(nn.Module):

@@ -11,13 +11,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TextIO
 
-import torch
-
 from elman.data.bytes import DELIMITER, Bytes, map_bytes
-from elman.environment import resolve_device, supports_bf16
+from elman.environment import resolve_device
 from elman.errors import UsageError
 from elman.generation import Decoder, Sampling, as_bytes, check_bytes
-from elman.inference import freeze
+from elman.inference import autocast_dtype, freeze
 from elman.model import LanguageModel
 from elman.text import one_line, readable
 from elman.training.run import load_model, load_text
@@ -92,12 +90,9 @@ def open_decoder(
         UsageError: no such device, no run there, or it has no model yet.
     """
     where = resolve_device(device)
+    dtype = autocast_dtype(precision, where)
     model = load_model(run, lambda line: print(one_line(line), file=sys.stderr))
     vocabulary, resets = load_text(run)
-    if precision == "bf16" and where.type == "cuda" and not supports_bf16(where):
-        raise UsageError(f"--precision bf16: {where} does not multiply bf16 in hardware: give --precision fp32")
-    bf16 = precision == "bf16" or (precision == "auto" and supports_bf16(where))
-    dtype = torch.bfloat16 if bf16 else None
     captured = graph == "auto" and where.type == "cuda" and is_capturable(model)
     model = freeze(model.to(where), dtype)
     return Decoder(model, rows, sampling, vocabulary=vocabulary, resets=resets, dtype=dtype, graph=captured)

@@ -10,6 +10,7 @@ study.json      of a run of a study: what the study asks, and which of its runs 
 sample.txt, loss.png
 checkpoints/
 profile.json.gz             a trace, by --profile
+eval-DATE-TIME/             what an `elman eval` found, see elman/evaluation/report.py
 tensorboard/, wandb.json    where trackers show the same numbers, see tracking.py
 """
 
@@ -180,9 +181,7 @@ def create(path: Path | None, pattern: str) -> Iterator[RunFolder]:
     """
     try:
         if path is None:
-            path = _make_unique(
-                Path("runs"), f"{re.sub(r'[,:]', '-', pattern)}-{datetime.datetime.now():%Y%m%d-%H%M%S}"
-            )
+            path = make_unique(Path("runs"), f"{re.sub(r'[,:]', '-', pattern)}-{datetime.datetime.now():%Y%m%d-%H%M%S}")
         else:
             path.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -194,7 +193,8 @@ def create(path: Path | None, pattern: str) -> Iterator[RunFolder]:
         yield run
 
 
-def _make_unique(folder: Path, stem: str) -> Path:
+def make_unique(folder: Path, stem: str) -> Path:
+    """A new folder inside another, with a number behind its name where there is one of that name."""
     for n in itertools.count(1):
         path = folder / (stem if n == 1 else f"{stem}-{n}")
         try:
