@@ -19,7 +19,7 @@ from rich.console import Console
 
 from elman.errors import TrainingError, UsageError
 from elman.mixers import MixerConfig, mixer_config, parse_pattern
-from elman.options import OptionalInt
+from elman.options import OptionalInt, OptionalPath, OptionalStr
 from elman.studies.options import CompareRuns, ReportRuns, Studies
 from elman.text import one_line
 from elman.training.config import TrainConfig
@@ -70,6 +70,40 @@ class Generate:
             device=self.device,
         )
         return generate(request, sys.stdout)
+
+
+@dataclass(frozen=True)
+class Evaluate:
+    """Loss of a trained model on a text: in windows, with its state carried, and by length of context.
+
+    Leaves numbers, tables and a picture in a new folder inside the run.
+    """
+
+    run: tyro.conf.Positional[Path]
+    """Run folder of elman train."""
+    data: OptionalPath = None
+    """Raw text file, documents ended by 0x1e; the text that the run held out if absent."""
+    mode: Literal["both", "carried", "windows"] = "both"
+    """windows: each from a state at rest, as in training; carried: one state through all of the text."""
+    contexts: tuple[int, ...] = (256, 512, 1024, 2048, 4096, 8192, 16384, 32768, 65536)
+    """Lengths of context to compare on the same tokens, as far as the text is long enough; 0 for none."""
+    context_rows: int = 128
+    """Places in the text where contexts are compared."""
+    max_bytes: OptionalStr = None
+    """How much of the text to read, such as 10m; all if absent."""
+    batch_size: int = 64
+    """Windows at a time."""
+    precision: Literal["auto", "bf16", "fp32"] = "auto"
+    """auto takes bf16 where a GPU has it."""
+    device: str = "auto"
+    """cpu, cuda, cuda:1, ...; auto takes a GPU where there is one."""
+
+    def run_command(self, console: Console) -> int:
+        from elman.evaluation.commands import Request, run_evaluation
+
+        options = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        contexts = () if self.contexts == (0,) else self.contexts
+        return run_evaluation(Request(**{**options, "contexts": contexts}), console)
 
 
 @dataclass(frozen=True)
@@ -229,6 +263,7 @@ def main(argv: list[str] | None = None) -> int:
         commands = (
             Annotated[train, tyro.conf.subcommand("train")]
             | Annotated[Generate, tyro.conf.subcommand("generate")]
+            | Annotated[Evaluate, tyro.conf.subcommand("eval")]
             | Annotated[Models, tyro.conf.subcommand("models")]
             | Annotated[Doctor, tyro.conf.subcommand("doctor")]
             | Annotated[Data, tyro.conf.subcommand("data")]

@@ -195,3 +195,8 @@ def next_token_loss(logits: Tensor, targets: Tensor, reduction: str = "mean") ->
     # The model's logits are time-major underneath, so flattening them that way round is free of a copy.
     flat = logits.transpose(0, 1).flatten(0, 1).float()
     return F.cross_entropy(flat, targets.t().flatten().long(), reduction=reduction)
+
+
+def next_token_losses(logits: Tensor, targets: Tensor) -> Tensor:
+    """As ``next_token_loss``, of each token: (B, T)."""
+    return next_token_loss(logits, targets, reduction="none").view(targets.shape[1], -1).t()
