@@ -107,6 +107,23 @@ class Evaluate:
 
 
 @dataclass(frozen=True)
+class Export:
+    """Make a folder of a trained model for another library, which reads it without elman too."""
+
+    run: tyro.conf.Positional[Path]
+    """Run folder of elman train."""
+    to: Literal["hf"] = "hf"
+    """hf: Hugging Face's transformers, by AutoModelForCausalLM with trust_remote_code=True."""
+    out: OptionalPath = None
+    """Folder to make; RUN/hf if absent."""
+
+    def run_command(self, console: Console) -> int:
+        from elman.commands import export
+
+        return export(self.run, self.out, console)
+
+
+@dataclass(frozen=True)
 class Models:
     """Table of the variants: equation, parameters, FLOPs a token, state."""
 
@@ -264,6 +281,7 @@ def main(argv: list[str] | None = None) -> int:
             Annotated[train, tyro.conf.subcommand("train")]
             | Annotated[Generate, tyro.conf.subcommand("generate")]
             | Annotated[Evaluate, tyro.conf.subcommand("eval")]
+            | Annotated[Export, tyro.conf.subcommand("export")]
             | Annotated[Models, tyro.conf.subcommand("models")]
             | Annotated[Doctor, tyro.conf.subcommand("doctor")]
             | Annotated[Data, tyro.conf.subcommand("data")]

@@ -26,6 +26,18 @@ from elman.text import one_line
 from elman.units import format_bytes, format_count, parse_count
 
 
+def export(run: Path, out: Path | None, console: Console) -> int:
+    """Make a folder for transformers, and say how to load it."""
+    from elman.export.huggingface import export as export_to_huggingface
+
+    folder = export_to_huggingface(run, out, lambda line: console.print(one_line(line), soft_wrap=True))
+    names = ", ".join(sorted(file.name for file in folder.iterdir()))
+    console.print(one_line(f"exported to {folder}: {names}"), soft_wrap=True)
+    call = f"AutoModelForCausalLM.from_pretrained({str(folder)!r}, trust_remote_code=True)"
+    console.print(one_line(f"load it: {call}"), soft_wrap=True)
+    return 0
+
+
 def models(params: str, depth: int, seq_len: int, console: Console) -> int:
     """Print every variant at one size."""
     target = parse_count(params, "--params")

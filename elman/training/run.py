@@ -213,6 +213,8 @@ def open_run(path: Path, option: str = "RUN") -> RunFolder:
     """
     if not path.is_dir():
         raise UsageError(f"{option} {path}: no such folder; give the run folder that elman train printed")
+    if (path / "elman_code.py").is_file():
+        raise UsageError(f"{option} {path} is an export: give the run folder that it was made of")
     if not (path / "config.json").is_file():
         raise UsageError(f"{option} {path} is no run folder (it has no config.json): give one that elman train made")
     return RunFolder(path)
