@@ -20,6 +20,7 @@ from safetensors.torch import save_file
 import elman
 from elman.data.bytes import DELIMITER
 from elman.data.vocabulary import BYTES
+from elman.errors import UsageError
 from elman.export.bundle import bundle
 from elman.model import ModelConfig
 from elman.sizing import num_params
@@ -44,6 +45,8 @@ def export(run: Path, out: Path | None, tell: Callable[[str], None]) -> Path:
     """
     config, model_config = open_run(run).read_config()
     folder = run / "hf" if out is None else out
+    if (folder / "config.json").exists():
+        raise UsageError(f"--out {folder} is there already and is left as it is: give another --out")
     check_free(folder)
     vocabulary, resets = load_text(run)
     model = load_model(run, tell)
@@ -140,6 +143,7 @@ _TOKENIZER_CONFIG = {
     **{f"{name}_token": chr(DELIMITER) for name in ("bos", "eos", "pad")},
     "model_max_length": _NO_LIMIT,
     "padding_side": "left",
+    "model_input_names": ["input_ids", "attention_mask"],
     "clean_up_tokenization_spaces": False,
 }
 

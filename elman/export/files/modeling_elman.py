@@ -72,7 +72,12 @@ class ElmanForCausalLM(GenerationMixin, PreTrainedModel):
     def __init__(self, config):
         super().__init__(config)
         model = importlib.import_module(f"{_PACKAGE}.model")
-        self.model = model.LanguageModel(model.ModelConfig.from_dict(config.elman))
+        dtype = torch.get_default_dtype()
+        torch.set_default_dtype(torch.float32)  # weights start by what half types do not know
+        try:
+            self.model = model.LanguageModel(model.ModelConfig.from_dict(config.elman)).to(dtype)
+        finally:
+            torch.set_default_dtype(dtype)
         self.post_init()
 
     def _init_weights(self, module):
