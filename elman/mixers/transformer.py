@@ -101,7 +101,7 @@ class Attention(Mixer):
         self.out_proj = nn.Linear(heads * width, dim, bias=False)
 
     def forward(self, x: Tensor, state: State, reset: Tensor | None) -> tuple[Tensor, State]:
-        note_backend("sdpa")
+        note_backend("cache" if isinstance(state, KeyValueCache) else "sdpa")
         steps, batch, _ = x.shape
         qk, v = self.qkv_proj(x).view(steps, batch, 3, self.heads, -1).permute(2, 1, 3, 0, 4).split((2, 1))
         v = v.squeeze(0)
