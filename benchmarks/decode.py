@@ -42,7 +42,7 @@ from elman.writing import is_capturable
 RESULTS = Path(__file__).parent / "results"
 #: Mamba2 and the Transformer as they are commonly shaped at 50M parameters; the GRU by cuDNN, and by this package.
 CASES = [
-    *(Case(name) for name in ("e1", "e5", "e10", "matrix", "gru")),
+    *(Case(name) for name in ("e1", "e5", "e10", "matrix", "matrix,e1", "gru")),
     Case("gru", {"kernels": "elman"}),
     Case("mamba2", depth=12),
     Case("transformer", depth=10),

@@ -21,6 +21,8 @@ from elman.text import one_line, readable
 from elman.training.run import load_model, load_text
 
 _PROMPT = "> "
+#: Bytes that a terminal is given at a time.
+_SHOWN = 1 << 16
 
 
 @dataclass(frozen=True)
@@ -191,8 +193,9 @@ class _Terminal:
         self._out.write(title + "\n")
 
     def put(self, text: Bytes) -> None:
-        self._out.write(readable(self._decoder.decode(text.tobytes())))
-        self._out.flush()
+        for first in range(0, len(text), _SHOWN):
+            self._out.write(readable(self._decoder.decode(text[first : first + _SHOWN].tobytes())))
+            self._out.flush()
 
     def end(self, delimited: bool = False) -> None:
         self._out.write(readable(self._decoder.decode(b"", final=True)) + "\n")

@@ -339,25 +339,28 @@ def test_generate_writes_raw_bytes_to_a_pipe(trained: Path) -> None:
     assert len(finished.stdout) == len(prompt) + 64
 
 
-def test_several_prompts_are_written_as_documents(folder: Path, trained: Path) -> None:
+def test_several_prompts_are_written_as_documents(trained: Path, capfdbinary: pytest.CaptureFixture[bytes]) -> None:
     Path("prompt").write_bytes(b"\xff\xfe not UTF-8")
     prompts = ["--prompt", "def ", "--prompt", "", "--prompt-file", "prompt"]
-    command = [sys.executable, "-m", "elman", "generate", trained, *prompts, "--bytes", "9", "--top-k", "5"]
-    finished = subprocess.run(command, capture_output=True)
-    assert finished.returncode == 0, finished.stderr
+    capfdbinary.readouterr()
+    assert run("generate", trained, *prompts, "--bytes", 9, "--top-k", 5) == 0
+    written = capfdbinary.readouterr().out
     for begin in (b"def ", b"", b"\xff\xfe not UTF-8"):
-        assert finished.stdout.startswith(begin)
-        assert finished.stdout[len(begin) + 9] == 0x1E
-        finished.stdout = finished.stdout[len(begin) + 10 :]
-    assert finished.stdout == b""
+        assert written.startswith(begin)
+        assert written[len(begin) + 9] == 0x1E
+        written = written[len(begin) + 10 :]
+    assert written == b""
 
 
-def test_turns_are_read_line_by_line(trained: Path) -> None:
-    command = [sys.executable, "-m", "elman", "generate", trained, "--interactive", "--bytes", "8"]
-    finished = subprocess.run(command, input=b"first\n\n\xff\n", capture_output=True)
-    assert finished.returncode == 0, finished.stderr
-    assert finished.stderr == b""
-    turns = finished.stdout.split(b"\x1e")
+def test_turns_are_read_line_by_line(
+    trained: Path, monkeypatch: pytest.MonkeyPatch, capfdbinary: pytest.CaptureFixture[bytes]
+) -> None:
+    capfdbinary.readouterr()
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"first\n\n\xff\n")))
+    assert run("generate", trained, "--interactive", "--bytes", 8) == 0
+    captured = capfdbinary.readouterr()
+    assert captured.err == b""
+    turns = captured.out.split(b"\x1e")
     assert len(turns) == 4
     assert turns[-1] == b""
     assert max(map(len, turns)) == 8
@@ -388,6 +391,7 @@ def test_a_terminal_is_asked_for_turns_until_the_end(trained: Path) -> None:
 def test_an_interrupt_ends_a_turn_and_not_the_conversation(
     trained: Path, monkeypatch: pytest.MonkeyPatch, capfdbinary: pytest.CaptureFixture[bytes]
 ) -> None:
+    capfdbinary.readouterr()
     write = Decoder.write
 
     def interrupted(decoder: Decoder) -> Iterator[list[bytes]]:
