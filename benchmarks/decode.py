@@ -128,26 +128,18 @@ class Options:
 
 
 def measure(case: Case, batch_size: int, context: int | None, options: Options, device: torch.device) -> Row:
-    """Write for a while; an error is a row that says so, but after one of a capture, steps are taken plainly."""
-    notes: list[str] = []
-    for graph in (True, False) if options.graph else (False,):
-        row = Row(case.label, batch_size, context)
-        try:
-            _fill(row, case, options, device, graph)
-            row.note = "; ".join([*notes, *([row.note] if row.note else [])])
-            break
-        except Exception as error:
-            reason = "out of memory" if is_out_of_memory(error) else first_line(error)
-            row = Row(case.label, batch_size, context, note="; ".join([*notes, reason]))
-            notes.append(f"not captured: {reason}")
-            if is_out_of_memory(error):
-                break
-        finally:
-            forget()
+    """Write for a while; an error is a row that says so."""
+    row = Row(case.label, batch_size, context)
+    try:
+        _fill(row, case, options, device)
+    except Exception as error:
+        row.note = "out of memory" if is_out_of_memory(error) else first_line(error)
+        row.ms_per_step = row.tokens_per_second = None
+    forget()
     return row
 
 
-def _fill(row: Row, case: Case, options: Options, device: torch.device, graph: bool) -> None:
+def _fill(row: Row, case: Case, options: Options, device: torch.device) -> None:
     config = case.size(options.params)
     row.dim, row.depth, row.params = config.dim, config.depth, num_params(config)
     row.state = state_size(config, row.context or 1)
@@ -161,7 +153,7 @@ def _fill(row: Row, case: Case, options: Options, device: torch.device, graph: b
     torch.manual_seed(0)
     with device:
         model = freeze(LanguageModel(config).eval(), dtype)
-    capture = graph and device.type == "cuda" and is_capturable(model)
+    capture = options.graph and device.type == "cuda" and is_capturable(model)
     decoder = Decoder(model, row.batch_size, Sampling(), dtype=dtype, graph=capture)
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
@@ -173,6 +165,8 @@ def _fill(row: Row, case: Case, options: Options, device: torch.device, graph: b
     row.backends = dict(Counter(used))
     step_times(decoder, _WARM_UP_STEPS - 4, device)
     row.captured = decoder.captured
+    if decoder.not_captured is not None:
+        row.note = f"not captured: {decoder.not_captured}"
     about = step_times(decoder, 3, device)[-1]
     row.steps = max(3, min(options.steps, int(1e3 * options.seconds / about)))
     row.ms_per_step = statistics.median(step_times(decoder, row.steps, device))

@@ -102,6 +102,9 @@ class Decoder:
         resets: whether a document's start resets a row's state, as it did in training.
         dtype: of autocast; None computes in the model's own.
         graph: whether steps are captured.
+
+    Attributes:
+        not_captured: what went wrong where a step was to be captured, and could not be; else None.
     """
 
     def __init__(
@@ -121,6 +124,7 @@ class Decoder:
         self._device = model.embedding.weight.device
         self._dtype = dtype
         self._recorder: Recorder | None = CudaRecorder(self._device) if graph else None
+        self.not_captured: str | None = None
         # Numbers that stand for no text are never drawn.
         self._empty = torch.from_numpy(vocabulary.lengths == 0).to(self._device)
         self._blocks, self._block, self._drawn = self.sampling.numbers(rows), torch.empty(0), 0
@@ -222,11 +226,22 @@ class Decoder:
             return self._advance()
         with choosing_for_graphs():
             if self._replay is None and self._settled >= _WARM_UP_STEPS:
-                self._replay = self._recorder.record(self._advance_in_place)
+                self._replay = self._capture(self._recorder)
+                if self._replay is None:
+                    return self._advance()
             if self._replay is not None:
                 return self._replay()
             self._settled += 1
             return self._recorder.run(self._advance if self._settled == 1 else self._advance_in_place)
+
+    def _capture(self, recorder: Recorder) -> Step | None:
+        """A step, captured; None where that cannot be done: then steps are taken plainly from now on."""
+        try:
+            return recorder.record(self._advance_in_place)
+        except RuntimeError as error:
+            self.not_captured = str(error).strip().partition("\n")[0]
+            self._recorder = None
+            return None
 
     def _make_room(self) -> None:
         """For as many steps as were taken, so that what is moved and captured anew for it is little in the end."""

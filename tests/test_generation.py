@@ -79,6 +79,21 @@ def test_steps_write_what_whole_texts_give(name: str, options: dict[str, Any], t
     assert (tape[0].plain, tape[0].recorded, tape[0].replayed) == (2, 1, 6)
 
 
+def test_steps_that_cannot_be_captured_are_taken_plainly(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Refusing(TapeRecorder):
+        def record(self, step: Any) -> Any:
+            raise RuntimeError("operation not permitted when stream is capturing\nand more")
+
+    monkeypatch.setattr(generation, "CudaRecorder", Refusing)
+    for name in ("e1", "transformer"):
+        model = build(name)
+        decoder = Decoder(model, 1, GREEDY, graph=True)
+        decoder.read([as_bytes(b"some text")])
+        assert write(decoder, 8) == [by_whole_texts(model, b"some text", 8)]
+        assert decoder.not_captured == "operation not permitted when stream is capturing"
+        assert not decoder.captured
+
+
 @patterns
 def test_texts_of_unequal_prompts_are_those_of_one_at_a_time(name: str, options: dict[str, Any]) -> None:
     model = build(name, **options)

@@ -19,8 +19,9 @@ from elman.mixers import State
 from elman.model import LanguageModel, next_token_losses
 from elman.sizing import state_size
 
-#: Tokens that are run at a time, in all rows.
+#: Tokens, and logits, that are run at a time, in all rows.
 _CHUNK = 1 << 16
+_LOGITS = 1 << 27
 #: Tokens that each stream but the first reads ahead of its part, so that its state is not at rest there.
 WARM_UP = 4096
 #: The fewest tokens of a stream's part, so that little is read twice.
@@ -87,6 +88,10 @@ class Reader:
         """Whether its state is of constant size, and can so be carried through text of any length."""
         return state_size(self.model.config, 1) == state_size(self.model.config, 2)
 
+    def steps(self, rows: int) -> int:
+        """How many tokens of so many rows to run at a time."""
+        return max(1, min(_CHUNK, _LOGITS // self.vocabulary.size) // rows)
+
     def autocast(self) -> AbstractContextManager[None]:
         if self.dtype is None:
             return contextlib.nullcontext()
@@ -148,7 +153,7 @@ def carried_loss(
         )
     targets = len(tokens) - 1
     rows, part, ahead = _streams(targets, streams)
-    size = max(1, _CHUNK // rows)
+    size = reader.steps(rows)
     firsts = np.arange(rows, dtype=np.int64)[:, None] * part
     sums = _Sums(reader.device, 64)
     # Where the document of a row's next input began; what lies before the text is no document.
@@ -245,7 +250,7 @@ def context_losses(reader: Reader, tokens: Tokens, contexts: Sequence[int], rows
             some = slice(top, top + batch)
             windows = np.stack([tokens[first - context : first + TARGETS] for first in firsts[some]])
             state, pieces = None, []
-            size = max(1, _CHUNK // len(windows))
+            size = reader.steps(len(windows))
             for start in range(0, windows.shape[1] - 1, size):
                 piece = windows[:, start : start + size + 1]
                 reset = np.zeros((len(piece), piece.shape[1] - 1), dtype=np.bool_)
