@@ -1,5 +1,6 @@
 """Losses over long text against the same by one piece at a time; and ``elman eval`` as a user meets it."""
 
+import copy
 import json
 import os
 import re
@@ -94,6 +95,22 @@ def test_contexts_are_compared_on_the_same_tokens(name: str, resets: bool, monke
         assert (row.context, row.tokens) == (context, 15)
         assert row.nats_per_byte == pytest.approx(np.mean(each), rel=1e-6)
         assert row.standard_error == pytest.approx(np.std(np.mean(each, axis=1), ddof=1) / np.sqrt(3), rel=1e-4)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [None, torch.bfloat16])
+def test_a_gpu_reads_the_same(dtype: torch.dtype | None) -> None:
+    torch.manual_seed(0)
+    model, tokens = LanguageModel(ModelConfig(64, 2, (mixer_config("e1")(),))).eval(), text(3000)
+    there = Reader(copy.deepcopy(model).cuda(), BYTES, True, dtype)
+    here = Reader(model, BYTES, True)
+    close = {"rel": 1e-4 if dtype is None else 1e-2}
+    total, bins = carried_loss(here, tokens, lambda read: None, 4)
+    found, found_bins = carried_loss(there, tokens, lambda read: None, 4)
+    assert found.nats_per_byte == pytest.approx(total.nats_per_byte, **close)
+    assert [row.tokens for row in found_bins] == [row.tokens for row in bins]
+    losses = [context_losses(reader, tokens, [64, 512], 4, lambda read: None) for reader in (here, there)]
+    assert [row.nats_per_byte for row in losses[1]] == pytest.approx([row.nats_per_byte for row in losses[0]], **close)
 
 
 def test_whose_state_can_be_carried() -> None:
