@@ -87,8 +87,8 @@ class Evaluate:
     """windows: each from a state at rest, as in training; carried: one state through all of the text."""
     contexts: tuple[int, ...] = (256, 512, 1024, 2048, 4096, 8192, 16384, 32768, 65536)
     """Lengths of context to compare on the same tokens, as far as the text is long enough; 0 for none."""
-    context_rows: int = 128
-    """Places in the text where contexts are compared."""
+    context_rows: OptionalInt = None
+    """Places in the text where contexts are compared; 128 on a GPU and 16 on a CPU if absent."""
     max_bytes: OptionalStr = None
     """How much of the text to read, such as 10m; all if absent."""
     batch_size: int = 64

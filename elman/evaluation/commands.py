@@ -37,6 +37,9 @@ from elman.training.run import load_model, load_text, make_unique, newest_checkp
 from elman.units import bits, format_count, parse_count
 
 Mode = Literal["both", "carried", "windows"]
+#: Places where contexts are compared, unless it is said how many.
+_GPU_ROWS = 128
+_CPU_ROWS = 16
 
 
 @dataclass(frozen=True)
@@ -47,7 +50,7 @@ class Request:
     data: Path | None = None
     mode: Mode = "both"
     contexts: tuple[int, ...] = ()
-    context_rows: int = 128
+    context_rows: int | None = None
     max_bytes: str | None = None
     batch_size: int = 64
     precision: str = "auto"
@@ -59,7 +62,7 @@ def run_evaluation(request: Request, console: Console) -> int:
     started = time.monotonic()
     for option, value in (
         ("--batch-size", request.batch_size),
-        ("--context-rows", request.context_rows),
+        ("--context-rows", 1 if request.context_rows is None else request.context_rows),
         *(("--contexts", context) for context in request.contexts),
     ):
         if not 1 <= value <= 2**30:
@@ -111,7 +114,8 @@ def run_evaluation(request: Request, console: Console) -> int:
             f"contexts of {', '.join(f'{context:,}' for context in left_out)} {vocabulary.unit}s are left out: "
             f"the text has {len(tokens):,}, and {TARGETS} are predicted behind each"
         )
-    rows = context_rows(tokens, contexts, request.context_rows) if contexts else 0
+    most = request.context_rows or (_GPU_ROWS if device.type == "cuda" else _CPU_ROWS)
+    rows = context_rows(tokens, contexts, most) if contexts else 0
     with _Bar(console) as bar:
         if wants_windows:
             starts = heldout_starts(tokens, config.seq_len, len(tokens), vocabulary.unit)

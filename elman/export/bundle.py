@@ -17,8 +17,8 @@ import elman
 
 _HERE = Path(__file__).parent
 _PACKAGE = Path(elman.__file__).parent
-#: Modules that run kernels, each with a file of ``standins/`` in its place.
-_STANDINS = ("ops.cuda", "ops.cuda.compiler", "ops.cuda.launch", "ops.fused", "ops.loop", "ops.persistent")
+#: The package itself and modules that run kernels, each with a file of ``standins/`` in its place.
+_STANDINS = ("", "ops.cuda", "ops.cuda.compiler", "ops.cuda.launch", "ops.fused", "ops.loop", "ops.persistent")
 #: Where sources name the package: imports, the registry of variants, and the ops that they register.
 _NAMES = re.compile(
     r'(?<=\bfrom )elman\b|(?<=\bimport )elman\b|(?<=")elman(?=\.)|\belman(?=::)|(?<=torch\.ops\.)elman\b'
@@ -82,6 +82,6 @@ def _is_module(name: str) -> bool:
 
 def _path(name: str) -> Path:
     if name in _STANDINS:
-        return _HERE / "standins" / f"{name.replace('.', '_')}.py"
+        return _HERE / "standins" / f"{name.replace('.', '_') or 'package'}.py"
     path = _PACKAGE.joinpath(*filter(None, name.split(".")))
     return path / "__init__.py" if path.is_dir() else path.with_suffix(".py")
