@@ -12,14 +12,14 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import tyro
 from rich.console import Console
 
 from elman.errors import TrainingError, UsageError
 from elman.mixers import MixerConfig, mixer_config, parse_pattern
-from elman.options import OptionalInt
+from elman.options import OptionalInt, OptionalPath, OptionalStr
 from elman.studies.options import CompareRuns, ReportRuns, Studies
 from elman.text import one_line
 from elman.training.config import RunConfig, TaskConfig, TrainConfig
@@ -27,29 +27,100 @@ from elman.training.config import RunConfig, TaskConfig, TrainConfig
 
 @dataclass(frozen=True)
 class Generate:
-    """Write on from a prompt with a trained model, in constant memory."""
+    """Write on from prompts with a trained model: a recurrent one in constant memory, however long the text."""
 
     run: tyro.conf.Positional[Path]
     """Run folder of elman train."""
-    prompt: str = ""
-    """Text to go on from; none starts a document."""
+    prompt: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
+    """Text to go on from, its bytes as they are; given several times, several texts at a time. Empty starts a
+    document."""
+    prompt_file: tyro.conf.UseAppendAction[tuple[Path, ...]] = ()
+    """A file whose bytes are a prompt, of any size; likewise."""
+    interactive: bool = False
+    """Read a line, write on, and so on, the state kept between turns. Ctrl-C ends a turn, Ctrl-D all."""
     bytes: int = 500
-    """How many to write."""
+    """How many to write, each text or turn."""
     temperature: float = 0.8
     """0 always takes the likeliest byte."""
+    top_k: OptionalInt = None
+    """Draw from so many of the likeliest bytes; from all if absent."""
     top_p: float = 0.95
     """Draw from the likeliest bytes that hold this much probability."""
     seed: int = 0
     """Of the draws."""
+    precision: Literal["auto", "bf16", "fp32"] = "auto"
+    """auto takes bf16 where a GPU has it."""
+    graph: Literal["auto", "off"] = "auto"
+    """auto captures a step in a CUDA graph on a GPU, but for layers of other packages."""
     device: str = "auto"
     """cpu, cuda, cuda:1, ...; auto takes a GPU where there is one."""
 
     def run_command(self, console: Console) -> int:
-        from elman.commands import generate
+        from elman.writing import Request, generate
 
-        return generate(
-            self.run, self.prompt, self.bytes, self.temperature, self.top_p, self.seed, self.device, sys.stdout
+        request = Request(
+            run=self.run,
+            prompts=self.prompt,
+            prompt_files=self.prompt_file,
+            interactive=self.interactive,
+            num_bytes=self.bytes,
+            sampling=(self.temperature, self.top_k, self.top_p, self.seed),
+            precision=self.precision,
+            graph=self.graph,
+            device=self.device,
         )
+        return generate(request, sys.stdout)
+
+
+@dataclass(frozen=True)
+class Evaluate:
+    """Loss of a trained model on a text: in windows, with its state carried, and by length of context.
+
+    Leaves numbers, tables and a picture in a new folder inside the run.
+    """
+
+    run: tyro.conf.Positional[Path]
+    """Run folder of elman train."""
+    data: OptionalPath = None
+    """Raw text file, documents ended by 0x1e; the text that the run held out if absent."""
+    mode: Literal["both", "carried", "windows"] = "both"
+    """windows: each from a state at rest, as in training; carried: one state through all of the text."""
+    contexts: tuple[int, ...] = (256, 512, 1024, 2048, 4096, 8192, 16384, 32768, 65536)
+    """Lengths of context to compare on the same tokens, as far as the text is long enough; 0 for none."""
+    context_rows: OptionalInt = None
+    """Places in the text where contexts are compared; 128 on a GPU and 16 on a CPU if absent."""
+    max_bytes: OptionalStr = None
+    """How much of the text to read, such as 10m; all if absent."""
+    batch_size: int = 64
+    """Windows at a time."""
+    precision: Literal["auto", "bf16", "fp32"] = "auto"
+    """auto takes bf16 where a GPU has it."""
+    device: str = "auto"
+    """cpu, cuda, cuda:1, ...; auto takes a GPU where there is one."""
+
+    def run_command(self, console: Console) -> int:
+        from elman.evaluation.commands import Request, run_evaluation
+
+        options = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        contexts = () if self.contexts == (0,) else self.contexts
+        return run_evaluation(Request(**{**options, "contexts": contexts}), console)
+
+
+@dataclass(frozen=True)
+class Export:
+    """Make a folder of a trained model for another library, which reads it without elman too."""
+
+    run: tyro.conf.Positional[Path]
+    """Run folder of elman train."""
+    to: Literal["hf"] = "hf"
+    """hf: Hugging Face's transformers, by AutoModelForCausalLM with trust_remote_code=True."""
+    out: OptionalPath = None
+    """Folder to make; RUN/hf if absent."""
+
+    def run_command(self, console: Console) -> int:
+        from elman.commands import export
+
+        return export(self.run, self.out, console)
 
 
 @dataclass(frozen=True)
@@ -233,6 +304,8 @@ def main(argv: list[str] | None = None) -> int:
             | Annotated[task, tyro.conf.subcommand("task")]
             | Annotated[Tasks, tyro.conf.subcommand("tasks")]
             | Annotated[Generate, tyro.conf.subcommand("generate")]
+            | Annotated[Evaluate, tyro.conf.subcommand("eval")]
+            | Annotated[Export, tyro.conf.subcommand("export")]
             | Annotated[Models, tyro.conf.subcommand("models")]
             | Annotated[Doctor, tyro.conf.subcommand("doctor")]
             | Annotated[Data, tyro.conf.subcommand("data")]

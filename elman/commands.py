@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import codecs
 import inspect
 import os
 import sys
 from pathlib import Path
-from typing import TextIO
 
 import numpy as np
 import torch
@@ -25,42 +23,22 @@ from elman.data.pack import pack as pack_files
 from elman.environment import driver_version, package_versions, resolve_device, supports_bf16, total_memory, why_no_cuda
 from elman.errors import UsageError
 from elman.evaluation.tasks import find_task, task_names
-from elman.generation import generate as generate_bytes
 from elman.mixers import PATTERNS, mixer_config, mixer_names, parse_pattern
 from elman.ops import backend_status
 from elman.sizing import SizeError, flops_per_token, num_params, size_model, state_size
-from elman.text import one_line, readable
-from elman.training.run import load_model, load_text
+from elman.text import one_line
 from elman.units import format_bytes, format_count, parse_count
 
 
-def generate(
-    run: Path, prompt: str, num_bytes: int, temperature: float, top_p: float, seed: int, device: str, out: TextIO | None
-) -> int:
-    """Write the prompt and what follows it to ``out``: raw bytes to a file or pipe, readable text to a terminal."""
-    if out is None:
-        raise UsageError("standard output is closed: send it to a file or a terminal")
-    where = resolve_device(device)
-    start = os.fsencode(prompt)
-    model = load_model(run, lambda line: print(one_line(line), file=sys.stderr)).to(where)
-    vocabulary, resets = load_text(run)
-    drawn = generate_bytes(
-        model, start, num_bytes, temperature=temperature, top_p=top_p, seed=seed, vocabulary=vocabulary, resets=resets
-    )
-    if not out.isatty():
-        sink = out.buffer
-        sink.write(start)
-        for byte in drawn:
-            sink.write(bytes([byte]))
-            sink.flush()
-        return 0
-    # UTF-8 characters arrive in pieces: an incremental decoder shows each once it is whole.
-    decoder = codecs.getincrementaldecoder("utf-8")("replace")
-    out.write(readable(decoder.decode(start)))
-    for byte in drawn:
-        out.write(readable(decoder.decode(bytes([byte]))))
-        out.flush()
-    out.write(readable(decoder.decode(b"", final=True)) + "\n")
+def export(run: Path, out: Path | None, console: Console) -> int:
+    """Make a folder for transformers, and say how to load it."""
+    from elman.export.huggingface import export as export_to_huggingface
+
+    folder = export_to_huggingface(run, out, lambda line: console.print(one_line(line), soft_wrap=True))
+    names = ", ".join(sorted(file.name for file in folder.iterdir()))
+    console.print(one_line(f"exported to {folder}: {names}"), soft_wrap=True)
+    call = f"AutoModelForCausalLM.from_pretrained({str(folder)!r}, trust_remote_code=True)"
+    console.print(one_line(f"load it: {call}"), soft_wrap=True)
     return 0
 
 

@@ -150,6 +150,12 @@ class LanguageModel(nn.Module):
             if isinstance(module, FollowsWeights):
                 module.after_step()
 
+    def reserve(self, state: State, steps: int) -> tuple[State, ...]:
+        """A state that ``forward`` returned, to go on from in the memory that it has: see ``Mixer.reserve``."""
+        assert state is not None
+        mixers = [layer.mixer for layer in self.layers if isinstance(layer, Layer)]
+        return tuple(mixer.reserve(each, steps) for mixer, each in zip(mixers, state, strict=True))
+
     def forward(
         self, tokens: Tensor, state: State | None = None, reset: Tensor | None = None
     ) -> tuple[Tensor, tuple[State, ...]]:
@@ -193,3 +199,8 @@ def next_token_loss(logits: Tensor, targets: Tensor, reduction: str = "mean") ->
     # The model's logits are time-major underneath, so flattening them that way round is free of a copy.
     flat = logits.transpose(0, 1).flatten(0, 1).float()
     return F.cross_entropy(flat, targets.t().flatten().long(), reduction=reduction, ignore_index=IGNORED)
+
+
+def next_token_losses(logits: Tensor, targets: Tensor) -> Tensor:
+    """As ``next_token_loss``, of each token: (B, T)."""
+    return next_token_loss(logits, targets, reduction="none").view(targets.shape[1], -1).t()

@@ -3,15 +3,19 @@
 import io
 import json
 import os
+import pty
 import re
+import signal
 import subprocess
 import sys
 import types
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from elman.cli import main
+from elman.generation import Decoder
 
 TINY = ["--dim", "16", "--depth", "2", "--seq-len", "32", "--batch-size", "4", "--eval-bytes", "200", "--device", "cpu"]
 
@@ -142,6 +146,10 @@ def test_a_mistake_in_train_is_one_clear_line(name: str, folder: Path, capsys: p
         (["generate", "nowhere"], "RUN nowhere: no such folder"),
         (["generate", "folder"], "is no run folder"),
         (["generate", "trained", "--bytes", "-1"], "--bytes -1 is out of range"),
+        (["generate", "trained", "--top-k", "0"], "--top-k 0 is out of range"),
+        (["generate", "trained", "--prompt-file", "nowhere"], "--prompt-file nowhere: no such file"),
+        (["generate", "trained", "--prompt-file", "folder"], "--prompt-file folder is a folder"),
+        (["generate", "trained", "--interactive", "--prompt", "a", "--prompt", "b"], "2 prompts were given: give one"),
         (["generate", "trained", "--temperature", "-1"], "--temperature -1.0 is out of range"),
         (["generate", "trained", "--top-p", "0"], "--top-p 0.0 is out of range"),
         (["train", "--resume", "trained", "--seed", "5"], "--seed cannot change when a run goes on"),
@@ -331,6 +339,73 @@ def test_generate_writes_raw_bytes_to_a_pipe(trained: Path) -> None:
     assert len(finished.stdout) == len(prompt) + 64
 
 
+def test_several_prompts_are_written_as_documents(trained: Path, capfdbinary: pytest.CaptureFixture[bytes]) -> None:
+    Path("prompt").write_bytes(b"\xff\xfe not UTF-8")
+    prompts = ["--prompt", "def ", "--prompt", "", "--prompt-file", "prompt"]
+    capfdbinary.readouterr()
+    assert run("generate", trained, *prompts, "--bytes", 9, "--top-k", 5) == 0
+    written = capfdbinary.readouterr().out
+    for begin in (b"def ", b"", b"\xff\xfe not UTF-8"):
+        assert written.startswith(begin)
+        assert written[len(begin) + 9] == 0x1E
+        written = written[len(begin) + 10 :]
+    assert written == b""
+
+
+def test_turns_are_read_line_by_line(
+    trained: Path, monkeypatch: pytest.MonkeyPatch, capfdbinary: pytest.CaptureFixture[bytes]
+) -> None:
+    capfdbinary.readouterr()
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"first\n\n\xff\n")))
+    assert run("generate", trained, "--interactive", "--bytes", 8) == 0
+    captured = capfdbinary.readouterr()
+    assert captured.err == b""
+    turns = captured.out.split(b"\x1e")
+    assert len(turns) == 4
+    assert turns[-1] == b""
+    assert max(map(len, turns)) == 8
+
+
+def test_a_terminal_is_asked_for_turns_until_the_end(trained: Path) -> None:
+    """Ctrl-D ends, and so does Ctrl-C where nothing is being written."""
+    command = [sys.executable, "-m", "elman", "generate", str(trained), "--interactive", "--bytes", "8"]
+    for by_signal in (False, True):
+        terminal, theirs = pty.openpty()
+        process = subprocess.Popen(command, stdin=theirs, stdout=theirs, stderr=theirs)
+        os.close(theirs)
+        seen = b""
+        for turn in (1, 2):
+            while seen.count(b"> ") < turn or not seen.endswith(b"> "):
+                seen += os.read(terminal, 1000)
+            if turn == 1:
+                os.write(terminal, b"hello\n")
+            elif by_signal:
+                process.send_signal(signal.SIGINT)
+            else:
+                os.write(terminal, b"\x04")
+        assert process.wait(60) == 0
+        os.close(terminal)
+        assert b"Ctrl-D ends" in seen
+
+
+def test_an_interrupt_ends_a_turn_and_not_the_conversation(
+    trained: Path, monkeypatch: pytest.MonkeyPatch, capfdbinary: pytest.CaptureFixture[bytes]
+) -> None:
+    capfdbinary.readouterr()
+    write = Decoder.write
+
+    def interrupted(decoder: Decoder) -> Iterator[list[bytes]]:
+        for i, pieces in enumerate(write(decoder)):
+            if i == 3:
+                raise KeyboardInterrupt
+            yield [b"x" for _ in pieces]
+
+    monkeypatch.setattr(Decoder, "write", interrupted)
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"one\ntwo\n")))
+    assert run("generate", trained, "--interactive", "--bytes", 8) == 0
+    assert capfdbinary.readouterr().out == b"xxx\x1exxx\x1e"
+
+
 def test_a_closed_pipe_is_no_error(trained: Path) -> None:
     command = f"{sys.executable} -m elman generate {trained} --bytes 20000 | head -c 10 >&2; exit ${{PIPESTATUS[0]}}"
     finished = subprocess.run(["bash", "-c", command], capture_output=True)
@@ -371,12 +446,12 @@ def test_a_full_disk_is_one_clear_line(trained: Path) -> None:
 
 
 def test_the_terminal_shows_readable_text(trained: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from elman.commands import generate
+    from elman.writing import Request, generate
 
     class Terminal(io.StringIO):
         def isatty(self) -> bool:
             return True
 
     terminal = Terminal()
-    generate(trained, "caf\u00e9\x1b[2J", 50, 1.0, 1.0, 0, "cpu", terminal)
+    generate(Request(trained, ("caf\u00e9\x1b[2J",), num_bytes=50, device="cpu"), terminal)
     assert terminal.getvalue().startswith("café␛[2J")

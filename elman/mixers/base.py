@@ -74,6 +74,15 @@ class Mixer(nn.Module, ABC):
             chunks with the state carried gives what running it in one piece gives.
         """
 
+    def reserve(self, state: State, steps: int) -> State:
+        """The same state in a form that goes on for ``steps`` steps at least in the memory that it has.
+
+        ``forward`` may write to such a state in place, and then returns tensors of the same shapes, those that it wrote
+        to among them: what a captured step needs, and what spares a large state a copy. Its length, where it has one,
+        lies on the device. A state that has this form already, with room left or needing none, is returned itself.
+        """
+        return state
+
 
 class FollowsWeights(nn.Module, ABC):
     """A module with buffers that are worked out of its weights, and that forward passes read but never change."""

@@ -19,7 +19,7 @@ import math
 import sys
 import types
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -107,11 +107,23 @@ class Mamba2Config(MixerConfig):
         return heads * width * self.d_state + (self.d_conv - 1) * (heads * width + 2 * self.d_state)
 
 
+class StepState(NamedTuple):
+    """The state as the official kernels of a single step write to it, in place.
+
+    Attributes:
+        inputs: (B, d + 2N, d_conv), the convolution's last inputs, older first; its oldest is not needed any more.
+        ssm: S (B, H, P, N), never of a half type.
+    """
+
+    inputs: Tensor
+    ssm: Tensor
+
+
 class Mamba2(Mixer):
     """See the top of this file; shapes as in ``Mixer.forward``.
 
     The state is the convolution's last inputs (B, d_conv - 1, d + 2N), older first, and S (B, H, P, N), never of a half
-    type.
+    type; reserved, where the official kernels run, it is a ``StepState``.
     """
 
     no_decay = frozenset({"dt_bias", "A_log", "D"})
@@ -136,10 +148,20 @@ class Mamba2(Mixer):
         return not self._takes_official(self.D)
 
     def forward(self, x: Tensor, state: State, reset: Tensor | None) -> tuple[Tensor, State]:
+        if isinstance(state, StepState):
+            if len(x) == 1:
+                return self._run_step(x, state, reset)
+            state = (state.inputs[..., 1:].transpose(1, 2), state.ssm)
         # The fused kernel takes no state of the convolution, nor one step of one row, where it misreads the strides.
         if state is None and reset is None and x[..., 0].numel() > 1 and self._takes_official(x):
             return self._run_official(x)
         return self._run_torch(x, state, reset)
+
+    def reserve(self, state: State, steps: int) -> State:
+        if isinstance(state, StepState) or not self._takes_official(self.D) or step_kernels() is None:
+            return state
+        inputs, ssm = state
+        return StepState(F.pad(inputs.transpose(1, 2), (1, 0)).contiguous(), ssm)
 
     def split(self, projected: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """What the first product makes of the input: z (..., d), x with B and C (..., d + 2N), dt (..., H)."""
@@ -175,6 +197,42 @@ class Mamba2(Mixer):
         _, inputs, _ = self.split(projected)
         kept = F.pad(inputs, (0, 0, self.config.d_conv - 1, 0))[:, -(self.config.d_conv - 1) :]
         return out.transpose(0, 1).contiguous(), (kept, final)
+
+    def _run_step(self, x: Tensor, state: StepState, reset: Tensor | None) -> tuple[Tensor, StepState]:
+        """One step by the kernels that generation with the official package takes."""
+        note_backend("selective_state_update")
+        kernels = step_kernels()
+        assert kernels is not None
+        conv_update, state_update = kernels
+        if reset is not None:
+            for tensor in state:
+                tensor.masked_fill_(reset[0].view(-1, *[1] * (tensor.ndim - 1)), 0)
+        z, projected, dt = self.split(self.in_proj(x[0]))
+        dtype = projected.dtype
+        weight, bias = self.conv1d.weight.squeeze(1), self.conv1d.bias
+        assert bias is not None
+        inputs = state.inputs if state.inputs.dtype == dtype else state.inputs.to(dtype)
+        convolved = conv_update(projected, inputs, weight.to(dtype), bias.to(dtype), "silu")
+        (d, _, heads), n = self.sizes, self.config.d_state
+        values, b, c = convolved.split((d, n, n), dim=-1)
+
+        def a_row(x: Tensor) -> Tensor:
+            return x.unsqueeze(-1).expand(*x.shape, self.headdim)
+
+        decay = -torch.exp(self.A_log.float())
+        y = state_update(
+            state.ssm,
+            values.view(-1, heads, self.headdim),
+            a_row(dt),
+            a_row(decay).unsqueeze(-1).expand(-1, -1, n),  # not in memory: the kernel then takes a number a head
+            b.unsqueeze(1),
+            c.unsqueeze(1),
+            a_row(self.D),
+            dt_bias=a_row(self.dt_bias),
+            dt_softplus=True,
+        )
+        y = F.rms_norm(y.flatten(1).float() * F.silu(z.float()), (d,), self.norm.weight.float(), _NORM_EPS)
+        return self.out_proj(y.to(x.dtype)).unsqueeze(0), StepState(inputs, state.ssm)
 
     def _run_torch(self, x: Tensor, state: State, reset: Tensor | None) -> tuple[Tensor, State]:
         note_backend("torch")
@@ -297,6 +355,18 @@ def official() -> tuple[Any, str | None]:
     if module.causal_conv1d_fn is None:
         return None, "mamba-ssm does not find causal-conv1d"
     return module.mamba_split_conv1d_scan_combined, None
+
+
+@functools.cache
+def step_kernels() -> tuple[Any, Any] | None:
+    """The official kernels of one step, the convolution's and the state's; None where they cannot be had."""
+    if official()[0] is None:
+        return None
+    try:
+        module = importlib.import_module("mamba_ssm.ops.triton.selective_state_update")
+        return importlib.import_module("causal_conv1d").causal_conv1d_update, module.selective_state_update
+    except Exception:
+        return None
 
 
 @constant_when_traced

@@ -9,8 +9,9 @@ Su et al. (2021) for the rotary positions, Shazeer (2020) for SwiGLU, Touvron et
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -69,11 +70,28 @@ class TransformerConfig(MixerConfig):
         return 2 * seq_len * count * width + 1
 
 
+class KeyValueCache(NamedTuple):
+    """The state of attention with room for C tokens, which is written to in place.
+
+    Attributes:
+        keys: (B, heads, C, width), rotated; zeros where there are none yet.
+        values: likewise.
+        start: (B,), the index of the first token that the row still sees.
+        length: (), tokens so far.
+    """
+
+    keys: Tensor
+    values: Tensor
+    start: Tensor
+    length: Tensor
+
+
 class Attention(Mixer):
     """Causal self-attention within a document.
 
     The state is the keys, rotated, and the values (B, heads, S, width) of the S tokens so far, and the index (B,) of
-    the first one that the row still sees: the first of its document.
+    the first one that the row still sees: the first of its document. It grows with S; reserved, it is a
+    ``KeyValueCache``, whose every step reads all of its room.
     """
 
     def __init__(self, dim: int, heads: int, width: int) -> None:
@@ -83,12 +101,15 @@ class Attention(Mixer):
         self.out_proj = nn.Linear(heads * width, dim, bias=False)
 
     def forward(self, x: Tensor, state: State, reset: Tensor | None) -> tuple[Tensor, State]:
-        note_backend("sdpa")
+        note_backend("cache" if isinstance(state, KeyValueCache) else "sdpa")
         steps, batch, _ = x.shape
         qk, v = self.qkv_proj(x).view(steps, batch, 3, self.heads, -1).permute(2, 1, 3, 0, 4).split((2, 1))
         v = v.squeeze(0)
+        if isinstance(state, KeyValueCache):
+            y, state = _attend_in_place(qk, v, state, reset)
+            return self.out_proj(y.permute(2, 0, 1, 3).flatten(2)), state
         seen = 0 if state is None else state[0].shape[2]
-        q, k = _rotate(qk, seen)
+        q, k = _rotate(qk, *torch.ops.elman.rotary_tables(seen, steps, qk.shape[-1], x.device))
         if state is None and reset is None:
             start = torch.zeros(batch, dtype=torch.long, device=x.device)
             y = F.scaled_dot_product_attention(q, k, v, is_causal=True)
@@ -105,6 +126,36 @@ class Attention(Mixer):
             y = F.scaled_dot_product_attention(q, k, v, attn_mask=sees.unsqueeze(1))
         return self.out_proj(y.permute(2, 0, 1, 3).flatten(2)), (k, v, start)
 
+    def reserve(self, state: State, steps: int) -> State:
+        length = int(state.length) if isinstance(state, KeyValueCache) else state[0].shape[2]
+        if isinstance(state, KeyValueCache) and length + steps <= state.keys.shape[2]:
+            return state
+        keys, values = (
+            F.pad(x[:, :, :length], (0, 0, 0, steps)) for x in state[:2]
+        )  # not empty: what is not seen is multiplied by 0
+        return KeyValueCache(keys, values, state[2], torch.tensor(length, device=keys.device))
+
+
+def _attend_in_place(qk: Tensor, v: Tensor, cache: KeyValueCache, reset: Tensor | None) -> tuple[Tensor, KeyValueCache]:
+    """Attention over all that the cache has room for. qk (2, B, heads, T, width), v (B, heads, T, width) -> like v."""
+    places = cache.length + torch.arange(v.shape[2], device=v.device)
+    q, k = _rotate(qk, *_rotary_angles(places, qk.shape[-1]))
+    cache.keys.index_copy_(2, places, k.to(cache.keys.dtype))
+    cache.values.index_copy_(2, places, v.to(cache.values.dtype))
+    starts = cache.start.expand(len(places), -1)
+    if reset is not None:
+        starts = torch.where(reset, places[:, None], starts).cummax(0).values
+    every = torch.arange(cache.keys.shape[2], device=v.device)
+    sees = ((every <= places[:, None]) & (every >= starts.t().unsqueeze(-1))).unsqueeze(1)
+    keys, values = cache.keys.to(q.dtype), cache.values.to(q.dtype)
+    if len(places) > 1:
+        y = F.scaled_dot_product_attention(q, keys, values, attn_mask=sees)
+    else:
+        # Fused kernels that take a mask share no row's keys among blocks: over many keys, a step would wait for one.
+        scores = (q * q.shape[-1] ** -0.5) @ keys.mT
+        y = scores.masked_fill(~sees, -math.inf).softmax(-1, dtype=_at_least_float32(q.dtype)).to(v.dtype) @ values
+    return y, cache._replace(start=starts[-1], length=cache.length + len(places))
+
 
 class SwiGLU(Mixer):
     """The position-wise half of the layer; its state is empty."""
@@ -119,21 +170,29 @@ class SwiGLU(Mixer):
         return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x)), ()
 
 
-def _rotate(x: Tensor, first: int) -> Tensor:
-    """Turn the halves of x (..., T, width) against each other by angles that grow with the position, ``first`` on."""
-    steps, width = x.shape[-2:]
-    dtype = x.dtype if x.dtype.itemsize >= 4 else torch.float32
-    cos, sin = (table.to(dtype) for table in torch.ops.elman.rotary_tables(first, steps, width, x.device))
+def _at_least_float32(dtype: torch.dtype) -> torch.dtype:
+    return dtype if dtype.itemsize >= 4 else torch.float32
+
+
+def _rotate(x: Tensor, cosines: Tensor, sines: Tensor) -> Tensor:
+    """Turn the halves of x (..., T, width) against each other by the angles (T, width / 2) of its positions."""
+    dtype = _at_least_float32(x.dtype)
+    cos, sin = cosines.to(dtype), sines.to(dtype)
     a, b = x.to(dtype).chunk(2, dim=-1)
     return torch.cat((a * cos - b * sin, a * sin + b * cos), dim=-1).to(x.dtype)
 
 
-def _rotary_tables(first: int, steps: int, width: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Cosines and sines (T, width / 2) of the angles, in float64."""
+def _rotary_angles(places: Tensor, width: int) -> tuple[Tensor, Tensor]:
+    """Cosines and sines (T, width / 2), in float64, of the angles at places (T,)."""
     # A float32 position of a million times a frequency is off by hundredths.
-    frequencies = _ROTARY_BASE ** (-torch.arange(0, width, 2, device=device, dtype=torch.float64) / width)
-    angles = torch.outer(torch.arange(first, first + steps, device=device, dtype=torch.float64), frequencies)
+    frequencies = _ROTARY_BASE ** (-torch.arange(0, width, 2, device=places.device, dtype=torch.float64) / width)
+    angles = torch.outer(places.double(), frequencies)
     return angles.cos(), angles.sin()
+
+
+def _rotary_tables(first: int, steps: int, width: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """``_rotary_angles`` at ``first`` and the places behind it."""
+    return _rotary_angles(torch.arange(first, first + steps, device=device), width)
 
 
 def _like_rotary_tables(first: int, steps: int, width: int, device: torch.device) -> tuple[Tensor, Tensor]:

@@ -10,6 +10,7 @@ study.json      of a run of a study: what the study asks, and which of its runs 
 sample.txt, loss.png; of a task, accuracy.png in place of a sample
 checkpoints/
 profile.json.gz             a trace, by --profile
+eval-DATE-TIME/             what an `elman eval` found, see elman/evaluation/report.py
 tensorboard/, wandb.json    where trackers show the same numbers, see tracking.py
 """
 
@@ -103,6 +104,17 @@ class RunFolder:
                 f"put the file back, or start a new run"
             ) from None
 
+    def read_text_config(self) -> tuple[TrainConfig, ModelConfig]:
+        """As ``read_config``, of a run that learned a text.
+
+        Raises:
+            UsageError: it learned a task, or as ``read_config``.
+        """
+        config, model = self.read_config()
+        if not isinstance(config, TrainConfig):
+            raise UsageError(f"{self.path} learned a task, not a language: give a run folder of elman train")
+        return config, model
+
     def write_config(self, train: RunConfig, model: ModelConfig) -> None:
         """Write config.json."""
         self.write_json("config.json", {"train": asdict(train), "model": model.to_dict()})
@@ -182,9 +194,7 @@ def create(path: Path | None, pattern: str) -> Iterator[RunFolder]:
     """
     try:
         if path is None:
-            path = _make_unique(
-                Path("runs"), f"{re.sub(r'[,:]', '-', pattern)}-{datetime.datetime.now():%Y%m%d-%H%M%S}"
-            )
+            path = make_unique(Path("runs"), f"{re.sub(r'[,:]', '-', pattern)}-{datetime.datetime.now():%Y%m%d-%H%M%S}")
         else:
             path.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -196,7 +206,8 @@ def create(path: Path | None, pattern: str) -> Iterator[RunFolder]:
         yield run
 
 
-def _make_unique(folder: Path, stem: str) -> Path:
+def make_unique(folder: Path, stem: str) -> Path:
+    """A new folder inside another, with a number behind its name where there is one of that name."""
     for n in itertools.count(1):
         path = folder / (stem if n == 1 else f"{stem}-{n}")
         try:
@@ -215,6 +226,8 @@ def open_run(path: Path, option: str = "RUN") -> RunFolder:
     """
     if not path.is_dir():
         raise UsageError(f"{option} {path}: no such folder; give the run folder that elman train printed")
+    if (path / "elman_code.py").is_file():
+        raise UsageError(f"{option} {path} is an export: give the run folder that it was made of")
     if not (path / "config.json").is_file():
         raise UsageError(f"{option} {path} is no run folder (it has no config.json): give one that elman train made")
     return RunFolder(path)
@@ -288,9 +301,7 @@ def load_text(path: Path | str) -> tuple[Vocabulary, bool]:
     Raises:
         UsageError: no run there, its tokeniser is missing, or it never saw a text.
     """
-    config, _ = open_run(Path(path)).read_config()
-    if not isinstance(config, TrainConfig):
-        raise UsageError(f"{path} learned a task, not a language: give a run folder of elman train")
+    config, _ = open_run(Path(path)).read_text_config()
     return open_vocabulary(config.tokenizer), SAMPLERS[config.sampling].resets
 
 

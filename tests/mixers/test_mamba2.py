@@ -202,3 +202,72 @@ def test_the_official_kernels_refuse_documents_told_apart() -> None:
         mixer_config("mamba2")().check_resets(torch.device("cuda"))
     mixer_config("mamba2")().check_resets(torch.device("cpu"))
     mixer_config("mamba2")(kernels="torch").check_resets(torch.device("cuda"))  # type: ignore[call-arg]
+
+
+def conv_update(x: Tensor, inputs: Tensor, weight: Tensor, bias: Tensor, activation: str) -> Tensor:
+    """As causal_conv1d documents it: inputs (B, C, at least K - 1), older first, take up x (B, C) in place."""
+    inputs.copy_(torch.cat((inputs[..., 1:], x.unsqueeze(-1)), dim=-1))
+    assert activation == "silu"
+    return F.silu((inputs[..., -weight.shape[1] :] * weight).sum(-1) + bias)
+
+
+def state_update(
+    state: Tensor, x: Tensor, dt: Tensor, a: Tensor, b: Tensor, c: Tensor, skip: Tensor, dt_bias: Tensor,
+    dt_softplus: bool,
+) -> Tensor:  # fmt: skip
+    """As mamba_ssm documents it: state (B, H, P, N) in place; x and dt (B, H, P), a (H, P, N), b and c (B, 1, N)."""
+    assert dt_softplus
+    # Only then does the kernel take one decay a head.
+    assert a.stride()[1:] == (0, 0)
+    assert dt.stride(-1) == dt_bias.stride(-1) == 0
+    dt = F.softplus(dt + dt_bias).unsqueeze(-1)
+    state.copy_(state * torch.exp(dt * a) + dt * x.unsqueeze(-1) * b.unsqueeze(1))
+    return (state * c.unsqueeze(1)).sum(-1) + skip * x
+
+
+def test_steps_in_place_are_those_of_the_plain_path(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With stand-ins for the official kernels of one step; resets, and chunks in between, included."""
+    plain, mixer = build(d_state=6, headdim=8), build(d_state=6, headdim=8)
+    monkeypatch.setattr(mixer, "_takes_official", lambda x: x.ndim == 1)
+    monkeypatch.setattr(mamba2, "step_kernels", lambda: (conv_update, state_update))
+    x = torch.randn(T, B, D)
+    reset = torch.zeros(T, B, dtype=torch.bool)
+    reset[4, 1] = True
+    expected, _ = plain(x, None, reset)
+    y, state = mixer(x[:2], None, reset[:2])
+    pieces = [y]
+    for start, end in ((2, 3), (3, 4), (4, 5), (5, 6), (6, 9), (9, 10), (10, 11)):
+        state = mixer.reserve(state, 1)
+        assert isinstance(state, mamba2.StepState)
+        assert mixer.reserve(state, 100) is state
+        with record_backends() as used:
+            y, after = mixer(x[start:end], state, reset[start:end] if start == 4 else None)
+        assert used == ["selective_state_update" if end - start == 1 else "torch"]
+        assert end - start > 1 or all(a is b for a, b in zip(after, state, strict=True))
+        pieces.append(y)
+        state = after
+    torch.testing.assert_close(torch.cat(pieces), expected)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(mamba2.step_kernels() is None, reason=str(mamba2.official()[1]))
+@pytest.mark.parametrize("dtype", [None, torch.bfloat16])
+def test_the_official_step_computes_the_same(dtype: torch.dtype | None) -> None:
+    fused, exact = build(256).cuda(), build(256, kernels="torch").double().cuda()
+    plain = build(256, kernels="torch").cuda()
+    x = torch.randn(40, 4, 256, device="cuda")
+    truth, _ = exact(x.double(), None, None)
+    with torch.inference_mode(), torch.autocast("cuda", dtype or torch.bfloat16, enabled=dtype is not None):
+        reference, _ = plain(x, None, None)
+        _, state = fused(x[:20], None, None)
+        state = fused.reserve(state, 20)
+        with record_backends() as used:
+            pieces = []
+            for t in range(20, 40):
+                y, state = fused(x[t : t + 1], state, None)
+                pieces.append(y)
+    assert used == ["selective_state_update"] * 20
+    found = (torch.cat(pieces).double() - truth[20:]).norm()
+    # The prompt was read by the fused kernel, which takes TF32 in float32.
+    least = 3e-3 * truth[20:].norm() if dtype is None else torch.zeros(())
+    assert found <= 2 * (reference[20:].double() - truth[20:]).norm() + least.to(found)

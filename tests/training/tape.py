@@ -50,7 +50,7 @@ class _Tape(TorchDispatchMode):
 
 
 class TapeRecorder:
-    """As ``elman.training.graph.CudaRecorder``; counts what it was asked for."""
+    """As ``elman.capture.CudaRecorder``; counts what it was asked for."""
 
     def __init__(self, device: torch.device) -> None:
         self.plain, self.recorded, self.replayed = 0, 0, 0

@@ -1,0 +1,1 @@
+"""Trained models for other libraries, in folders that need no elman to be read."""

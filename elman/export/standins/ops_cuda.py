@@ -1,0 +1,1 @@
+"""Kernels of our own are no part of an export."""

@@ -1,0 +1,1 @@
+"""The part of elman that an exported model needs."""
