@@ -63,7 +63,7 @@ def input_part(x: Tensor, weights: Weights, cell: str) -> Tensor:
     if rule.additive and bias is not None and weights.bias_hh is not None:
         bias = bias + weights.bias_hh
     pre = F.linear(x, weights.ih, bias)
-    return pre if rule.gates == 1 else pre.view(*x.shape[:-1], rule.gates, -1)
+    return pre if rule.gates == 1 else pre.view(*x.shape[:-1], rule.gates, pre.shape[-1] // rule.gates)
 
 
 def run_steps(
@@ -94,7 +94,7 @@ def run_steps(
         pre, state = (_with_row(pre, 1), None if state is None else tuple(_with_row(x, 0) for x in state))
     weight: Tensor | tuple[Tensor, Tensor] = weights.hh
     if rule.products > 1:
-        weight = weights.hh.view(rule.products, hidden, -1)
+        weight = weights.hh.view(rule.products, hidden, weights.hh.shape[-1])
     if weights.hr is not None:
         assert reset is None
         assert isinstance(weight, Tensor)
@@ -256,7 +256,7 @@ class _Recurrent(nn.RNNBase):
             raise RuntimeError("Expected sequence length to be larger than 0 in RNN")
         batch = x.shape[1] if batch_sizes is None else int(batch_sizes[0])
         sizes = (self.proj_size or self.hidden_size, self.hidden_size)
-        cast = torch.is_autocast_enabled(x.device.type)
+        cast = not x.is_meta and torch.is_autocast_enabled(x.device.type)
         for index, state in enumerate(states or ()):
             name = f"hidden[{index}]" if self.mode == "LSTM" else "hidden"
             expected = (self.num_layers * (1 + self.bidirectional), batch, sizes[index])

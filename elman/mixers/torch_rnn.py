@@ -26,7 +26,7 @@ class TorchRNNConfig(ExpandedConfig):
     gates: ClassVar[int]
     states: ClassVar[int] = 1
     cell: ClassVar[str]
-    module: ClassVar[type[nn.RNNBase]]
+    module: ClassVar[type[nn.LSTM | nn.GRU | nn.RNN]]
 
     kernels: Literal["cudnn", "elman"] = "cudnn"
     """Who runs the steps on a GPU: cuDNN (PyTorch itself on a CPU), or this package. The values are the same. A chunk
@@ -56,7 +56,7 @@ class LSTMConfig(TorchRNNConfig):
     gates: ClassVar[int] = 4
     states: ClassVar[int] = 2
     cell: ClassVar[str] = "lstm"
-    module: ClassVar[type[nn.RNNBase]] = nn.LSTM
+    module: ClassVar[type[nn.LSTM | nn.GRU | nn.RNN]] = nn.LSTM
 
 
 @dataclass(frozen=True)
@@ -67,7 +67,7 @@ class GRUConfig(TorchRNNConfig):
     equation: ClassVar[str] = "y = (1 − z) tanh(W_n x + r (U_n y + c) + b) + z y; r, z = σ(W x + U y + b)"
     gates: ClassVar[int] = 3
     cell: ClassVar[str] = "gru"
-    module: ClassVar[type[nn.RNNBase]] = nn.GRU
+    module: ClassVar[type[nn.LSTM | nn.GRU | nn.RNN]] = nn.GRU
 
 
 @dataclass(frozen=True)
@@ -78,7 +78,7 @@ class RNNConfig(TorchRNNConfig):
     equation: ClassVar[str] = "y = tanh(W_h y + W_x x + b)"
     gates: ClassVar[int] = 1
     cell: ClassVar[str] = "tanh"
-    module: ClassVar[type[nn.RNNBase]] = nn.RNN
+    module: ClassVar[type[nn.LSTM | nn.GRU | nn.RNN]] = nn.RNN
 
 
 class TorchRNN(Mixer):

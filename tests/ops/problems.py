@@ -196,8 +196,8 @@ def errors(problem: Problem, ours: dict[str, Tensor], known: Answers) -> dict[st
 
     Allowed is 1.5 times the error of the reference in the same dtype, or one as small as that of a few roundings of
     float32 and one to the dtype; more on a tiny problem, where a sum may cancel and the reference may be right by luck.
-    Where the slope jumps, at relu's 0, a rounding of v flips the whole gradient of some 2 eps of all units, whose norm is
-    the root of that; which ones, and so how many on a small problem, is luck too.
+    Where the slope jumps, at relu's 0, a rounding of v flips the whole gradient of some 2 eps of all units, whose norm
+    is the root of that; which ones, and so how many on a small problem, is luck too.
     In float64 the truth itself is rounded: 1e-12 is allowed.
     """
     assert ours.keys() == known.truth.keys()
