@@ -36,9 +36,8 @@ def generate(
     """Write the prompt and what follows it to ``out``: raw bytes to a file or pipe, readable text to a terminal."""
     if out is None:
         raise UsageError("standard output is closed: send it to a file or a terminal")
-    where = resolve_device(device)
     start = os.fsencode(prompt)
-    model = load_model(run, lambda line: print(one_line(line), file=sys.stderr)).to(where)
+    model = load_model(run, lambda line: print(one_line(line), file=sys.stderr), device=device)
     vocabulary, resets = load_text(run)
     drawn = generate_bytes(
         model, start, num_bytes, temperature=temperature, top_p=top_p, seed=seed, vocabulary=vocabulary, resets=resets
