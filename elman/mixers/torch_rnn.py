@@ -8,16 +8,15 @@ Sources: Hochreiter and Schmidhuber (1997), Cho et al. (2014), Elman (1990). Wei
 
 from __future__ import annotations
 
-from abc import abstractmethod
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
 from elman.mixers.base import ExpandedConfig, Mixer, State
-from elman.ops import note_backend, note_recurrence, recurrence
+from elman.nn import input_part, run_steps, weights_of
+from elman.ops import note_backend, note_recurrence
 
 
 @dataclass(frozen=True)
@@ -27,14 +26,11 @@ class TorchRNNConfig(ExpandedConfig):
     gates: ClassVar[int]
     states: ClassVar[int] = 1
     cell: ClassVar[str]
+    module: ClassVar[type[nn.LSTM | nn.GRU | nn.RNN]]
 
     kernels: Literal["cudnn", "elman"] = "cudnn"
     """Who runs the steps on a GPU: cuDNN (PyTorch itself on a CPU), or this package. The values are the same. A chunk
     with resets inside, which cuDNN cannot run, always takes the latter."""
-
-    @abstractmethod
-    def make(self, dim: int, size: int) -> nn.RNNBase:
-        """PyTorch's module."""
 
     def build(self, dim: int) -> TorchRNN:
         return TorchRNN(dim, self)
@@ -60,9 +56,7 @@ class LSTMConfig(TorchRNNConfig):
     gates: ClassVar[int] = 4
     states: ClassVar[int] = 2
     cell: ClassVar[str] = "lstm"
-
-    def make(self, dim: int, size: int) -> nn.RNNBase:
-        return nn.LSTM(dim, size)
+    module: ClassVar[type[nn.LSTM | nn.GRU | nn.RNN]] = nn.LSTM
 
 
 @dataclass(frozen=True)
@@ -73,9 +67,7 @@ class GRUConfig(TorchRNNConfig):
     equation: ClassVar[str] = "y = (1 − z) tanh(W_n x + r (U_n y + c) + b) + z y; r, z = σ(W x + U y + b)"
     gates: ClassVar[int] = 3
     cell: ClassVar[str] = "gru"
-
-    def make(self, dim: int, size: int) -> nn.RNNBase:
-        return nn.GRU(dim, size)
+    module: ClassVar[type[nn.LSTM | nn.GRU | nn.RNN]] = nn.GRU
 
 
 @dataclass(frozen=True)
@@ -86,9 +78,7 @@ class RNNConfig(TorchRNNConfig):
     equation: ClassVar[str] = "y = tanh(W_h y + W_x x + b)"
     gates: ClassVar[int] = 1
     cell: ClassVar[str] = "tanh"
-
-    def make(self, dim: int, size: int) -> nn.RNNBase:
-        return nn.RNN(dim, size)
+    module: ClassVar[type[nn.LSTM | nn.GRU | nn.RNN]] = nn.RNN
 
 
 class TorchRNN(Mixer):
@@ -99,7 +89,7 @@ class TorchRNN(Mixer):
         d = config.inner_size(dim)
         self.kernels = config.kernels
         self.cell, self.gates = config.cell, config.gates
-        self.rnn = config.make(dim, d)
+        self.rnn = config.module(dim, d)
         self.out_proj = nn.Linear(d, dim, bias=False)
 
     @property
@@ -118,18 +108,12 @@ class TorchRNN(Mixer):
         note_backend("cudnn" if x.is_cuda else "torch")
         # PyTorch's states have an axis of layers in front.
         h, state = self.rnn(x, tree_map(lambda s: s.unsqueeze(0), state) if state is not None else None)
-        note_recurrence((self._weight_hh,), self.gates, h)
+        weight = weights_of(self.rnn).hh
+        note_recurrence((weight if self.gates == 1 else weight.view(self.gates, *[h.shape[-1]] * 2),), self.gates, h)
         return h, tree_map(lambda s: s.squeeze(0), state)
 
     def _run_elman(self, x: Tensor, state: State, reset: Tensor | None) -> tuple[Tensor, State]:
-        weight_ih, _, bias_ih, bias_hh = self.rnn.all_weights[0]
-        gates = (self.gates,) if self.gates > 1 else ()
-        pre = F.linear(x, weight_ih, bias_ih).view(*x.shape[:2], *gates, self.rnn.hidden_size)
-        bias = bias_hh.view(self.gates, -1)
-        return recurrence(pre, self._weight_hh, state, cell=self.cell, bias=bias, reset=reset)
-
-    @property
-    def _weight_hh(self) -> Tensor:
-        """(gates, d, d), or (d, d) for one."""
-        _, weight, _, _ = self.rnn.all_weights[0]
-        return weight if self.gates == 1 else weight.view(self.gates, *[self.rnn.hidden_size] * 2)
+        weights = weights_of(self.rnn)
+        given = (state,) if isinstance(state, Tensor) else state
+        h, last = run_steps(input_part(x, weights, self.cell), weights, given, self.cell, reset=reset)
+        return h, last[0] if len(last) == 1 else last

@@ -99,6 +99,11 @@ def _softsign_derivative(v: Tensor) -> Tensor:
     return (1 + v.abs()).square().reciprocal()
 
 
+def _relu_derivative(v: Tensor) -> Tensor:
+    """0 at 0, as PyTorch has it."""
+    return torch.where(v.isnan(), v, (v > 0).to(v.dtype))
+
+
 def _sigmoid_derivative(v: Tensor) -> Tensor:
     """σ(v) σ(−v), without the rounding of 1 − σ(v)."""
     return torch.sigmoid(v) * torch.sigmoid(-v)
@@ -273,6 +278,7 @@ CELLS: dict[str, Cell] = {
     cell.name: cell
     for cell in (
         _activation("tanh", "Tanh", "h = tanh(pre + rec)", torch.tanh, _tanh_derivative),
+        _activation("relu", "Relu", "h = max(pre + rec, 0)", torch.relu, _relu_derivative),
         _activation("softsign", "Softsign", "h = v / (1 + |v|), v = pre + rec", F.softsign, _softsign_derivative),
         _delta("delta", "Delta", "h = (1 − δ) h + δ tanh(pre₀ + rec), δ = σ(pre₁)", products=1),
         _delta("triple_r", "TripleR", "h = (1 − δ) h + δ tanh(pre₀ + rec₀), δ = σ(pre₁ + rec₁)", products=2),

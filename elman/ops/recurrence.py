@@ -109,7 +109,8 @@ def recurrence(
     for name, optional in (("bias", bias), ("pre_bias", pre_bias), ("reset", reset)):
         if optional is not None:
             _tensors(name, optional)
-    if torch.is_autocast_enabled(pre.device.type):
+    # Tensors of shapes alone have no autocast.
+    if not pre.is_meta and torch.is_autocast_enabled(pre.device.type):
         dtype = torch.get_autocast_dtype(pre.device.type)
         pre, weights = pre.to(dtype), tuple(x.to(dtype) for x in weights)
         bias = None if bias is None else bias.to(dtype)
@@ -130,7 +131,7 @@ def recurrence(
     problem = Problem(seq_len, batch, hidden, pre.dtype, pre.device, kind, rule, heads, rank)
     chosen = choose(backend, problem)
     note_backend(chosen)
-    with torch.autocast(pre.device.type, enabled=False):
+    with contextlib.nullcontext() if pre.is_meta else torch.autocast(pre.device.type, enabled=False):
         if bias is not None and rule.additive:
             pre, bias = pre + F.pad(bias, (0, 0, 0, gates - rule.products)), None
         if rule.logarithmic and states is not None:

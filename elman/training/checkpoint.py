@@ -173,7 +173,7 @@ def _make_partial(folder: Path) -> Path:
 
 def _finish(partial: Path, final: Path, form: str, files: dict[str, Any], keep: int) -> Path:
     """Add the manifest, have all of it on the disk, and only then give it its name."""
-    manifest = {"format": form, "step": _step(final), "files": files}
+    manifest = {"format": form, "step": step_of(final), "files": files}
     (partial / _MANIFEST).write_text(json.dumps(manifest, indent=2))
     for name in (*files, _MANIFEST):
         # safetensors makes its file readable for its owner alone; a run is to be shared like any other file.
@@ -199,10 +199,11 @@ def _save(value: Any, path: Path) -> None:
 def list_checkpoints(folder: Path) -> list[Path]:
     """The checkpoints in ``folder``, the oldest first."""
     found = [path for path in folder.glob("step-*") if _NAME.fullmatch(path.name)]
-    return sorted(found, key=_step)
+    return sorted(found, key=step_of)
 
 
-def _step(path: Path) -> int:
+def step_of(path: Path) -> int:
+    """Of a checkpoint's folder, by its name."""
     return int(path.name.removeprefix("step-"))
 
 
@@ -230,9 +231,9 @@ def load_checkpoint(path: Path, *, with_trainer: bool = True) -> Checkpoint:
             trainer = put_shards(trainer, read_shards(path, _TRAINER_PREFIX) if with_trainer else {})
         else:
             model = safetensors.torch.load_file(path / _MODEL)
-        if manifest["step"] != _step(path):
+        if manifest["step"] != step_of(path):
             raise DamagedCheckpointError(f"checkpoint {path} is damaged: {_MANIFEST} speaks of step {manifest['step']}")
-        return Checkpoint(_step(path), model, trainer)
+        return Checkpoint(step_of(path), model, trainer)
     except PermissionError as error:
         raise UsageError(f"checkpoint {path} cannot be read: {error.strerror}; check its permissions") from None
     except (FileNotFoundError, NotADirectoryError) as error:

@@ -29,13 +29,15 @@ from pathlib import Path
 from typing import Any
 
 import filelock
+import torch
 from torch import Tensor
 
 from elman.data.sampling import SAMPLERS
 from elman.data.vocabulary import Vocabulary, open_vocabulary
+from elman.environment import resolve_device
 from elman.errors import UsageError
 from elman.model import LanguageModel, ModelConfig
-from elman.training.checkpoint import Checkpoint, DamagedCheckpointError, list_checkpoints, load_checkpoint
+from elman.training.checkpoint import Checkpoint, DamagedCheckpointError, list_checkpoints, load_checkpoint, step_of
 from elman.training.config import RunConfig, TaskConfig, TrainConfig
 
 
@@ -277,22 +279,40 @@ def _set_aside(path: Path) -> None:
     path.rename(aside)
 
 
-def load_model(path: Path | str, tell: Callable[[str], None] = warnings.warn) -> LanguageModel:
-    """The model of a run folder at its newest whole checkpoint, on the CPU, in evaluation mode.
+def load_model(
+    path: Path | str,
+    tell: Callable[[str], None] = warnings.warn,
+    *,
+    step: int | None = None,
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype | None = None,
+) -> LanguageModel:
+    """The model of a run folder, in evaluation mode; ``elman.load`` says what its options are.
 
     ``tell`` is called with a line for each damaged checkpoint that was passed over.
 
     Raises:
-        UsageError: no run there, or no whole checkpoint.
+        UsageError: no run there, no whole checkpoint, none of that step, no such device, or no floating-point dtype.
     """
+    where = resolve_device(str(device))
+    if dtype is not None and not dtype.is_floating_point:
+        raise UsageError(f"dtype={dtype} cannot hold weights: give a floating-point one, such as torch.bfloat16")
     run = open_run(Path(path))
     _, config = run.read_config()
-    found = load_newest(run, tell, with_trainer=False)
-    if found is None:
+    there = {step_of(found): found for found in list_checkpoints(run.checkpoints)}
+    if not there:
         raise UsageError(f"{path} has no checkpoint yet: go on with it by elman train --resume {path}")
+    if step is None:
+        newest = load_newest(run, tell, with_trainer=False)
+        assert newest is not None
+        source, checkpoint = newest
+    elif step in there:
+        source, checkpoint = there[step], load_checkpoint(there[step], with_trainer=False)
+    else:
+        raise UsageError(f"checkpoint={step} is not in {path}: give one of {', '.join(map(str, there))}")
     model = LanguageModel(config)
-    load_weights(model, found[1].model, found[0])
-    return model.eval()
+    load_weights(model, checkpoint.model, source)
+    return model.to(where, dtype).eval()
 
 
 def load_text(path: Path | str) -> tuple[Vocabulary, bool]:

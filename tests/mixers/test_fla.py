@@ -8,11 +8,12 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from elman.cli import _train_command
+from elman.cli import _run_command
 from elman.errors import UsageError
 from elman.mixers import mixer_config, parse_pattern
 from elman.model import LanguageModel, ModelConfig
 from elman.sizing import num_params, size_model, state_size
+from elman.training.config import TrainConfig
 
 
 class Cache:
@@ -137,5 +138,5 @@ def test_options_reach_the_command_line() -> None:
     import tyro
 
     argv = ["--model", "e1,fla:decay", "--steps", "1", "--fla:DecayAttention.options", '{"num_heads": 4}']
-    parsed = tyro.cli(_train_command(argv), args=argv)
+    parsed = tyro.cli(_run_command(TrainConfig, argv), args=argv)
     assert parsed.fla_DecayAttention.options == '{"num_heads": 4}'

@@ -152,8 +152,8 @@ def test_every_cell_errs_no_more_than_the_reference(backend: str, dtype: torch.d
 
 @on_each
 @pytest.mark.parametrize(
-    "cell", [cell for cell in FUSED_CELLS if "polynomial" not in cell]
-)  # which are flat far from 0
+    "cell", [cell for cell in FUSED_CELLS if cell != "relu" and "polynomial" not in cell]
+)  # which are flat, below 0 or far from it
 def test_saturated_units_keep_their_gradient(backend: str, device: str, dtype: torch.dtype, cell: str) -> None:
     """From |v| = 3.5 bf16 rounds tanh(v) to ±1; the reference's f′ is 0 there, ours is not."""
     p = draw(6, 4, 16, dtype=BF16, device=device, reset_rate=None, scale=8.0, cell=cell)

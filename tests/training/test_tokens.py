@@ -16,7 +16,7 @@ import pytest
 import torch
 from rich.console import Console
 
-from elman.commands import generate as generate_command
+from elman import writing
 from elman.data.bytes import open_bytes
 from elman.errors import UsageError
 from elman.generation import generate
@@ -123,7 +123,7 @@ def test_a_tokenized_model_writes_bytes(config: TrainConfig) -> None:
             return True
 
     terminal = Terminal()
-    assert generate_command(config.out, "the é", 30, 0.8, 0.95, 0, "cpu", terminal) == 0
+    assert writing.generate(writing.Request(config.out, ("the é",), num_bytes=30, device="cpu"), terminal) == 0
     assert terminal.getvalue().startswith("the é")
 
 

@@ -155,6 +155,19 @@ struct Tanh : Additive<Tanh> {
   }
 };
 
+// A NaN stays one, in the slope too.
+struct Relu : Additive<Relu> {
+  template <class Math, class Real = typename Math::Real>
+  static __device__ __forceinline__ Real value(Real v) {
+    return v <= Real(0) ? Real(0) : v;
+  }
+
+  template <class Math, class Real = typename Math::Real>
+  static __device__ __forceinline__ Real derivative(Real v) {
+    return v > Real(0) ? Real(1) : v <= Real(0) ? Real(0) : v;
+  }
+};
+
 struct Softsign : Additive<Softsign> {
   template <class Math, class Real = typename Math::Real>
   static __device__ __forceinline__ Real value(Real v) {

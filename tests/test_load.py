@@ -1,0 +1,93 @@
+"""``elman.load``: a run's model in one call, and ``import elman`` that costs nothing."""
+
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import elman
+from elman.errors import UsageError
+from elman.mixers import mixer_config
+from elman.model import LanguageModel, ModelConfig
+from elman.training.checkpoint import Checkpoint, save_checkpoint
+from elman.training.config import TrainConfig
+from elman.training.run import RunFolder
+
+CONFIG = ModelConfig(dim=8, depth=1, mixers=(mixer_config("e1")(),))
+
+
+@pytest.fixture
+def models(tmp_path: Path) -> dict[int, LanguageModel]:
+    """Of the checkpoints of a run in ``tmp_path``, by step."""
+    run = RunFolder(tmp_path)
+    run.write_config(TrainConfig(data=tmp_path / "text", steps=8), CONFIG)
+    made = {}
+    for step in (4, 8):
+        torch.manual_seed(step)
+        made[step] = LanguageModel(CONFIG)
+        save_checkpoint(run.checkpoints, Checkpoint(step, made[step].state_dict(), {}))
+    return made
+
+
+@pytest.mark.parametrize(("options", "step"), [({}, 8), ({"checkpoint": 8}, 8), ({"checkpoint": 4}, 4)])
+@pytest.mark.parametrize("dtype", [None, torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def test_a_checkpoint_comes_back(
+    models: dict[int, LanguageModel],
+    tmp_path: Path,
+    options: dict[str, Any],
+    step: int,
+    dtype: torch.dtype | None,
+    device: str,
+) -> None:
+    for run in (tmp_path, str(tmp_path)):
+        model = elman.load(run, **options, device=device, dtype=dtype)
+        assert not model.training
+        tokens = torch.tensor([list(b"import ")], device=device)
+        logits, _ = model(tokens)
+        expected, _ = models[step].to(device, dtype)(tokens)
+        assert logits.dtype == (dtype or torch.float32)
+        assert torch.equal(logits, expected)
+
+
+def test_a_damaged_newest_is_passed_over_but_not_when_asked_for(
+    models: dict[int, LanguageModel], tmp_path: Path
+) -> None:
+    (tmp_path / "checkpoints" / "step-00000008" / "model.safetensors").write_bytes(b"")
+    with pytest.warns(UserWarning, match="going by step-00000004, which is whole"):
+        model = elman.load(tmp_path)
+    assert torch.equal(model.embedding.weight, models[4].embedding.weight)
+    with pytest.raises(UsageError, match="step-00000008 is damaged"):
+        elman.load(tmp_path, checkpoint=8)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"checkpoint": 5}, r"checkpoint=5 is not in .*: give one of 4, 8"),
+        ({"device": "tpu"}, "'tpu' is unknown: give cpu, cuda"),
+        ({"dtype": torch.int8}, r"dtype=torch.int8 cannot hold weights: give a floating-point one"),
+    ],
+)
+def test_bad_options_are_named(
+    models: dict[int, LanguageModel], tmp_path: Path, options: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(UsageError, match=message):
+        elman.load(tmp_path, **options)
+
+
+def test_no_run_and_no_checkpoint(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="is no run folder"):
+        elman.load(tmp_path)
+    RunFolder(tmp_path).write_config(TrainConfig(data=tmp_path / "text", steps=8), CONFIG)
+    for options in ({}, {"checkpoint": 4}):
+        with pytest.raises(UsageError, match="has no checkpoint yet"):
+            elman.load(tmp_path, **options)  # type: ignore[arg-type]
+
+
+def test_import_elman_imports_no_torch() -> None:
+    code = "import elman, sys; assert callable(elman.load); assert 'torch' not in sys.modules"
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=Path(__file__).parent.parent)
