@@ -228,6 +228,7 @@ def _declared(config: type[object]) -> Iterator[str]:
         yield from vars(kind).get("__annotations__", ())
 
 
+@functools.cache
 def variant_page(name: str) -> str:
     """A variant: its module's docstring, its options, and what it counts at one size."""
     config = mixer_config(name)
