@@ -23,4 +23,5 @@ html_title = "elman"
 html_static_path = ["static"]
 html_css_files = ["wide.css"]
 html_copy_source = False
+html_show_copyright = False
 html_show_sourcelink = False

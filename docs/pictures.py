@@ -12,10 +12,12 @@ from matplotlib.patches import FancyArrowPatch, FancyBboxPatch
 _INK, _STATE, _INPUT, _OUTPUT, _CHIP = "#333333", "#c6dbef", "#e5f5e0", "#fdd0a2", "#f2f2f2"
 
 
-def _box(axes: Axes, x: float, y: float, text: str, color: str, width: float = 1.2, height: float = 0.7) -> None:
+def _box(
+    axes: Axes, x: float, y: float, text: str, color: str, width: float = 1.2, height: float = 0.7, size: float = 10
+) -> None:
     corner = (x - width / 2, y - height / 2)
     axes.add_patch(FancyBboxPatch(corner, width, height, boxstyle="round,pad=0.03", fc=color, ec=_INK, lw=1))
-    axes.text(x, y, text, ha="center", va="center", color=_INK)
+    axes.text(x, y, text, ha="center", va="center", color=_INK, size=size)
 
 
 def _arrow(axes: Axes, start: tuple[float, float], end: tuple[float, float], text: str = "", **style: object) -> None:
@@ -113,13 +115,13 @@ def comparison(axes: Axes) -> None:
         ),
     )
     for column, (title, color, entries) in enumerate(columns):
-        x = 4.4 * column
-        axes.text(x, 3.2, title, ha="center", weight="bold", color=_INK)
+        x = 6.2 * column
+        axes.text(x, 3.2, title, ha="center", weight="bold", color=_INK, size=9)
         for row, entry in enumerate(entries):
-            _box(axes, x, 2.4 - row, entry, color, 3.9)
+            _box(axes, x, 2.4 - row, entry, color, 5.6, size=8)
         if column:
-            _arrow(axes, (x - 2.38, 1.4), (x - 2.02, 1.4))
-    axes.set(xlim=(-2.2, 11.0), ylim=(-0.2, 3.6))
+            _arrow(axes, (x - 3.42, 1.4), (x - 2.78, 1.4))
+    axes.set(xlim=(-2.9, 15.3), ylim=(-0.2, 3.6))
 
 
 PICTURES = {each.__name__: each for each in (recurrence, persistent, streams, comparison)}
