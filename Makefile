@@ -15,7 +15,7 @@ PY := $(VENV)/bin/python
 INSTALLED := $(VENV)/.installed
 endif
 
-.PHONY: demo test check format install clean
+.PHONY: demo test check format docs install clean
 
 demo: $(INSTALLED)
 	$(PY) -m elman train $(DEMO_FLAGS)
@@ -33,6 +33,11 @@ format: $(INSTALLED)
 	$(PY) -m ruff format .
 	$(PY) -m ruff check --fix .
 
+# The site, in site/: open site/index.html. A warning is an error.
+docs: $(INSTALLED)
+	$(PY) -m docs.assemble build/docs
+	$(PY) -m sphinx --quiet --fail-on-warning --keep-going --fresh-env -c docs build/docs site
+
 install: $(INSTALLED)
 
 $(VENV)/.installed: pyproject.toml constraints.txt
@@ -43,5 +48,5 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 	@touch $@
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) build dist site *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -285,6 +285,41 @@ def _run_command(kind: type[RunConfig], argv: list[str]) -> Any:
     return command
 
 
+def parse(argv: list[str], tells: bool = True) -> Any:
+    """The command that ``argv`` asks for, its options checked; its ``run_command`` does it.
+
+    Raises:
+        UsageError: an option whose value is wrong.
+        SystemExit: with 0 after ``--help``, with 2 where ``argv`` does not parse, which is said if ``tells``.
+    """
+    train: Any = _run_command(TrainConfig, argv[1:] if argv[:1] == ["train"] else [])
+    task: Any = _run_command(TaskConfig, argv[1:] if argv[:1] == ["task"] else [])
+    commands = (
+        Annotated[train, tyro.conf.subcommand("train")]
+        | Annotated[task, tyro.conf.subcommand("task")]
+        | Annotated[Tasks, tyro.conf.subcommand("tasks")]
+        | Annotated[Generate, tyro.conf.subcommand("generate")]
+        | Annotated[Evaluate, tyro.conf.subcommand("eval")]
+        | Annotated[Export, tyro.conf.subcommand("export")]
+        | Annotated[Models, tyro.conf.subcommand("models")]
+        | Annotated[Doctor, tyro.conf.subcommand("doctor")]
+        | Annotated[Data, tyro.conf.subcommand("data")]
+        | Annotated[Studies, tyro.conf.subcommand("study")]
+        | Annotated[ReportRuns, tyro.conf.subcommand("report")]
+        | Annotated[CompareRuns, tyro.conf.subcommand("compare")]
+    )
+    config = (tyro.conf.OmitSubcommandPrefixes, tyro.conf.FlagCreatePairsOff)
+    command: Any = tyro.cli(
+        commands,
+        args=argv,
+        prog="elman",
+        description="How far can simple nonlinear RNNs go with modern engineering?",
+        config=config,
+        console_outputs=tells,
+    )
+    return command
+
+
 def main(argv: list[str] | None = None) -> int:
     """Run one command. Returns its exit code: 0, 1 (training failed), 2 (wrong use), 130 (stopped)."""
     argv = sys.argv[1:] if argv is None else argv
@@ -297,31 +332,7 @@ def main(argv: list[str] | None = None) -> int:
     # Processes that torchrun started have one command line: the first of a machine tells what is wrong with it.
     tells = os.environ.get("LOCAL_RANK", "0") == "0"
     try:
-        train: Any = _run_command(TrainConfig, argv[1:] if argv[:1] == ["train"] else [])
-        task: Any = _run_command(TaskConfig, argv[1:] if argv[:1] == ["task"] else [])
-        commands = (
-            Annotated[train, tyro.conf.subcommand("train")]
-            | Annotated[task, tyro.conf.subcommand("task")]
-            | Annotated[Tasks, tyro.conf.subcommand("tasks")]
-            | Annotated[Generate, tyro.conf.subcommand("generate")]
-            | Annotated[Evaluate, tyro.conf.subcommand("eval")]
-            | Annotated[Export, tyro.conf.subcommand("export")]
-            | Annotated[Models, tyro.conf.subcommand("models")]
-            | Annotated[Doctor, tyro.conf.subcommand("doctor")]
-            | Annotated[Data, tyro.conf.subcommand("data")]
-            | Annotated[Studies, tyro.conf.subcommand("study")]
-            | Annotated[ReportRuns, tyro.conf.subcommand("report")]
-            | Annotated[CompareRuns, tyro.conf.subcommand("compare")]
-        )
-        config = (tyro.conf.OmitSubcommandPrefixes, tyro.conf.FlagCreatePairsOff)
-        command: Any = tyro.cli(
-            commands,
-            args=argv,
-            prog="elman",
-            description="How far can simple nonlinear RNNs go with modern engineering?",
-            config=config,
-            console_outputs=tells,
-        )
+        command = parse(argv, tells)
         tells = True
         code: int = command.run_command(console)
         return code

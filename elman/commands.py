@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import os
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -24,6 +25,7 @@ from elman.environment import driver_version, package_versions, resolve_device, 
 from elman.errors import UsageError
 from elman.evaluation.tasks import find_task, task_names
 from elman.mixers import PATTERNS, mixer_config, mixer_names, parse_pattern
+from elman.model import ModelConfig
 from elman.ops import backend_status
 from elman.sizing import SizeError, flops_per_token, num_params, size_model, state_size
 from elman.text import one_line
@@ -42,6 +44,17 @@ def export(run: Path, out: Path | None, console: Console) -> int:
     return 0
 
 
+def sized_variants(params: int, depth: int) -> Iterator[tuple[str, str, ModelConfig | None]]:
+    """Every variant and named pattern: its name, its equation, and the model of that size; None where no width fits."""
+    for name in [*PATTERNS, *mixer_names()]:
+        mixers = tuple(mixer_config(each)() for each in parse_pattern(name))
+        equation = mixers[0].equation if len(mixers) == 1 else f"layers of {PATTERNS[name]}"
+        try:
+            yield name, equation, size_model(mixers, params=params, depth=max(depth, len(mixers)))
+        except SizeError:
+            yield name, equation, None
+
+
 def models(params: str, depth: int, seq_len: int, console: Console) -> int:
     """Print every variant at one size."""
     target = parse_count(params, "--params")
@@ -53,12 +66,8 @@ def models(params: str, depth: int, seq_len: int, console: Console) -> int:
         table.add_column(column)
     for column in ("width", "parameters", "FLOPs/token", "state"):
         table.add_column(column, justify="right")
-    for name in [*PATTERNS, *mixer_names()]:
-        mixers = tuple(mixer_config(each)() for each in parse_pattern(name))
-        equation = mixers[0].equation if len(mixers) == 1 else f"layers of {PATTERNS[name]}"
-        try:
-            config = size_model(mixers, params=target, depth=max(depth, len(mixers)))
-        except SizeError:
+    for name, equation, config in sized_variants(target, depth):
+        if config is None:
             table.add_row(name, equation, "-", "no width within 2%", "-", "-")
             continue
         counts = (num_params(config), flops_per_token(config, seq_len), state_size(config, seq_len))
