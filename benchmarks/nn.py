@@ -2,9 +2,9 @@
 
 Both run in this one process on the same GPU, with T = 512 steps of as many inputs as units, whose product is included:
 as they are called, and captured in a CUDA graph and replayed. Times are taken as in ``benchmarks.recurrence``, forward
-without autograd and both passes with it. Ours has no time where a result errs more than 1.5 times as much against float64
-as PyTorch's does in the same dtype. Writes all to benchmarks/results/. Needs a GPU; run it from the repository's root:
-``python -m benchmarks.nn``.
+without autograd and both passes with it. Ours has no time where a result errs more than 1.5 times as much against
+float64 as PyTorch's does in the same dtype. Writes all to benchmarks/results/. Needs a GPU; run it from the
+repository's root: ``python -m benchmarks.nn``.
 """
 
 from __future__ import annotations
