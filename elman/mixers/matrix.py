@@ -115,6 +115,8 @@ class Matrix(Mixer):
         super().__init__()
         heads = config.num_heads(dim)
         self.config, self.heads, self.sizes = config, heads, config.sizes(dim)
+        #: Widths of q, k and v, and of z and the logits of a and β: what the first product makes, in this order.
+        self._inputs, self._others = list(self.sizes.values())[:3], list(self.sizes.values())[3:]
         self.in_proj = nn.Linear(dim, sum(self.sizes.values()), bias=False)
         convolved = self.sizes["q"] + self.sizes["k"] + self.sizes["v"]
         self.conv = ShortConv(convolved, config.conv) if config.conv else None
@@ -128,14 +130,12 @@ class Matrix(Mixer):
         self.out_proj = nn.Linear(self.sizes["v"], dim, bias=False)
 
     def forward(self, x: Tensor, state: State, reset: Tensor | None) -> tuple[Tensor, State]:
-        first, *others = self.sizes["q"] + self.sizes["k"] + self.sizes["v"], *list(self.sizes.values())[3:]
-        projected = self._project(x)[..., : self.in_proj.out_features]
-        qkv, z, decay, beta = projected.split_with_sizes([first, *others], dim=-1)
+        *parts, rest = self._project(x)
+        z, decay, beta = rest[..., : sum(self._others)].split_with_sizes(self._others, dim=-1)
         if self.conv is not None:
             state, last = (None, None) if state is None else state
-            qkv, last = self.conv(qkv, last, reset)
-            qkv = F.silu(qkv)
-        parts = qkv.split_with_sizes([self.sizes[name] for name in ("q", "k", "v")], dim=-1)
+            qkv, last = self.conv(*parts, last, reset)
+            parts = list(F.silu(qkv).split_with_sizes(self._inputs, dim=-1))
         q, k, v = (part.reshape(*part.shape[:2], self.heads, -1) for part in parts)
         # The kernels read v as it lies: copied here, and not once by each of them.
         q, k, v = _of_length_one(q), _of_length_one(k), v.contiguous()
@@ -146,13 +146,20 @@ class Matrix(Mixer):
         y = y * F.silu(z.to(real).reshape(y.shape))
         return self.out_proj(y.flatten(2).to(x.dtype)), s if self.conv is None else (s, last)
 
-    def _project(self, x: Tensor) -> Tensor:
-        """The first product, filled up behind its end to a width that tensor cores write fast."""
-        missing = -self.in_proj.out_features % _FAST_WIDTH
-        if not missing or not x.is_cuda:
-            projected: Tensor = self.in_proj(x)
-            return projected
-        return F.linear(x, F.pad(self.in_proj.weight, (0, 0, 0, missing)))
+    def _project(self, x: Tensor) -> list[Tensor]:
+        """q, k and v, or all three for the convolution, and the others, with what fills these up to a fast width.
+
+        Where gradients are taken, by a product each: those of parts of one product would first be put side by side, and
+        that takes longer than a few products more.
+        """
+        sizes = [*(self._inputs if self.conv is None else [sum(self._inputs)]), sum(self._others)]
+        weight = self.in_proj.weight
+        if x.is_cuda and (missing := -sizes[-1] % _FAST_WIDTH):
+            sizes[-1] += missing
+            weight = F.pad(weight, (0, 0, 0, missing))
+        if torch.is_grad_enabled():
+            return [F.linear(x, part) for part in weight.split_with_sizes(sizes)]
+        return list(F.linear(x, weight).split_with_sizes(sizes, dim=-1))
 
     def _gates(self, decay: Tensor, beta: Tensor) -> tuple[Tensor, Tensor]:
         """A and β of their logits (T, B, .), never of a half type: that would round what is near 1 to 1."""
