@@ -400,8 +400,9 @@ class GRU(_Recurrent):
     h = (1 − σ(z)) tanh(W_n x + b_n + σ(r) (U_n h + c_n)) + σ(z) h, r and z each W_ih x + b_ih + W_hh h + b_hh.
 
     Args:
-        input_size, hidden_size, num_layers, bias, batch_first, dropout, bidirectional, device, dtype, backend,
-            proj_size: as for ``RNN``.
+        input_size, hidden_size, num_layers, bias, batch_first, dropout, bidirectional, device, dtype, backend: as for
+            ``RNN``.
+        proj_size: the LSTM's alone, not to be given.
 
     Raises:
         ValueError, TypeError: as ``torch.nn.GRU``.

@@ -28,7 +28,7 @@ def test_python_blocks_run(tmp_path: Path) -> None:
     blocks = re.findall(r"```python\n(.*?)```", README.read_text(encoding="utf-8"), re.DOTALL)
     # Of the others, one is tried above, and one wants transformers, by which tests/export tries what it does.
     blocks = [block for block in blocks if not block.startswith(("from elman.studies", "from transformers"))]
-    assert len(blocks) == 2
+    assert len(blocks) == 3
     names: dict[str, object] = {}
     for block in blocks:
         exec(re.sub(r"runs/e1-[\d-]+", str(run), block), names)

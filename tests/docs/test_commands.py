@@ -153,6 +153,14 @@ def test_every_fence_says_its_language() -> None:
         assert set(opening) <= {"", "sh", "text", "python", "{toctree}", "{eval-rst}"}, page.name
 
 
+@pytest.mark.parametrize("page", PAGE_FILES, ids=lambda page: page.name)
+def test_commands_of_transcripts_parse(page: Path, workplace: Path) -> None:
+    """What stands behind ``$`` in a block of text."""
+    blocks = re.findall(r"^```text\n(.*?)^```", page.read_text(encoding="utf-8"), re.DOTALL | re.MULTILINE)
+    for command in re.findall(r"^\$ elman (.*)", "".join(blocks).replace("\\\n", " "), re.MULTILINE):
+        cli.parse(shlex.split(command))
+
+
 @functools.cache
 def command_names() -> set[tuple[str, ...]]:
     return {names for names, _ in commands_below()}

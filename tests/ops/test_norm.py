@@ -60,6 +60,15 @@ def test_the_stream_keeps_its_dtype_and_the_norm_takes_the_one_asked_for() -> No
     assert (s.dtype, n.dtype) == (torch.float32, torch.float32)
 
 
+@pytest.mark.parametrize("dtype", HALVES)
+def test_a_half_stream_as_small_as_an_embedding_starts_is_normed_too(dtype: torch.dtype) -> None:
+    """Its mean square, 4e-4, is less than bfloat16's machine epsilon."""
+    x = (0.02 * draw(7, 64, with_y=False)["x"]).to(dtype)
+    _, n = add_norm(x, None, torch.ones(64, dtype=dtype))
+    expected = x.double() / x.double().square().mean(-1, keepdim=True).sqrt()
+    assert ((n - expected).abs() <= torch.finfo(dtype).eps * expected.abs()).all()
+
+
 @pytest.fixture
 def kernels_in_pytorch(monkeypatch: pytest.MonkeyPatch) -> None:
     """What norm.cuh computes, on the CPU: so the op around it is tested without a GPU."""
