@@ -2,7 +2,7 @@
 
     q, k, v, z, a, b = W_in x             q, k, v = silu(conv(q, k, v)) if so asked (short_conv.py)
     q, k             = q / |q|, k / |k|   in each head
-    a, β             = σ(a + bias), σ(b + bias)
+    a, β             = σ(a + bias), c σ(b + bias)                        c: --beta-max
     S_t = tanh(a_t S_{t-1} + β_t k_t (v_t − a_t S_{t-1}ᵀ k_t)ᵀ)          one matrix (K, V) a head
     y_t = S_tᵀ q_t
     out = W_out (norm(y) ⊙ silu(z))       the norm over each head
@@ -34,6 +34,8 @@ from elman.options import OptionalInt, check_at_least
 _NORM_EPS = 1e-5
 _LENGTH_EPS = 1e-6
 _FAST_WIDTH = 8
+#: Beyond it a state without a bound would grow at every step.
+_LARGEST_BETA = 2.0
 #: What the heads forget a step at the start, from the slowest to the fastest.
 _FORGOTTEN = (1e-3, 1e-1)
 
@@ -59,6 +61,9 @@ class MatrixConfig(ExpandedConfig):
     """What a step keeps: a number a head of the input, one of each row of the matrix, or all."""
     beta: Literal["head", "none"] = "head"
     """How far a step corrects what is read: by a number a head of the input, or wholly."""
+    beta_max: float = 1.0
+    """What that number stays below. Above 1 a step may turn round what is read at k, and so follow a parity, which a
+    product of factors in [0, 1] cannot (Grazzi et al., 2024, arXiv 2411.12537)."""
     conv: int = 0
     """Width of a short causal depthwise convolution of q, k and v, such as 4, and a silu behind it; 0 for neither."""
 
@@ -67,6 +72,10 @@ class MatrixConfig(ExpandedConfig):
         check_at_least(self, heads=1, key_size=1, value_size=1)
         if self.conv != 0 and not 2 <= self.conv <= 64:
             raise UsageError(f"--conv {self.conv} is out of range: give 0 for none, or a width from 2 to 64")
+        if not 0 < self.beta_max <= _LARGEST_BETA:
+            raise UsageError(f"--beta-max {self.beta_max} is out of range: give a number above 0 and up to 2")
+        if self.beta == "none" and self.beta_max != 1.0:
+            raise UsageError(f"--beta-max {self.beta_max} is of no use to --beta none, where β is 1: drop one of them")
 
     def build(self, dim: int) -> Matrix:
         return Matrix(dim, self)
@@ -171,7 +180,7 @@ class Matrix(Mixer):
         if self.config.decay == "key":
             kept = kept.view(*kept.shape[:2], self.heads, -1)
         if self.config.beta != "none":
-            shares = torch.sigmoid(beta.to(real) + self.beta_bias.to(real))
+            shares = self.config.beta_max * torch.sigmoid(beta.to(real) + self.beta_bias.to(real))
         return kept, shares
 
 

@@ -12,6 +12,7 @@ def study(scale: Scale) -> Study:
         Run("E10", "e10", depth=2),
         Run("E15", "e15", depth=2),
         Run("Matrix", "matrix", depth=2),
+        Run("Matrix, β < 2", "matrix", {"beta_max": 2.0}, depth=2),
         Run("Matrix and E1", "elman", depth=2),
         Run("Ladder 1, δ-gate", "ladder_1", depth=2),
         Run("Ladder 3, diagonal", "ladder_3", depth=2),
