@@ -17,7 +17,8 @@ from elman.errors import UsageError
 from elman.sizing import num_params
 from elman.studies.find import find_study, study_names
 from elman.studies.launch import Launcher, LocalLauncher, SubmititLauncher, gpu_slots
-from elman.studies.options import ReportStudy, RunStudy, ScaleName
+from elman.studies.options import PackStudy, ReportStudy, RunStudy, ScaleName
+from elman.studies.pack import pack, size_of
 from elman.studies.plan import Plan
 from elman.studies.report import make_report
 from elman.studies.runner import run_plan, show_plan
@@ -126,16 +127,35 @@ def _place(options: RunStudy, plan: Plan) -> str:
 
 def report_study(options: ReportStudy, console: Console) -> int:
     """Report the runs of a study's folder."""
-    folder = options.folder
-    if folder is None:
-        folder = default_folder(find_study(options.study, Scale(options.scale)).name, options.scale)
-        if not folder.is_dir():
-            scale = "" if options.scale == "full" else f" --scale {options.scale}"
-            raise UsageError(
-                f"STUDY {options.study}: there is no folder {folder}: run it first, by elman study run "
-                f"{options.study}{scale}, or name its folder by --folder"
-            )
+    folder = _folder_of(options)
     return write_report([folder], options.out or folder / "report", console)
+
+
+def pack_study(options: PackStudy, console: Console) -> int:
+    """Copy them, small, and report the copy."""
+    folder = _folder_of(options)
+    made = pack(folder, options.out, options.lines)
+    size = sum(size_of(run) for run in made)
+    say(console, f"{len(made)} runs in {options.out}, {size / 2**20:.1f} MiB")
+    return write_report([options.out], options.out / "report", console)
+
+
+def _folder_of(options: ReportStudy | PackStudy) -> Path:
+    """Where the study's runs lie.
+
+    Raises:
+        UsageError: nowhere.
+    """
+    if options.folder is not None:
+        return options.folder
+    folder = default_folder(find_study(options.study, Scale(options.scale)).name, options.scale)
+    if not folder.is_dir():
+        scale = "" if options.scale == "full" else f" --scale {options.scale}"
+        raise UsageError(
+            f"STUDY {options.study}: there is no folder {folder}: run it first, by elman study run "
+            f"{options.study}{scale}, or name its folder by --folder"
+        )
+    return folder
 
 
 def list_studies(console: Console) -> int:

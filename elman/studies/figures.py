@@ -56,7 +56,7 @@ def curves(comparison: Comparison, styles: Styles, unit: str) -> str:
     lowest, highest = np.inf, -np.inf
     for group in comparison.ranked:
         for i, record in enumerate(group.records):
-            rows = [row for row in record.rows if "loss" in row]
+            rows = [row for row in record.every_step if "loss" in row]
             losses = np.array([row["loss"] for row in rows], dtype=np.float64)
             if not len(losses):
                 continue

@@ -83,6 +83,27 @@ class ReportStudy:
 
 
 @dataclass(frozen=True)
+class PackStudy:
+    """Copy a study's runs, small enough to commit or send, and report these: no checkpoints, few lines of metrics."""
+
+    study: tyro.conf.Positional[str]
+    """Name of a study, or its file."""
+    out: Path
+    """Folder to make."""
+    scale: ScaleName = "full"
+    """Scale that it was run at."""
+    folder: OptionalPath = None
+    """Folder of the study; runs/NAME, or runs/NAME-tiny, if absent."""
+    lines: int = 200
+    """About as many lines of metrics each run keeps: a line for several steps has the means of their losses."""
+
+    def run_command(self, console: Console) -> int:
+        from elman.studies.commands import pack_study
+
+        return pack_study(self, console)
+
+
+@dataclass(frozen=True)
 class ListStudies:
     """The studies that ship with elman, and what each asks."""
 
@@ -109,13 +130,14 @@ class ShowStudy:
 
 @dataclass(frozen=True)
 class Studies:
-    """Declared comparisons: list them, show one, run it, report it."""
+    """Declared comparisons: list them, show one, run it, report it, pack its results."""
 
     command: Annotated[
         Annotated[ListStudies, tyro.conf.subcommand("list")]
         | Annotated[ShowStudy, tyro.conf.subcommand("show")]
         | Annotated[RunStudy, tyro.conf.subcommand("run")]
-        | Annotated[ReportStudy, tyro.conf.subcommand("report")],
+        | Annotated[ReportStudy, tyro.conf.subcommand("report")]
+        | Annotated[PackStudy, tyro.conf.subcommand("pack")],
         tyro.conf.arg(name=""),
     ]
 

@@ -59,6 +59,11 @@ class Record:
     rows: list[dict[str, Any]] = field(default_factory=list)
 
     @property
+    def every_step(self) -> list[dict[str, Any]]:
+        """The rows, those that stand for several steps (see elman/studies/pack.py) as often as there are steps."""
+        return [row for row in self.rows for _ in range(_steps_of(row))]
+
+    @property
     def run(self) -> str:
         """The study's name for it."""
         return str(self.facts.get("run", self.label))
@@ -206,14 +211,26 @@ def _check_lines(record: Record, run: RunFolder) -> None:
     if not run.metrics_file.exists():
         record.problems.append("it has no metrics.jsonl")
         return
-    text = run.metrics_file.read_text(encoding="utf-8", errors="replace")
-    lost = sum(bool(line.strip()) for line in text.splitlines()) - len(record.rows)
+    record.remarks += lost_lines(run, record.rows)
+
+
+def lost_lines(run: RunFolder, rows: Sequence[dict[str, Any]]) -> list[str]:
+    """In words, what of metrics.jsonl is not among the rows that were read of it, and what steps these lack."""
+    found = []
+    text = run.metrics_file.read_text(encoding="utf-8", errors="replace") if run.metrics_file.exists() else ""
+    lost = sum(bool(line.strip()) for line in text.splitlines()) - len(rows)
     if lost:
-        record.remarks.append(f"{lost} line(s) of its metrics.jsonl cannot be read and are left out")
-    steps = [row["step"] for row in record.rows if "lr" in row]
-    missing = (max(steps) - len(set(steps))) if steps else 0
+        found.append(f"{lost} line(s) of its metrics.jsonl cannot be read and are left out")
+    steps = {row["step"]: _steps_of(row) for row in rows if "lr" in row}
+    missing = max(steps, default=0) - sum(steps.values())
     if missing > 0:
-        record.remarks.append(f"{missing} step(s) are missing from its metrics.jsonl")
+        found.append(f"{missing} step(s) are missing from its metrics.jsonl")
+    return found
+
+
+def _steps_of(row: dict[str, Any]) -> int:
+    steps = row.get("steps", 1)
+    return steps if isinstance(steps, int) and 1 <= steps <= row["step"] else 1
 
 
 def _check_summary(record: Record) -> None:
@@ -227,7 +244,7 @@ def _check_summary(record: Record) -> None:
     judged = _check_accuracies(record) if record.task is not None else _check_heldout(record)
     if record.problems:
         return
-    losses = [row["loss"] for row in record.rows if _is_number(row.get("loss"))]
+    losses = [row["loss"] for row in record.every_step if _is_number(row.get("loss"))]
     tokens = summary["steps"] * config.batch_size * config.seq_len
     checks: list[tuple[str, float, float | None]] = [
         ("params", summary["params"], num_params(model)),

@@ -36,6 +36,7 @@ TINY_TASK = "--steps 2 --batch-size 4 --device cpu"
 RECORDED = ROOT / "docs/results/ladder_50m"
 REPLACED = {
     "elman study report ladder_50m": f"elman study report ladder_50m --folder {RECORDED} --out report",
+    "elman study pack ladder_50m --out ladder_results": f"elman study pack ladder_50m --folder {RECORDED} --out packed",
     "elman study run ladder_50m --data corpus.txt --dry-run": "elman study run ladder_50m --scale tiny --dry-run",
     "elman compare runs/ladder_50m/runs/A runs/ladder_50m/runs/B": "elman compare "
     + " ".join(map(str, sorted((RECORDED / "runs").iterdir())[:2])),

@@ -1,0 +1,99 @@
+"""A study's folder made small enough to commit or to send, with the same report.
+
+Checkpoints, logs and what trackers wrote stay behind. Of metrics.jsonl steps in a row are put together: such a line has
+the means of their losses and gradient norms, the rest as of the last of them, and under ``steps`` how many they are.
+"""
+
+from __future__ import annotations
+
+import shutil
+import statistics
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from elman.errors import UsageError
+from elman.studies.records import lost_lines, run_folders
+from elman.training.run import RunFolder, check_free
+
+#: What is copied as it is.
+_FILES = ("config.json", "env.json", "study.json", "summary.json", "sample.txt")
+#: Of the loss the mean over the last so many steps is told and checked, so that these are put together by themselves.
+_TAIL = 100
+#: What a line that stands for several steps has of each, and of the last.
+_MEANS, _LAST = ("loss", "grad_norm"), ("step", "lr", "seconds", "tokens", "tokens_per_second", "mfu")
+
+
+def pack(folder: Path, out: Path, lines: int) -> list[Path]:
+    """Copy a study's runs and those of its sweep to ``out``; returns the new run folders.
+
+    Args:
+        folder: the study's, or one run's.
+        out: not there yet, or empty.
+        lines: about as many each run's metrics.jsonl keeps of its steps; every evaluation is kept. One of which lines
+            or steps are missing is copied whole, so that a report goes on saying so.
+
+    Raises:
+        UsageError: there are no runs, ``out`` has something in it, or ``lines`` is below 2.
+    """
+    if lines < 2:
+        raise UsageError(f"--lines {lines} is out of range: give a number of at least 2")
+    check_free(out)
+    made = []
+    for source in run_folders([folder]):
+        to = out / source.relative_to(folder)
+        to.mkdir(parents=True)
+        for name in _FILES:
+            if (source / name).exists():
+                shutil.copyfile(source / name, to / name)
+        run, rows = RunFolder(source), RunFolder(source).read_metrics()
+        if lost_lines(run, rows):
+            shutil.copyfile(run.metrics_file, RunFolder(to).metrics_file)
+        elif run.metrics_file.exists():
+            RunFolder(to).append_metrics(thin(rows, lines))
+        made.append(to)
+    return made
+
+
+def thin(rows: Sequence[dict[str, Any]], lines: int) -> list[dict[str, Any]]:
+    """Put steps in a row together, where there are more than ``lines``: in so many groups, the last of 100 steps."""
+    steps = sum("lr" in row for row in rows)
+    if steps <= lines:
+        return list(rows)
+    size = max(1, -(-(steps - _TAIL) // (lines - 1)))
+    found: list[dict[str, Any]] = []
+    group: list[dict[str, Any]] = []
+    left = steps
+    for row in rows:
+        if not _is_plain(row):
+            # An evaluation, or a step that was skipped: told as it was.
+            found += [*_together(group), row]
+            group = []
+            left -= "lr" in row
+            continue
+        group.append(row)
+        left -= 1
+        if left == _TAIL or (left > _TAIL and len(group) == size) or left == 0:
+            found += _together(group)
+            group = []
+    return found + _together(group)
+
+
+def _is_plain(row: dict[str, Any]) -> bool:
+    return (
+        "lr" in row
+        and set(row) <= {*_MEANS, *_LAST, "stats"}
+        and all(isinstance(row.get(name), float) for name in _MEANS)
+    )
+
+
+def _together(group: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    if len(group) < 2:
+        return list(group)
+    means = {name: statistics.fmean(row[name] for row in group) for name in _MEANS}
+    return [{**{name: group[-1][name] for name in _LAST if name in group[-1]}, **means, "steps": len(group)}]
+
+
+def size_of(folder: Path) -> int:
+    """Bytes of all files below a folder."""
+    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
