@@ -26,6 +26,13 @@ def flag(name: str) -> str:
     return "--" + name.replace("_", "-")
 
 
+def _flag_of(config: Any, name: str) -> str:
+    """The option of a dataclass's field, by the name that ``tyro.conf.arg`` gives it where one does."""
+    hint = typing.get_type_hints(type(config), include_extras=True).get(name)
+    given = [found for extra in getattr(hint, "__metadata__", ()) if (found := getattr(extra, "name", None))]
+    return flag(given[0] if given else name)
+
+
 def check_choices(config: Any) -> None:
     """Every ``Literal`` field of a dataclass holds one of its values.
 
@@ -49,4 +56,4 @@ def check_at_least(config: Any, **least: float) -> None:
     for name, bound in least.items():
         value = getattr(config, name)
         if value is not None and not bound <= value <= _LARGEST:
-            raise UsageError(f"{flag(name)} {value} is out of range: give a number of at least {bound}")
+            raise UsageError(f"{_flag_of(config, name)} {value} is out of range: give a number of at least {bound}")
