@@ -1,4 +1,4 @@
-"""A matrix state beside E1: in which order, how many layers, and how large a state?"""
+"""A matrix state beside E1 or E10: in which order, how many layers, and how large a state?"""
 
 from elman.studies import Run, Scale, Study
 from elman.studies.defaults import defaults
@@ -9,7 +9,7 @@ def study(scale: Scale) -> Study:
     depth = scale(6, 2)
     return Study(
         name="layouts",
-        question="Which layout of layers with a matrix state and of E1 learns most in the same time at 50M parameters?",
+        question="Which layout of layers with matrix and vector states learns most in the same time at 50M parameters?",
         runs=(
             Run("matrix,e1", "matrix,e1", depth=depth),
             Run("matrix,e1, half the state", "matrix,e1", half, depth=depth),
@@ -19,8 +19,10 @@ def study(scale: Scale) -> Study:
             Run("matrix,e1, half, 8 layers", "matrix,e1", half, depth=scale(8, 6)),
             Run("e1,matrix, half", "e1,matrix", half, depth=depth),
             Run("matrix,e1,e1, half", "matrix,e1,e1", half, depth=scale(6, 3)),
+            Run("matrix,e10, half", "matrix,e10", half, depth=depth),
             Run("matrix", "matrix", depth=depth),
             Run("E1", "e1", depth=depth),
+            Run("E10", "e10", depth=depth),
         ),
         notes=("--expansion of the layers with a matrix state is 1 where nothing is said of it.",),
         **defaults(scale),
