@@ -187,7 +187,7 @@ def fill_caches(decoder: Decoder, context: int, steps: int) -> None:
             return state
         shape = (*state.keys.shape[:2], context, state.keys.shape[3])
         keys, values = (torch.randn(shape, dtype=state.keys.dtype, device=state.keys.device) for _ in range(2))
-        return KeyValueCache(keys, values, state.start, torch.full_like(state.length, context - steps))
+        return KeyValueCache.of(keys, values, state.start, context - steps)
 
     decoder.change_state(lambda state: tuple(filled(each) for each in decoder.model.reserve(state, 1)), steps)
 

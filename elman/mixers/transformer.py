@@ -78,12 +78,23 @@ class KeyValueCache(NamedTuple):
         values: likewise.
         start: (B,), the index of the first token that the row still sees.
         length: (), tokens so far.
+        turns: (C, 2, width / 2), cosines and sines of the places' angles: worked out once, not by every step.
+        places: (C,), 0 to C - 1.
     """
 
     keys: Tensor
     values: Tensor
     start: Tensor
     length: Tensor
+    turns: Tensor
+    places: Tensor
+
+    @staticmethod
+    def of(keys: Tensor, values: Tensor, start: Tensor, length: int) -> KeyValueCache:
+        """One whose first ``length`` keys and values are known."""
+        places = torch.arange(keys.shape[2], device=keys.device)
+        turns = torch.stack(_rotary_angles(places, keys.shape[-1]), dim=1).to(_at_least_float32(keys.dtype))
+        return KeyValueCache(keys, values, start, torch.tensor(length, device=keys.device), turns, places)
 
 
 class Attention(Mixer):
@@ -133,27 +144,26 @@ class Attention(Mixer):
         keys, values = (
             F.pad(x[:, :, :length], (0, 0, 0, steps)) for x in state[:2]
         )  # not empty: what is not seen is multiplied by 0
-        return KeyValueCache(keys, values, state[2], torch.tensor(length, device=keys.device))
+        return KeyValueCache.of(keys, values, state[2], length)
 
 
 def _attend_in_place(qk: Tensor, v: Tensor, cache: KeyValueCache, reset: Tensor | None) -> tuple[Tensor, KeyValueCache]:
     """Attention over all that the cache has room for. qk (2, B, heads, T, width), v (B, heads, T, width) -> like v."""
-    places = cache.length + torch.arange(v.shape[2], device=v.device)
-    q, k = _rotate(qk, *_rotary_angles(places, qk.shape[-1]))
+    places = cache.places[: v.shape[2]] + cache.length
+    q, k = _rotate(qk, *cache.turns[places].unbind(1))
     cache.keys.index_copy_(2, places, k.to(cache.keys.dtype))
     cache.values.index_copy_(2, places, v.to(cache.values.dtype))
     starts = cache.start.expand(len(places), -1)
     if reset is not None:
         starts = torch.where(reset, places[:, None], starts).cummax(0).values
-    every = torch.arange(cache.keys.shape[2], device=v.device)
-    sees = ((every <= places[:, None]) & (every >= starts.t().unsqueeze(-1))).unsqueeze(1)
+    hidden = ((cache.places > places[:, None]) | (cache.places < starts.t().unsqueeze(-1))).unsqueeze(1)
     keys, values = cache.keys.to(q.dtype), cache.values.to(q.dtype)
     if len(places) > 1:
-        y = F.scaled_dot_product_attention(q, keys, values, attn_mask=sees)
+        y = F.scaled_dot_product_attention(q, keys, values, attn_mask=~hidden)
     else:
         # Fused kernels that take a mask share no row's keys among blocks: over many keys, a step would wait for one.
         scores = (q * q.shape[-1] ** -0.5) @ keys.mT
-        y = scores.masked_fill(~sees, -math.inf).softmax(-1, dtype=_at_least_float32(q.dtype)).to(v.dtype) @ values
+        y = scores.masked_fill(hidden, -math.inf).softmax(-1, dtype=_at_least_float32(q.dtype)).to(v.dtype) @ values
     return y, cache._replace(start=starts[-1], length=cache.length + len(places))
 
 
