@@ -109,7 +109,9 @@ def _launcher(options: RunStudy, plan: Plan, device: torch.device) -> Launcher:
         if options.slurm:
             raise UsageError("--slurm is of no use to --launcher local: drop it, or give --launcher slurm")
         is_of_tasks = plan.study.is_of_tasks
-        return LocalLauncher(_slots(options, device, is_of_tasks), logs, keep=is_of_tasks)
+        # A process's peak memory on a CPU is that of all that it ever did.
+        keep = is_of_tasks or device.type == "cuda"
+        return LocalLauncher(_slots(options, device, is_of_tasks), logs, keep=keep)
     parameters: dict[str, Any] = {}
     for word in options.slurm:
         name, equals, value = word.partition("=")

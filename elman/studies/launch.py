@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from elman.errors import UsageError
+from elman.studies.child import CLEAN
 
 #: Seconds that a run which is told to stop has for its checkpoint.
 _SECONDS_TO_STOP = 60
@@ -62,7 +63,9 @@ class _Slot:
 
 
 class LocalLauncher(Launcher):
-    """A process a job, on the slots given; or with ``keep`` a process a slot, for jobs shorter than a process's start.
+    """A process a job, on the slots given; or with ``keep`` a process a slot, which starts and tunes kernels once.
+
+    One that cannot free all that its job took on the device is not kept.
 
     A slot is the value of CUDA_VISIBLE_DEVICES for its jobs, so that a job sees one GPU; or None, and it sees what
     there is. Where this process is told to stop, so are the jobs, and they save.
@@ -112,10 +115,10 @@ class LocalLauncher(Launcher):
                 with contextlib.suppress(BrokenPipeError):
                     process.stdin.write(f"{request.absolute()}\n{log.absolute()}\n")
                     process.stdin.flush()
-            told = process.stdout.readline()
-            if not told or not self.keep or self._stopping:
+            told = process.stdout.readline().split()
+            if told[1:] != [CLEAN] or not self.keep or self._stopping:
                 self._dismiss(slot)
-            code = int(told) if told else process.returncode
+            code = int(told[0]) if told else process.returncode
             request.unlink(missing_ok=True)
             # A process that was killed, as one that takes all memory is, had no time to say so.
             killed = f"killed by {signal.Signals(-code).name}" if code < 0 else None

@@ -1,5 +1,6 @@
 """Plans and their running: a run is known by what it computes, so what is done stays and what was cut goes on."""
 
+import functools
 import io
 import json
 import os
@@ -8,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+import types
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -21,6 +23,7 @@ from elman.cli import main
 from elman.errors import UsageError
 from elman.mixers import mixer_config
 from elman.model import ModelConfig
+from elman.studies import child
 from elman.studies.job import TrainJob
 from elman.studies.launch import Done, Job, Launcher, LocalLauncher, SubmititLauncher, gpu_slots
 from elman.studies.memory import largest_batch, measured_memory, most_memory
@@ -365,6 +368,65 @@ def test_a_process_that_is_kept_takes_one_job_after_another(tmp_path: Path) -> N
     assert ended["broken"][0] == 1
     assert "FileNotFoundError" in ended["broken"][1]
     assert (tmp_path / "logs" / "a.log").read_text() == "a saw 0\n\n"
+
+
+@pytest.mark.parametrize(("left", "clean"), [(0, True), (1 << 20, True), (600 << 20, False)])
+def test_a_process_with_memory_left_on_the_device_says_so(
+    left: int, clean: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    said: list[str] = []
+    names = ("empty_cache", "reset_peak_memory_stats")
+    cuda = types.SimpleNamespace(
+        is_initialized=lambda: True,
+        memory_allocated=lambda: left,
+        **{name: functools.partial(said.append, name) for name in names},
+    )
+    compiler = types.SimpleNamespace(reset=lambda: said.append("reset"))
+    workspaces = types.SimpleNamespace(_cuda_clearCublasWorkspaces=lambda: said.append("workspaces"))
+    monkeypatch.setitem(sys.modules, "torch", types.SimpleNamespace(cuda=cuda, compiler=compiler, _C=workspaces))
+    monkeypatch.setitem(sys.modules, "torch._dynamo", types.ModuleType("torch._dynamo"))
+    assert child._forget() is clean
+    assert said == ["reset", "workspaces", *names]
+    cuda.is_initialized = lambda: False
+    assert child._forget() is True
+    assert len(said) == 4
+
+
+def test_a_process_that_is_not_clean_takes_no_other_job(tmp_path: Path) -> None:
+    ended: dict[str, tuple[int, str]] = {}
+    jobs = [Echo("a", tmp_path, dirty=True), Echo("b", tmp_path), Echo("c", tmp_path)]
+    launcher = LocalLauncher(["0"], tmp_path / "logs", keep=True)
+    launcher.run(jobs, lambda job, code, line: ended.update({job.name: (code, line)}))
+    pids = {name: json.loads((tmp_path / name).read_text())[3] for name in "abc"}
+    assert pids["a"] != pids["b"] == pids["c"]
+    assert [code for code, _ in ended.values()] == [0, 0, 0]
+
+
+@pytest.mark.gpu
+@pytest.mark.timeout(400)
+def test_compiled_runs_of_one_process_are_as_runs_of_their_own(tmp_path: Path, text: Path) -> None:
+    runs = tuple(Run(name, name, dim=256, depth=2) for name in ("e1", "transformer"))
+    losses: list[dict[str, Any]] = []
+    for keep in (True, False):
+        made = plan(tmp_path / str(keep), text, study(learning_rates=(1e-3,), seeds=(0, 1), runs=runs), tokens=4096)
+        launcher = LocalLauncher(["0"], tmp_path / str(keep) / "logs", keep=keep)
+        pids: set[int | None] = set()
+
+        def done(
+            job: Job, code: int, line: str, launcher: LocalLauncher = launcher, pids: set[int | None] = pids
+        ) -> None:
+            assert code == 0, line
+            process = launcher.slots[0].process
+            pids.add(None if process is None else process.pid)
+
+        launcher.run(replace(made, device="cuda").final_jobs({run.name: 1e-3 for run in runs}), done)
+        # Where a process is kept, it was found clean after each, and so is the same one.
+        assert len(pids) == 1
+        assert (pids != {None}) is keep
+        records = [read_run(path) for path in (tmp_path / str(keep) / "toy" / "runs").iterdir()]
+        losses.append({record.path.name: [row["loss"] for row in record.rows if "lr" in row] for record in records})
+    assert losses[0] == losses[1]
+    assert len(losses[0]) == 6
 
 
 @pytest.mark.filterwarnings("ignore::ResourceWarning")  # submitit's debug executor leaves its logs open
