@@ -1,8 +1,8 @@
 """A study's folder made small enough to commit or to send, with the same report.
 
-Checkpoints, logs, what trackers wrote, and the machine's paths in the command stay behind. Of metrics.jsonl steps in a
-row are put together: such a line has the means of their losses and gradient norms, the rest as of the last of them, and
-under ``steps`` how many they are.
+Checkpoints, logs, what trackers wrote, and of the machine's absolute paths all but the names stay behind. Of
+metrics.jsonl steps in a row are put together: such a line has the means of their losses and gradient norms, the rest as
+of the last of them, and under ``steps`` how many they are.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import shutil
 import statistics
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,7 @@ from elman.studies.records import lost_lines, run_folders
 from elman.training.run import RunFolder, check_free
 
 #: What is copied as it is.
-_FILES = ("config.json", "study.json", "summary.json", "sample.txt")
+_FILES = ("study.json", "summary.json", "sample.txt")
 #: Of the loss the mean over the last so many steps is told and checked, so that these are put together by themselves.
 _TAIL = 100
 #: What a line that stands for several steps has of each, and of the last.
@@ -48,7 +48,8 @@ def pack(folder: Path, out: Path, lines: int) -> list[Path]:
         for name in _FILES:
             if (source / name).exists():
                 shutil.copyfile(source / name, to / name)
-        _copy_environment(source / "env.json", to / "env.json")
+        _copy_without_paths(source / "env.json", to / "env.json", _commands)
+        _copy_without_paths(source / "config.json", to / "config.json", _places)
         run, rows = RunFolder(source), RunFolder(source).read_metrics()
         if lost_lines(run, rows):
             shutil.copyfile(run.metrics_file, RunFolder(to).metrics_file)
@@ -58,21 +59,34 @@ def pack(folder: Path, out: Path, lines: int) -> list[Path]:
     return made
 
 
-def _copy_environment(source: Path, to: Path) -> None:
-    """Of the command's absolute paths, which are of one machine, the names alone; what is damaged as it is."""
+def _copy_without_paths(source: Path, to: Path, shorten: Callable[[Any], None]) -> None:
+    """A JSON file whose value ``shorten`` changes; one that is damaged as it is."""
     if not source.exists():
         return
     text = source.read_text(encoding="utf-8", errors="replace")
     try:
-        sessions = json.loads(text)
-        for session in sessions:
-            session["command"] = [
-                Path(word).name if Path(word).is_absolute() else word for word in session.get("command", ())
-            ]
-        text = json.dumps(sessions, indent=2) + "\n"
-    except (ValueError, TypeError, AttributeError, RecursionError):
+        value = json.loads(text)
+        shorten(value)
+        text = json.dumps(value, indent=2) + "\n"
+    except (ValueError, TypeError, AttributeError, LookupError, RecursionError):
         pass
     to.write_text(text, encoding="utf-8")
+
+
+def _commands(sessions: Any) -> None:
+    """Those of env.json."""
+    for session in sessions:
+        session["command"] = [_name(word) for word in session.get("command", ())]
+
+
+def _places(config: Any) -> None:
+    """The run's own and its data's, of config.json."""
+    train = config["train"]
+    train |= {option: _name(train[option]) for option in ("out", "data") if isinstance(train.get(option), str)}
+
+
+def _name(word: str) -> str:
+    return Path(word).name if Path(word).is_absolute() else word
 
 
 def thin(rows: Sequence[dict[str, Any]], lines: int) -> list[dict[str, Any]]:

@@ -60,7 +60,8 @@ def test_the_report_of_a_packed_study_says_the_same(tmp_path: Path, capsys: pyte
     study = make_study(tmp_path / "toy", {"a": [2.0, 2.1], "b": [1.5, 1.6]}, steps=700)
     make_run(study / "sweep" / "a-lr", "a", steps=700, role="sweep")
     session = {"command": ["/home/somebody/elman/__main__.py", "train", "--data", "text"]}
-    make_run(study / "runs" / "b-seed2", "b", seed=2, heldout=1.4, steps=700, session=session)
+    place = study / "runs" / "b-seed2"
+    make_run(place, "b", seed=2, heldout=1.4, steps=700, session=session, train={"out": place})
     for run in (study / "runs").iterdir():
         (run / "checkpoints").mkdir()
         (run / "checkpoints" / "step-00000700").write_bytes(b"x" * 10**6)
@@ -79,6 +80,10 @@ def test_the_report_of_a_packed_study_says_the_same(tmp_path: Path, capsys: pyte
     assert "nats" in after
     (environment,) = json.loads((out / "runs" / "b-seed2" / "env.json").read_text())
     assert environment["command"] == ["__main__.py", "train", "--data", "text"]
+    saved = json.loads((study / "runs" / "b-seed2" / "config.json").read_text())
+    assert Path(saved["train"]["out"]).is_absolute()
+    saved["train"] |= {"out": "b-seed2", "data": "text"}
+    assert json.loads((out / "runs" / "b-seed2" / "config.json").read_text()) == saved
     # Packing what is packed changes nothing.
     pack(out, tmp_path / "again", 40)
     name = Path("runs") / "a-seed0" / "metrics.jsonl"
