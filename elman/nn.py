@@ -214,6 +214,8 @@ class _Recurrent(nn.RNNBase):
         """
         single = False
         states = None if hx is None else (hx[0], hx[1]) if self.mode == "LSTM" else (hx,)
+        if self.mode == "LSTM" and hx is not None and len(hx) != 2:
+            raise RuntimeError("lstm expects two hidden states: give hx=(h, c)")
         if isinstance(input, PackedSequence):
             x, batch_sizes, order, back = input
         else:

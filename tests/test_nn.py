@@ -253,6 +253,15 @@ def test_wrong_inputs_raise_as_torchs(name: str, wrong: str) -> None:
     assert failure(lambda: ours(given, hx(name))) is expected
 
 
+@pytest.mark.parametrize("states", [1, 3])
+def test_an_lstm_wants_two_states_as_torchs_does(states: int) -> None:
+    given, hx = torch.zeros(5, 2, 3), (torch.zeros(1, 2, 4),) * states
+    theirs, ours = both("LSTM", 3, 4)
+    expected = failure(lambda: theirs(given, hx))
+    assert expected is not None
+    assert failure(lambda: ours(given, hx)) is expected
+
+
 @by_name
 def test_another_device_is_named(name: str) -> None:
     ours = getattr(elman.nn, name)(3, 4)

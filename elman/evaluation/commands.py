@@ -66,7 +66,8 @@ def run_evaluation(request: Request, console: Console) -> int:
         *(("--contexts", context) for context in request.contexts),
     ):
         if not 1 <= value <= 2**30:
-            raise UsageError(f"{option} {value} is out of range: give a number of at least 1, and up to 2^30")
+            alone = "; 0, for none, stands alone" if (option, value) == ("--contexts", 0) else ""
+            raise UsageError(f"{option} {value} is out of range: give a number of at least 1, and up to 2^30{alone}")
     limit = None if request.max_bytes is None else parse_count(request.max_bytes, "--max-bytes")
     device = resolve_device(request.device)
     dtype = autocast_dtype(request.precision, device)
@@ -78,11 +79,14 @@ def run_evaluation(request: Request, console: Console) -> int:
     vocabulary, resets = load_text(request.run)
     tokens = vocabulary.encode(text)
     wants_carried, wants_windows = request.mode != "windows", request.mode != "carried"
+    there = f"--data {path} has {len(tokens)} {vocabulary.unit}{'' if len(tokens) == 1 else 's'} to read"
     if wants_windows and len(tokens) < config.seq_len + 1:
         raise UsageError(
-            f"--data {path} has {len(tokens)} {vocabulary.unit}s to read, fewer than a window of {config.seq_len + 1}: "
+            f"{there}, fewer than a window of {config.seq_len + 1}: "
             f"give a longer file or --max-bytes, or --mode carried"
         )
+    if len(tokens) < 2:
+        raise UsageError(f"{there}, and the first cannot be predicted: give a longer file or --max-bytes")
 
     def say(line: str) -> None:
         console.print(one_line(line), soft_wrap=True)

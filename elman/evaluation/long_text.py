@@ -13,7 +13,6 @@ import torch
 from torch import Tensor
 
 from elman.data.vocabulary import Tokens, Vocabulary
-from elman.errors import UsageError
 from elman.evaluation.heldout import HeldoutLoss
 from elman.mixers import State
 from elman.model import LanguageModel, next_token_losses
@@ -53,14 +52,14 @@ class ContextLoss:
 
     Attributes:
         context: tokens read from rest before the first of them.
-        standard_error: of the mean nats per byte, rows taken for independent.
+        standard_error: of the mean nats per byte, rows taken for independent; None of one row.
     """
 
     context: int
     tokens: int
     nats_per_token: float
     nats_per_byte: float
-    standard_error: float
+    standard_error: float | None
 
 
 @dataclass(frozen=True)
@@ -143,14 +142,7 @@ def carried_loss(
         tokens: of the text, at least 2.
         tell: is called with the number of tokens read since it was called last.
         streams: as many as the text is long enough for, if absent.
-
-    Raises:
-        UsageError: too few tokens.
     """
-    if len(tokens) < 2:
-        raise UsageError(
-            f"--data has {len(tokens)} {reader.vocabulary.unit}, of which none can be predicted: give more"
-        )
     targets = len(tokens) - 1
     rows, part, ahead = _streams(targets, streams)
     size = reader.steps(rows)
@@ -263,7 +255,7 @@ def context_losses(reader: Reader, tokens: Tokens, contexts: Sequence[int], rows
             nats[some] = torch.cat(pieces, dim=1).double().sum(1).cpu().numpy()
             sizes[some] = reader.vocabulary.lengths[windows[:, context:]].sum(1)
         spread = nats / sizes.mean()
-        error = float(spread.std(ddof=1) / np.sqrt(rows)) if rows > 1 else float("nan")
+        error = float(spread.std(ddof=1) / np.sqrt(rows)) if rows > 1 else None
         count = rows * TARGETS
         found.append(ContextLoss(context, count, float(nats.sum() / count), float(nats.sum() / sizes.sum()), error))
     return found

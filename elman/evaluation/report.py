@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -71,6 +72,10 @@ def write(evaluation: Evaluation, folder: Path) -> None:
         plot(evaluation, folder / "eval.png")
 
 
+def _error(row: ContextLoss) -> str:
+    return "–" if row.standard_error is None else f"{row.standard_error:.4f}"
+
+
 def markdown(evaluation: Evaluation) -> str:
     """Tables for people."""
     run, data, unit = evaluation.run, evaluation.data, evaluation.unit
@@ -91,8 +96,7 @@ def markdown(evaluation: Evaluation) -> str:
             f"| context, {unit}s | nats/byte | ± standard error | bits/byte |",
             "|---|---|---|---|",
             *(
-                f"| {row.context:,} | {row.nats_per_byte:.4f} | {row.standard_error:.4f} "
-                f"| {bits(row.nats_per_byte):.4f} |"
+                f"| {row.context:,} | {row.nats_per_byte:.4f} | {_error(row)} | {bits(row.nats_per_byte):.4f} |"
                 for row in evaluation.contexts
             ),
         ]
@@ -123,7 +127,7 @@ def plot(evaluation: Evaluation, path: Path) -> None:
     left.errorbar(
         [row.context for row in contexts],
         [row.nats_per_byte for row in contexts],
-        [row.standard_error for row in contexts],
+        [math.nan if row.standard_error is None else row.standard_error for row in contexts],
         color="tab:blue", marker="o", markersize=4, capsize=2, label="each context from rest, the same targets",
     )  # fmt: skip
     left.set_xlabel(f"context, {unit}s")

@@ -50,7 +50,8 @@ def export(run: Path, out: Path | None, tell: Callable[[str], None]) -> Path:
     check_free(folder)
     vocabulary, resets = load_text(run)
     model = load_model(run, tell)
-    partial = folder.with_name(f".{folder.name}.partial")
+    place = folder.resolve()  # "." has no name to put another beside
+    partial = place.with_name(f".{place.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
     try:
         partial.mkdir(parents=True)
@@ -71,9 +72,13 @@ def export(run: Path, out: Path | None, tell: Callable[[str], None]) -> Path:
             tell(f"no tokeniser is exported: encode text by tiktoken's {config.tokenizer}, 0x1e ending each document")
         card = _card(model_config, config.tokenizer)
         (partial / "README.md").write_text(card, encoding="utf-8")
-        if folder.exists():
-            folder.rmdir()
-        partial.rename(folder)
+        if place.exists():
+            # It may be where somebody is, or a mount: it stays, and counts as an export once config.json is there.
+            for file in sorted(partial.iterdir(), key=lambda file: file.name == "config.json"):
+                shutil.move(file, place)
+            partial.rmdir()
+        else:
+            partial.rename(place)
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
         raise

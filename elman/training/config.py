@@ -243,11 +243,17 @@ class TaskConfig(RunConfig):
         object.__setattr__(self, "eval_multiples", tuple(self.eval_multiples))
         super().__post_init__(ddp)
         check_at_least(self, workers=0, eval_examples=1)
-        if not self.eval_multiples or min(self.eval_multiples) < 1:
+        if not self.eval_multiples:
+            raise UsageError("--eval-multiples is empty: give whole numbers of at least 1, such as 1 2 4 10")
+        if min(self.eval_multiples) < 1:
             given = " ".join(map(str, self.eval_multiples))
             raise UsageError(f"--eval-multiples {given} is out of range: give whole numbers of at least 1")
-        for length in self.lengths:
-            find_task(self.task).check_length(length, "--train-length")
+        task = find_task(self.task)
+        task.check_length(self.seq_len, "--train-length")
+        for multiple in self.eval_multiples:
+            task.check_length(
+                multiple * self.seq_len, f"--eval-multiples {multiple} of --train-length {self.seq_len}: a length of"
+            )
 
     @property
     def lengths(self) -> tuple[int, ...]:

@@ -174,9 +174,11 @@ def test_eval_reads_the_held_out_text_by_default(folder: Path, capsys: pytest.Ca
         (["run", "--data", "empty"], "--data empty is empty"),
         (["run", "--data", "run"], "--data run is a folder"),
         (["run", "--data", "short"], "--data short has 9 bytes to read, fewer than a window of 33: .*--mode carried"),
-        (["run", "--data", "text", "--max-bytes", "1", "--mode", "carried"], "--data has 1 byte"),
+        (["run", "--data", "text", "--max-bytes", "1", "--mode", "carried"], "--data text has 1 byte to read, and"),
+        (["run", "--data", "text", "--max-bytes", "1"], "--data text has 1 byte to read, fewer than a window of 33"),
         (["run", "--max-bytes", "many"], "--max-bytes 'many' is no count"),
-        (["run", "--contexts", "-5"], "--contexts -5 is out of range"),
+        (["run", "--contexts", "-5"], r"--contexts -5 is out of range: .*2\^30$"),
+        (["run", "--contexts", "0", "64"], "--contexts 0 is out of range: .*; 0, for none, stands alone"),
         (["run", "--batch-size", "0"], "--batch-size 0 is out of range"),
     ],
 )
@@ -186,6 +188,17 @@ def test_mistakes_are_one_line(argv: list[str], message: str, folder: Path, caps
     (line,) = captured.err.splitlines()
     assert re.search(message, line), line
     assert not list(Path("run").glob("eval-*"))
+
+
+def test_one_row_of_contexts_has_no_error(folder: Path) -> None:
+    argv = ["eval", "run", "--data", "text", "--mode", "windows", "--contexts", "64", "--context-rows", "1"]
+    assert main([*argv, "--max-bytes", "2k", "--device", "cpu"]) == 0
+    (made,) = Path("run").glob("eval-*")
+    text = (made / "eval.json").read_text()
+    assert "NaN" not in text
+    assert json.loads(text)["contexts"][0]["standard_error"] is None
+    assert re.search(r"\| 64 \| [\d.]+ \| – \|", (made / "eval.md").read_text())
+    assert (made / "eval.png").exists()
 
 
 def test_a_growing_state_is_not_carried(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:

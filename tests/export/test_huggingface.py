@@ -135,6 +135,22 @@ def test_a_folder_is_made_once(folder: Path, capsys: pytest.CaptureFixture[str])
     assert sorted(file.name for file in Path("run").iterdir() if "partial" in file.name) == []
 
 
+def test_an_empty_folder_is_filled_and_stays_what_it_is(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    train()
+    Path("real").mkdir()
+    Path("link").symlink_to("real")
+    assert main(["export", "run", "--out", "link"]) == 0
+    assert Path("link").is_symlink()
+    Path("here").mkdir()
+    inode = Path("here").stat().st_ino
+    monkeypatch.chdir("here")
+    assert main(["export", "../run", "--out", "."]) == 0
+    assert Path("../here").stat().st_ino == inode
+    names = {file.name for file in Path(".").iterdir()}
+    assert names == {file.name for file in Path("../real").iterdir()} >= {"config.json", "model.safetensors"}
+    assert not list(folder.glob(".*partial"))
+
+
 @pytest.mark.skipif(importlib.util.find_spec("transformers") is None, reason="transformers is not installed")
 @pytest.mark.parametrize(
     ("options", "without"),

@@ -172,7 +172,12 @@ BAD_INPUT = {
     "an unknown task": (["parrity"], "TASK 'parrity' is unknown: did you mean parity"),
     "a length too short": (["anbncn", "--train-length", 5], "--train-length 5 is out of range for task anbncn: give a"),
     "no length": (["parity", "--train-length", 0], "--train-length 0 is out of range"),
-    "a length too long": (["parity", "--train-length", 200_000], "--train-length 2000000 is out of range for task"),
+    "a length too long": (["parity", "--train-length", 2_000_000], "--train-length 2000000 is out of range for task"),
+    "no multiples": (["parity", "--eval-multiples"], "--eval-multiples is empty: give whole numbers"),
+    "far too long": (
+        ["parity", "--eval-multiples", 2, 1000000],
+        "--eval-multiples 1000000 of --train-length 40: a length of 40000000 is out of range for task parity",
+    ),
     "no multiple": (["parity", "--eval-multiples", 0, 2], "--eval-multiples 0 2 is out of range: give whole numbers"),
     "no examples": (["parity", "--eval-examples", 0], "--eval-examples 0 is out of range"),
     "no batch": (["parity", "--batch-size", 0], "--batch-size 0 is out of range"),
