@@ -76,7 +76,7 @@ def poison(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_gradcheck(
     backend: str, device: str, dtype: torch.dtype, cell: str, with_h0: bool, reset_rate: float | None
 ) -> None:
-    p = draw(5, 3, 4, device=device, with_h0=with_h0, with_bias=with_h0, reset_rate=reset_rate, cell=cell)
+    p = draw(4, 2, 3, device=device, with_h0=with_h0, with_bias=with_h0, reset_rate=reset_rate, cell=cell)
     inputs = {name: x.requires_grad_() for name, x in p.inputs().items()}
     assert torch.autograd.gradcheck(
         lambda *args: p.run(backend, dict(zip(inputs, args, strict=True))), list(inputs.values()), nondet_tol=0.0

@@ -112,7 +112,7 @@ def test_the_polynomial_never_stretches() -> None:
 @pytest.mark.parametrize("cell", FUSED_CELLS)
 @pytest.mark.parametrize("reset_rate", [None, 0.3])
 def test_gradcheck_of_every_input(cell: str, reset_rate: float | None) -> None:
-    p = draw(T, B, H, seed=1, cell=cell, with_bias=True, reset_rate=reset_rate)
+    p = draw(4, 2, 3, seed=1, cell=cell, with_bias=True, reset_rate=reset_rate)
     inputs = {name: x.requires_grad_() for name, x in p.inputs().items()}
     assert torch.autograd.gradcheck(
         lambda *args: p.run("reference", dict(zip(inputs, args, strict=True))), list(inputs.values())
