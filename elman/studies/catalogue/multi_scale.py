@@ -37,6 +37,9 @@ def study(scale: Scale) -> Study:
         runs=tuple(runs),
         varies=("params",),
         axis="params",
-        notes=(f"Depth by rule: the least whose width is at most {_ASPECT} times it (at the tiny scale, 3).",),
-        **defaults(scale, params=None),
+        notes=(
+            f"Depth by rule: the least whose width is at most {_ASPECT} times it (at the tiny scale, 3).",
+            "The batch is one with which the largest fit into 80 GB.",
+        ),
+        **defaults(scale, params=None, train={"batch_size": scale(64, 16)}),
     )
