@@ -30,6 +30,8 @@ SIGNIFICANCE = 0.05
 _LEAST_SIZES = 3
 #: A run's end may miss the budget by so much: its last step is taken whole.
 _BUDGET_SLACK = 0.05
+#: Parts of a run's steps that warm-up may take, and of those of a sweep, before it is told.
+_WARM_UP, _SWEEP_WARM_UP = 0.25, 0.5
 #: By how much one of two runs of the same work may be faster.
 _SPEED_SLACK = 1.1
 
@@ -311,6 +313,14 @@ def _caveats(comparison: Comparison, records: Sequence[Record]) -> list[str]:
         )
     if "seq_len" not in varies and len({record.summary["seq_len"] for record in records}) > 1:
         lines.append("The runs had unequal windows, and so unequal context in the held-out text as well.")
+    slow = {
+        group.label: f"{share:.0%}" for group in comparison.groups if (share := _warm_up(group.records)) > _WARM_UP
+    }  # fmt: skip
+    if slow:
+        told = _words(f"{label} ({share} of its steps)" for label, share in slow.items())
+        lines.append(
+            f"The learning rate warmed up for long beside the steps of {told}, which may have cost what it is."
+        )
     if memory := facts.get("memory"):
         peaks = [record.summary["peak_memory_bytes"] for record in records]
         if max(peaks) > 1.1 * memory:
@@ -365,14 +375,23 @@ def law_sentences(laws: Sequence[PowerLaw]) -> list[str]:
 
 
 def sweep_remarks(sweep: Sequence[Record], finals: Sequence[Record]) -> list[str]:
-    """Rows whose learning rate was the lowest or highest of the sweep, beyond which a better one may lie."""
-    tried: dict[str, set[float]] = {}
+    """Rows whose choice of a learning rate is to be doubted.
+
+    It was the lowest or highest of the sweep, beyond which a better one may lie; or the sweep was mostly warm-up.
+    """
+    tried: dict[str, list[Record]] = {}
     for record in sweep:
-        tried.setdefault(record.run, set()).add(record.lr)
+        tried.setdefault(record.run, []).append(record)
     lines = []
     for label in dict.fromkeys(record.run for record in finals):
         chosen = {record.lr for record in finals if record.run == label}
-        rates = tried.get(label, set())
+        rates = {record.lr for record in tried.get(label, ())}
+        share = _warm_up([record for record in tried.get(label, ()) if not record.problems])
+        if len(rates) > 1 and share > _SWEEP_WARM_UP:
+            lines.append(
+                f"{label}: warm-up was {share:.0%} of the sweep's steps, so that no rate was seen for long, and high "
+                f"ones look better than they are."
+            )
         for rate in sorted(chosen):
             if len(rates) > 1 and rate in (min(rates), max(rates)):
                 end = "lowest" if rate == min(rates) else "highest"
@@ -380,6 +399,14 @@ def sweep_remarks(sweep: Sequence[Record], finals: Sequence[Record]) -> list[str
                     f"{label}: the learning rate {rate:g} is the {end} that was tried; one beyond it may be better."
                 )
     return lines
+
+
+def _warm_up(records: Iterable[Record]) -> float:
+    """The largest part of a run's steps that its learning rate rose for; 0 of none."""
+    return max(
+        (min(1.0, record.config.warmup / max(1, record.summary["steps"])) for record in records if record.config),
+        default=0.0,
+    )
 
 
 def _p(value: float | None) -> str:

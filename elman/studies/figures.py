@@ -13,6 +13,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import NullFormatter
 
 from elman.studies.analysis import Comparison, Group, PowerLaw
+from elman.studies.long_text import Line
 from elman.studies.records import Record
 from elman.studies.task_grid import Grid, Place
 from elman.training.plot import running_mean
@@ -185,9 +186,32 @@ def heat_map(grid: Grid, place: Place, title: str) -> tuple[str, bytes]:
     bar = figure.colorbar(shown, ax=axes, ticks=[0, 1], pad=0.015, aspect=30)
     bar.ax.set_yticklabels(["chance", "all right"], fontsize=8)
     bar.outline.set_visible(False)
-    sink = io.BytesIO()
-    figure.savefig(sink, format="png", dpi=130)
-    return _svg(figure), sink.getvalue()
+    return _both(figure)
+
+
+def long_text(lines: Sequence[Line], styles: Styles) -> tuple[str, bytes]:
+    """Loss against length of context, dots the seeds, as an SVG and as a PNG."""
+    first = lines[0].readings[0]
+    figure = _figure(3.9, width=7.6)
+    axes = figure.subplots()
+    for line in lines:
+        style = styles(line.label)
+        axes.plot(line.contexts, [line.at(context) for context in line.contexts], linewidth=1.3, **style)
+        axes.plot([], [], marker="o", markersize=4, label=line.label, **style)
+        for reading in line.readings:
+            axes.plot(*zip(*sorted(reading.contexts.items()), strict=True), "o", color=style["color"], markersize=4)
+    axes.axvline(first.seq_len, color="gray", linestyle=":", linewidth=1.2)
+    axes.set_xscale("log", base=2)
+    ticks = sorted({context for line in lines for context in line.contexts})
+    axes.set_xticks(ticks, [f"{tick // 1024}k" if tick % 1024 == 0 else str(tick) for tick in ticks])
+    axes.set_yscale("log")
+    axes.yaxis.set_major_formatter("{x:.3g}")
+    axes.yaxis.set_minor_formatter("{x:.3g}")
+    axes.set_xlabel(f"context, {first.unit}s")
+    axes.set_ylabel("held-out loss, nats a byte")
+    axes.grid(alpha=0.25, which="both")
+    axes.legend(fontsize=8, frameon=False)
+    return _both(figure)
 
 
 def _at(record: Record, axis: str) -> float:
@@ -207,6 +231,13 @@ def _legend(figure: Figure, axes: Any) -> None:
     handles, labels = axes.get_legend_handles_labels()
     if handles:
         figure.legend(handles, labels, loc="outside lower center", ncols=min(4, len(labels)), fontsize=8, frameon=False)
+
+
+def _both(figure: Figure) -> tuple[str, bytes]:
+    """As an SVG and as a PNG."""
+    sink = io.BytesIO()
+    figure.savefig(sink, format="png", dpi=130)
+    return _svg(figure), sink.getvalue()
 
 
 def _svg(figure: Figure) -> str:

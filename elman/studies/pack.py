@@ -15,12 +15,13 @@ from pathlib import Path
 from typing import Any
 
 from elman.errors import UsageError
+from elman.studies.long_text import EVALUATIONS
 from elman.studies.records import lost_lines, run_folders
 from elman.training.run import RunFolder, check_free
 
 #: What is copied as it is.
 _FILES = ("study.json", "summary.json", "sample.txt")
-#: Of the loss the mean over the last so many steps is told and checked, so that these are put together by themselves.
+#: Of the loss the mean over the last so many steps is told and checked, so that none is put together with one before.
 _TAIL = 100
 #: What a line that stands for several steps has of each, and of the last.
 _MEANS, _LAST = ("loss", "grad_norm"), ("step", "lr", "seconds", "tokens", "tokens_per_second", "mfu")
@@ -50,6 +51,9 @@ def pack(folder: Path, out: Path, lines: int) -> list[Path]:
                 shutil.copyfile(source / name, to / name)
         _copy_without_paths(source / "env.json", to / "env.json", _commands)
         _copy_without_paths(source / "config.json", to / "config.json", _places)
+        for evaluation in source.glob(EVALUATIONS):
+            (to / evaluation.parent.name).mkdir()
+            _copy_without_paths(evaluation, to / evaluation.relative_to(source), _evaluation)
         run, rows = RunFolder(source), RunFolder(source).read_metrics()
         if lost_lines(run, rows):
             shutil.copyfile(run.metrics_file, RunFolder(to).metrics_file)
@@ -85,16 +89,22 @@ def _places(config: Any) -> None:
     train |= {option: _name(train[option]) for option in ("out", "data") if isinstance(train.get(option), str)}
 
 
+def _evaluation(found: Any) -> None:
+    """The text that was read, and the command, of eval.json."""
+    found["data"]["file"] = _name(found["data"]["file"])
+    _commands([found["environment"]])
+
+
 def _name(word: str) -> str:
     return Path(word).name if Path(word).is_absolute() else word
 
 
 def thin(rows: Sequence[dict[str, Any]], lines: int) -> list[dict[str, Any]]:
-    """Put steps in a row together, where there are more than ``lines``: in so many groups, the last of 100 steps."""
+    """Put steps in a row together, where there are more than ``lines``: in about so many groups."""
     steps = sum("lr" in row for row in rows)
     if steps <= lines:
         return list(rows)
-    size = max(1, -(-(steps - _TAIL) // (lines - 1)))
+    size = -(-steps // (lines - 1))
     found: list[dict[str, Any]] = []
     group: list[dict[str, Any]] = []
     left = steps
@@ -107,7 +117,7 @@ def thin(rows: Sequence[dict[str, Any]], lines: int) -> list[dict[str, Any]]:
             continue
         group.append(row)
         left -= 1
-        if left == _TAIL or (left > _TAIL and len(group) == size) or left == 0:
+        if left == _TAIL or len(group) == size:
             found += _together(group)
             group = []
     return found + _together(group)

@@ -121,6 +121,12 @@ class Record:
         """Mean of the last 100 training losses, nats a token; NaN where there is none."""
         return float(self.summary.get("last_100_loss", math.nan))
 
+    def loss_at(self, tokens: float) -> float | None:
+        """Mean training loss of the last 100 steps before it had so many tokens, nats a token; None where unknown."""
+        steps = int(tokens / (self.summary["batch_size"] * self.summary["seq_len"]))
+        losses = [row["loss"] for row in self.every_step if "lr" in row and "loss" in row]
+        return statistics.fmean(losses[:steps][-100:]) if 0 < steps <= len(losses) else None
+
     @property
     def train_flops(self) -> float:
         """Of all its tokens, three times forward."""

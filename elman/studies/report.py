@@ -29,6 +29,7 @@ from elman.studies.analysis import (
     uneven_speeds,
     verdict,
 )
+from elman.studies.long_text import Line, read_evaluation, sentences, together
 from elman.studies.records import Record, name_apart, read_run, run_folders
 from elman.studies.study import Budget, slug
 from elman.studies.task_grid import PLACES, Grid, Place, task_verdict
@@ -38,6 +39,10 @@ from elman.units import bits, format_bytes, format_count
 _ENVIRONMENT = ("gpu", "device", "gpu_memory", "compute_capability", "driver", "cuda", "cudnn", "precision", "compiled",
                 "captured", "parallel", "processes", "cpu_count", "cpu_threads", "python", "platform", "elman",
                 "git_commit")  # fmt: skip
+
+
+#: Above so many times the fewest tokens of a comparison's rows, losses at equal tokens are told.
+_MORE_TOKENS = 1.02
 
 
 @dataclass(frozen=True)
@@ -70,8 +75,7 @@ class Section:
 
     title: str
     verdict: list[str]
-    results: Table
-    costs: Table
+    tables: list[Table]
     pictures: list[Picture]
     #: The pictures come before the tables, where these only say the same in numbers.
     pictures_first: bool = False
@@ -146,7 +150,7 @@ def make_report(paths: Sequence[Path]) -> Report:
     planned = [] if newest is None else [str(label) for label in newest.facts.get("planned", [])]
     for number, comparison in enumerate(comparisons, 1):
         report.sections.append(_section(comparison, number, planned, several=len(comparisons) > 1))
-    report.sections += task_sections(good)
+    report.sections += task_sections(good) + long_text_sections(good, planned)
     report.is_of_tasks = bool(good) and all(record.task is not None for record in good)
     if newest is not None and newest.facts.get("axis"):
         _tell_axis(report, str(newest.facts["axis"]), comparisons)
@@ -213,7 +217,78 @@ def _section(comparison: Comparison, number: int, planned: Sequence[str], severa
             figures.curves(comparison, styles, unit),
         ),
     ]
-    return Section(title, verdict(comparison), results, costs, pictures)
+    return Section(title, verdict(comparison), [results, costs, *_equal_tokens(comparison)], pictures)
+
+
+def _equal_tokens(comparison: Comparison) -> list[Table]:
+    """Where the groups had unequal numbers of tokens: their training losses when all had as many as the slowest."""
+    ends = {group.label: group.of_summary("tokens") or 0.0 for group in comparison.groups}
+    first = min(ends, key=lambda label: ends[label])
+    least = ends[first]
+    if max(ends.values()) <= _MORE_TOKENS * least:
+        return []
+    losses = {
+        group.label: group.average(lambda record: record.loss_at(least))
+        if group.label != first
+        else group.average(lambda record: record.last_100)
+        for group in comparison.groups
+    }
+    known = {label: loss for label, loss in losses.items() if loss is not None}
+    ranked = sorted(known, key=lambda label: known[label])
+    caption = (
+        f"At equal tokens, from the same runs: the mean training loss of 100 steps up to {format_count(least)} tokens, "
+        f"where {first} ended. Of the others the learning rate was not yet down there, which keeps their losses up."
+    )
+    rows = [
+        [label, format_count(ends[label]), f"{known[label]:.3f}", f"{known[label] - known[ranked[0]]:.3f}" if i else ""]
+        for i, label in enumerate(ranked)
+    ]
+    columns = ["run", "tokens in all", f"at {format_count(least)} tokens, nats/token", "behind the best"]
+    return [Table(columns, rows, caption)]
+
+
+def long_text_sections(records: Sequence[Record], planned: Sequence[str]) -> list[Section]:
+    """Of runs that ``elman eval`` has read: a section for each text, losses by length of context."""
+    readings = []
+    for record in records:
+        reading, remarks = read_evaluation(record)
+        record.remarks += remarks
+        readings += [reading] if reading is not None else []
+    sections = []
+    for number, lines in enumerate(together(readings), 1):
+        first = lines[0].readings[0]
+        labels = [line.label for line in lines]
+        styles = figures.Styles([*(label for label in planned if label in labels), *labels])
+        svg, png = figures.long_text(lines, styles)
+        caption = "Held-out loss of the same targets by length of context; the dotted line is the window in training."
+        sections.append(
+            Section(
+                f"Long text: {first.text[1]:,} bytes of {first.text[0]}",
+                sentences(lines),
+                [_context_table(lines, first.unit)],
+                [Picture(f"contexts-{number}", caption, svg, png)],
+                pictures_first=True,
+            )
+        )
+    return sections
+
+
+def _context_table(lines: Sequence[Line], unit: str) -> Table:
+    lengths = sorted({context for line in lines for context in line.contexts})
+
+    def show(loss: float | None) -> str:
+        return "–" if loss is None else f"{loss:.4f}"
+
+    rows = [
+        [line.label, str(len(line.readings)), show(line.whole("windows")), show(line.whole("carried"))]
+        + [show(line.at(length) if length in line.contexts else None) for length in lengths]
+        for line in lines
+    ]
+    caption = (
+        f"Nats a byte: of the whole text in windows and with the state carried, and of the targets by length of "
+        f"context in {unit}s."
+    )
+    return Table(["run", "seeds", "windows", "carried", *(f"{length:,}" for length in lengths)], rows, caption)
 
 
 def task_sections(records: Sequence[Record]) -> list[Section]:
@@ -232,8 +307,7 @@ def task_sections(records: Sequence[Record]) -> list[Section]:
             Section(
                 title,
                 task_verdict(grid),
-                _grid_table(grid, "longest"),
-                _grid_table(grid, "trained"),
+                [_grid_table(grid, "longest"), _grid_table(grid, "trained")],
                 [_heat_map(grid, place, f"accuracy-{place}-{name}") for place in PLACES],
                 pictures_first=True,
             )

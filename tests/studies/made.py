@@ -1,9 +1,13 @@
 """Run folders as a study leaves them, made without training."""
 
+import json
 import math
 from pathlib import Path
 from typing import Any
 
+from elman.evaluation.heldout import HeldoutLoss
+from elman.evaluation.long_text import ContextLoss
+from elman.evaluation.report import Evaluation
 from elman.mixers import mixer_config
 from elman.sizing import flops_per_token, num_params, size_model
 from elman.studies.plan import seal, settings
@@ -41,7 +45,15 @@ def make_run(
     """A whole run whose files agree; ``label`` None makes one that is of no study."""
     model = size_model((mixer_config("e1")(),), dim=dim, depth=2)
     config = TrainConfig(
-        data=Path("/text"), dim=dim, depth=2, seq_len=16, batch_size=4, steps=steps, seed=seed, lr=lr, **(train or {})
+        data=Path("/text"),
+        dim=dim,
+        depth=2,
+        seq_len=16,
+        batch_size=4,
+        steps=steps,
+        seed=seed,
+        lr=lr,
+        **{"warmup": steps // 10, **(train or {})},
     )
     run = RunFolder(path)
     path.mkdir(parents=True)
@@ -96,3 +108,22 @@ def make_study(folder: Path, heldout: dict[str, list[float]], **more: Any) -> Pa
         for seed, loss in enumerate(losses):
             make_run(folder / "runs" / f"{label}-seed{seed}", label, seed=seed, heldout=loss, **more)
     return folder
+
+
+def make_evaluation(
+    run: RunFolder, contexts: dict[int, float], stamp: str = "20260101-000000", file: str = "/some/text", **more: Any
+) -> Path:
+    """What ``elman eval`` leaves in a run's folder, but for what is only for people; the file's path."""
+    loss = HeldoutLoss(1.5, 100, 100)
+    found = Evaluation(
+        run={"model": "e1", "params": 1000, "seq_len": 16, "checkpoint": "step-00000200"},
+        data={"file": file, "bytes": 5000, "tokens": 5000},
+        unit="byte",
+        environment={"command": ["/bin/elman", "eval", str(run.path)]},
+        contexts=[ContextLoss(length, 512, nats, nats, 0.01) for length, nats in contexts.items()],
+        **{"windows": loss, "carried": loss, **more},
+    )
+    path = run.path / f"eval-{stamp}" / "eval.json"
+    path.parent.mkdir()
+    path.write_text(json.dumps(found.to_dict()))
+    return path

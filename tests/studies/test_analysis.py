@@ -117,6 +117,7 @@ CAVEATS: dict[str, tuple[dict[str, Any], str]] = {
     "a CPU": ({"session": {"gpu": None, "device": "cpu"}}, "The runs are of a CPU"),
     "another size": ({"dim": 24}, "The runs are of unequal size"),
     "another speed": ({"speed": 500.0, "label": "a", "seed": 1}, "not equally fast: a (× 2.00)"),
+    "a long warm-up": ({"train": {"warmup": 80}}, "for long beside the steps of b (40% of its steps)"),
     "a budget that was not met": ({"steps": 100}, "The budget was not met by b."),
 }
 
@@ -147,3 +148,15 @@ def test_a_rate_at_the_end_of_the_sweep_is_remarked(tmp_path: Path) -> None:
     (line,) = sweep_remarks(sweep, [edge])
     assert "0.01 is the highest that was tried" in line
     assert sweep_remarks(sweep, [inside]) == []
+
+
+def test_a_sweep_that_was_mostly_warm_up_is_remarked(tmp_path: Path) -> None:
+    chosen = read_run(make_run(tmp_path / "final", "a", lr=3e-3).path)
+    for warmup, told in ((100, False), (101, True), (500, True)):
+        sweep = [
+            read_run(make_run(tmp_path / f"{lr}-{warmup}", "a", lr=lr, role="sweep", train={"warmup": warmup}).path)
+            for lr in (1e-3, 3e-3, 1e-2)
+        ]
+        lines = sweep_remarks(sweep, [chosen])
+        assert len(lines) == told
+        assert all(f"a: warm-up was {min(100, warmup / 2):.0f}% of the sweep's steps" in line for line in lines)

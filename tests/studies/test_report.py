@@ -58,14 +58,14 @@ def test_what_is_left_out_is_told(tmp_path: Path) -> None:
         assert "no width fits" in text
         assert "planned, and not there" in text
     (section,) = report.sections
-    assert [row[5] for row in section.results.rows] == ["2", "2"]
+    assert [row[5] for row in section.tables[0].rows] == ["2", "2"]
 
 
 def test_a_missing_number_that_is_not_needed_is_a_dash(tmp_path: Path) -> None:
     study = make_study(tmp_path / "toy", {"a": [2.0]})
     change(RunFolder(study / "runs" / "a-seed0"), "summary.json", mfu=None)
     (section,) = make_report([study]).sections
-    assert section.costs.rows[0][section.costs.columns.index("MFU")] == "–"
+    assert section.tables[1].rows[0][section.tables[1].columns.index("MFU")] == "–"
 
 
 def test_markup_in_names_stays_text(tmp_path: Path) -> None:
@@ -86,7 +86,7 @@ def test_sizes_are_compared_each_with_its_own_and_fitted_together(tmp_path: Path
             )  # fmt: skip
     report = make_report([folder])
     assert len(report.sections) == 3
-    assert all(len(section.results.rows) == 2 for section in report.sections)
+    assert all(len(section.tables[0].rows) == 2 for section in report.sections)
     assert "a: loss goes as N^-0.100 ± 0.000" in report.laws[0]
     assert [picture.name for picture in report.across] == ["loss-tokens12800-params"]
 
@@ -125,4 +125,4 @@ def test_a_study_that_was_changed_and_run_again_mixes_nothing(tmp_path: Path) ->
     for seed in (0, 1):
         make_run(study / "runs" / f"again-{seed}", "a", seed=seed, lr=3e-3, heldout=1.9 + seed / 10)
     (section,) = make_report([study]).sections
-    assert [(row[0], row[5]) for row in section.results.rows] == [("a, lr 0.003", "2"), ("a, lr 0.001", "2")]
+    assert [(row[0], row[5]) for row in section.tables[0].rows] == [("a, lr 0.003", "2"), ("a, lr 0.001", "2")]

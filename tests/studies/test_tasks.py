@@ -84,9 +84,9 @@ def test_the_report_has_the_numbers_of_the_runs(folder: Path, tmp_path: Path) ->
     report = make_report([folder])
     (section,) = report.sections
     assert report.is_of_tasks
-    assert section.results.columns == ["", "parity", "mqar"]
-    assert [row[0] for row in section.results.rows] == ["E1", "minGRU", "chance"]
-    for table, place in ((section.costs, 0), (section.results, 1)):
+    assert section.tables[0].columns == ["", "parity", "mqar"]
+    assert [row[0] for row in section.tables[0].rows] == ["E1", "minGRU", "chance"]
+    for table, place in ((section.tables[1], 0), (section.tables[0], 1)):
         for row in table.rows[:-1]:
             for task, told in zip(table.columns[1:], row[1:], strict=True):
                 paths = (folder / "runs").glob(f"{row[0].lower()}-on-{task}-*")
@@ -94,7 +94,7 @@ def test_the_report_has_the_numbers_of_the_runs(folder: Path, tmp_path: Path) ->
                 values = [100 * (values["beyond"] if place else values["accuracy"]) for values in found]
                 assert len(values) == 2
                 assert told.startswith(f"{sum(values) / 2:.1f} ± ")
-    assert section.results.rows[-1] == ["chance", "50.0", "3.1"]
+    assert section.tables[0].rows[-1] == ["chance", "50.0", "3.1"]
     page = report.write(tmp_path)
     text = (tmp_path / "report.md").read_text()
     assert "| E1 | " in text

@@ -1,11 +1,13 @@
 """Three optimisers, each offered to an Elman network, to Mamba2 and to a Transformer."""
 
+from typing import Any
+
 from elman.studies import Run, Scale, Study
 from elman.studies.defaults import defaults
 
 
 def study(scale: Scale) -> Study:
-    models = (
+    models: tuple[tuple[str, str, dict[str, Any], int], ...] = (
         ("Matrix, half, and E1", "matrix,e1", {"matrix.expansion": 0.5}, scale(6, 2)),
         ("Mamba2", "mamba2", {}, scale(12, 2)),
         ("Transformer", "transformer", {}, scale(10, 2)),
