@@ -60,8 +60,17 @@ class Record:
 
     @property
     def every_step(self) -> list[dict[str, Any]]:
-        """The rows, those that stand for several steps (see elman/studies/pack.py) as often as there are steps."""
-        return [row for row in self.rows for _ in range(_steps_of(row))]
+        """The rows; one that stands for several steps (see elman/studies/pack.py) as many, spread over its time."""
+        found: list[dict[str, Any]] = []
+        before = 0.0
+        for row in self.rows:
+            steps = _steps_of(row)
+            for i in range(1, steps):
+                seconds = before + (row["seconds"] - before) * i / steps
+                found.append({**row, "step": row["step"] - steps + i, "seconds": seconds})
+            found.append(row)
+            before = row["seconds"]
+        return found
 
     @property
     def run(self) -> str:

@@ -148,9 +148,11 @@ def make_report(paths: Sequence[Path]) -> Report:
     comparisons = compare(finals)
     good = [record for record in finals if not record.problems]
     planned = [] if newest is None else [str(label) for label in newest.facts.get("planned", [])]
+    labels = [record.label for record in good]
+    styles = figures.Styles([*(label for label in planned if label in labels), *labels])
     for number, comparison in enumerate(comparisons, 1):
-        report.sections.append(_section(comparison, number, planned, several=len(comparisons) > 1))
-    report.sections += task_sections(good) + long_text_sections(good, planned)
+        report.sections.append(_section(comparison, number, styles, several=len(comparisons) > 1))
+    report.sections += task_sections(good) + long_text_sections(good, styles)
     report.is_of_tasks = bool(good) and all(record.task is not None for record in good)
     if newest is not None and newest.facts.get("axis"):
         _tell_axis(report, str(newest.facts["axis"]), comparisons)
@@ -195,10 +197,8 @@ _COSTS = ["run", "steps", "tokens", "training FLOPs", "trained, s", "start-up, s
           "state"]  # fmt: skip
 
 
-def _section(comparison: Comparison, number: int, planned: Sequence[str], several: bool) -> Section:
+def _section(comparison: Comparison, number: int, styles: figures.Styles, several: bool) -> Section:
     ranked = comparison.ranked
-    labels = [group.label for group in ranked]
-    styles = figures.Styles([*(label for label in planned if label in labels), *labels])
     from_best = {d.worse.label: d for d in comparison.differences() if d.better is ranked[0]}
     results = Table(_RESULTS, [_result(group, from_best.get(group.label)) for group in ranked])
     costs = Table(_COSTS, [_cost(group) for group in ranked])
@@ -247,7 +247,7 @@ def _equal_tokens(comparison: Comparison) -> list[Table]:
     return [Table(columns, rows, caption)]
 
 
-def long_text_sections(records: Sequence[Record], planned: Sequence[str]) -> list[Section]:
+def long_text_sections(records: Sequence[Record], styles: figures.Styles) -> list[Section]:
     """Of runs that ``elman eval`` has read: a section for each text, losses by length of context."""
     readings = []
     for record in records:
@@ -257,8 +257,6 @@ def long_text_sections(records: Sequence[Record], planned: Sequence[str]) -> lis
     sections = []
     for number, lines in enumerate(together(readings), 1):
         first = lines[0].readings[0]
-        labels = [line.label for line in lines]
-        styles = figures.Styles([*(label for label in planned if label in labels), *labels])
         svg, png = figures.long_text(lines, styles)
         caption = "Held-out loss of the same targets by length of context; the dotted line is the window in training."
         sections.append(
