@@ -44,7 +44,7 @@ _FAMILIES = {
     **{name: f"persistent {name}" for name in ("PolledRing", "StagedRing2", "StagedRing3", "ClusterPush")},
     **{
         f"{name}_{way}": name
-        for name in ("wide", "diagonal", "step", "banks", "norm", "scan", "gated_softmax", "matrix")
+        for name in ("wide", "diagonal", "step", "banks", "norm", "scan", "gated_softmax", "short_conv", "matrix")
         for way in ("forward", "backward")
     },
 }

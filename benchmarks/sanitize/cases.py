@@ -26,7 +26,8 @@ from elman.ops.wide import WidePlan
 from tests.ops.problems import Problem, draw, parts
 from tests.ops.test_matrix import draw as draw_matrix
 
-banks = importlib.import_module("elman.ops.banks")  # the package has the function of this name
+# The package has the functions of these names.
+banks, short_conv = (importlib.import_module(f"elman.ops.{name}") for name in ("banks", "short_conv"))
 
 HALVES = (torch.bfloat16, torch.float16)
 DTYPES = (*HALVES, torch.float32, torch.float64)
@@ -64,6 +65,7 @@ def cases(chip: Chip) -> list[Case]:
         _norm_cases(),
         _scan_cases(),
         _gated_softmax_cases(),
+        _short_conv_cases(),
         _matrix_cases(),
     ]
     return [case for turn in itertools.zip_longest(*families) for case in turn if case is not None]
@@ -381,6 +383,31 @@ def _scan_cases() -> list[Case]:
 
     wanted = [(41, torch.bfloat16, 67, False), (41, torch.bfloat16, 66, True), (1, torch.bfloat16, 66, False)]
     wanted += [(41, dtype, 66, False) for dtype in DTYPES] + [(1, torch.float32, 67, True)]
+    return [case(*one) for one in wanted]
+
+
+def _short_conv_cases() -> list[Case]:
+    def case(seq_len: int, taps: int, dtype: torch.dtype, hidden: int, bare: bool) -> Case:
+        def run(device: str) -> None:
+            generator = torch.Generator().manual_seed(0)
+
+            def normal(*shape: int) -> Tensor:
+                return torch.randn(*shape, generator=generator, dtype=torch.float64).to(device, dtype)
+
+            u, dv = normal(seq_len, 3, hidden), normal(seq_len, 3, hidden)
+            weight = normal(taps, hidden).to(torch.float64 if dtype == torch.float64 else torch.float32)
+            last, dleft = normal(3, taps - 1, hidden), normal(3, taps - 1, hidden)
+            reset = (torch.rand(seq_len, 3, generator=generator) < 0.2).to(device)
+            last, dleft, reset = (None,) * 3 if bare else (last, dleft, reset)
+            short_conv._forward(u, weight, last, reset, not bare)
+            short_conv._backward(dv, dleft, u, weight, last, reset, not bare)
+
+        return Case("short_conv", f"T = {seq_len}, {taps} taps {str(dtype)[6:]}, H = {hidden}" + ", bare" * bare, run)
+
+    wanted = [(41, 4, torch.bfloat16, 67, False), (70, 4, torch.bfloat16, 68, True), (1, 4, torch.bfloat16, 68, False)]
+    wanted += [(41, taps, torch.bfloat16, 68, False) for taps in (2, 8)] + [
+        (41, 4, dtype, 68, False) for dtype in DTYPES
+    ]
     return [case(*one) for one in wanted]
 
 

@@ -32,7 +32,8 @@ from elman.ops.cells import FUSED_CELLS
 from elman.ops.cuda.compiler import Binary, Module, architecture, compile_module
 from elman.ops.cuda.launch import launch as launch_on_gpu
 
-banks = importlib.import_module("elman.ops.banks")  # the package has the function of this name
+# The package has the functions of these names.
+banks, short_conv = (importlib.import_module(f"elman.ops.{name}") for name in ("banks", "short_conv"))
 
 
 class Recorder:
@@ -215,7 +216,7 @@ def _poisoned() -> Iterator[None]:
 def record(wanted: Iterable[Case], recorder: Recorder, device: str) -> None:
     """Runs cases; what goes wrong with one is an error only after the others."""
     errors = []
-    launching = (control, persistent, diagonal, banks, norm, scan, gated_softmax, matrix_kernels)
+    launching = (control, persistent, diagonal, banks, norm, scan, gated_softmax, short_conv, matrix_kernels)
     hooks = [mock.patch.object(module, "launch", recorder) for module in launching]
     with contextlib.ExitStack() as stack, torch.no_grad():
         for hook in (*hooks, _poisoned(), _loop_recorded(recorder)):

@@ -127,8 +127,7 @@ class Matrix(Mixer):
         #: Widths of q, k and v, and of z and the logits of a and β: what the first product makes, in this order.
         self._inputs, self._others = list(self.sizes.values())[:3], list(self.sizes.values())[3:]
         self.in_proj = nn.Linear(dim, sum(self.sizes.values()), bias=False)
-        convolved = self.sizes["q"] + self.sizes["k"] + self.sizes["v"]
-        self.conv = ShortConv(convolved, config.conv) if config.conv else None
+        self.conv = ShortConv(self._inputs, config.conv, "silu") if config.conv else None
         if config.decay != "none":
             # Heads start with horizons from ten steps to a thousand, all rows of a head with the same.
             forgotten = torch.logspace(math.log10(_FORGOTTEN[0]), math.log10(_FORGOTTEN[1]), heads)
@@ -143,8 +142,7 @@ class Matrix(Mixer):
         z, decay, beta = rest[..., : sum(self._others)].split_with_sizes(self._others, dim=-1)
         if self.conv is not None:
             state, last = (None, None) if state is None else state
-            qkv, last = self.conv(*parts, last, reset)
-            parts = list(F.silu(qkv).split_with_sizes(self._inputs, dim=-1))
+            parts, last = self.conv(parts, last, reset)
         q, k, v = (part.reshape(*part.shape[:2], self.heads, -1) for part in parts)
         # The kernels read v as it lies: copied here, and not once by each of them.
         q, k, v = _of_length_one(q), _of_length_one(k), v.contiguous()
@@ -156,12 +154,12 @@ class Matrix(Mixer):
         return self.out_proj(y.flatten(2).to(x.dtype)), s if self.conv is None else (s, last)
 
     def _project(self, x: Tensor) -> list[Tensor]:
-        """q, k and v, or all three for the convolution, and the others, with what fills these up to a fast width.
+        """q, k and v, and the others, with what fills these up to a fast width.
 
         Where gradients are taken, by a product each: those of parts of one product would first be put side by side, and
         that takes longer than a few products more.
         """
-        sizes = [*(self._inputs if self.conv is None else [sum(self._inputs)]), sum(self._others)]
+        sizes = [*self._inputs, sum(self._others)]
         weight = self.in_proj.weight
         if x.is_cuda and (missing := -sizes[-1] % _FAST_WIDTH):
             sizes[-1] += missing

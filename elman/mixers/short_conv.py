@@ -1,57 +1,47 @@
-"""A short causal depthwise convolution before the recurrence, and what the variants that offer it share.
-
-    v_t = Σ_j w_j ⊙ u_{t-j},  j = 0 … width − 1
-
-Source: Gu and Dao, "Mamba: Linear-Time Sequence Modeling with Selective State Spaces" (2023).
-"""
+"""A short causal depthwise convolution before the recurrence, and what the variants that offer it share."""
 
 from __future__ import annotations
 
 from abc import abstractmethod
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from elman.errors import UsageError
 from elman.mixers.base import Mixer, State
 from elman.mixers.elman_recurrence import ElmanConfig
+from elman.ops import short_conv
+from elman.ops.short_conv import Activation
 
 
 class ShortConv(nn.Module):
-    """See the top of this file. It starts as the identity: the model with it begins where the one without it does."""
+    """``elman.ops.short_conv`` with weights of its own, of which each of several tensors takes its part.
+
+    It starts as the identity: the model with it, and no activation, begins where the one without it does.
+    """
 
     no_matrix = frozenset({"weight"})
 
-    def __init__(self, size: int, width: int) -> None:
+    def __init__(self, sizes: Sequence[int], width: int, activation: Activation = "identity") -> None:
         super().__init__()
-        self.weight = nn.Parameter(torch.zeros(width, size))
+        self.sizes, self.activation = list(sizes), activation
+        self.weight = nn.Parameter(torch.zeros(width, sum(sizes)))
         nn.init.ones_(self.weight[0])
 
-    def forward(self, u: Tensor, last: Tensor | None, reset: Tensor | None) -> tuple[Tensor, Tensor]:
-        """U (T, B, d), the inputs before it (B, width − 1, d) or None, reset (T, B) -> v and the last inputs.
-
-        Inputs from before a reset count as zero after it, in what is returned too.
-        """
-        seq_len, before = len(u), len(self.weight) - 1
-        if last is None:
-            last = u.new_zeros(u.shape[1], before, u.shape[2])
-        inputs = torch.cat([last.to(u.dtype).transpose(0, 1), u])
-        weight = self.weight.to(u.dtype)
-        # Which sequence of its row an input belongs to: resets count it up.
-        sequence = None if reset is None else F.pad(reset.cumsum(0), (0, 0, before, 0)).unsqueeze(-1)
-        v = weight[0] * u
-        for lag in range(1, before + 1):
-            start = before - lag
-            earlier = inputs[start : start + seq_len]
-            if sequence is not None:
-                earlier = earlier.masked_fill(sequence[start : start + seq_len] != sequence[before:], 0)
-            v = v + weight[lag] * earlier
-        last = inputs[seq_len:]
-        if sequence is not None:
-            last = last.masked_fill(sequence[seq_len:] != sequence[-1:], 0)
-        return v, last.transpose(0, 1)
+    def forward(
+        self, parts: Sequence[Tensor], last: Tensor | None, reset: Tensor | None
+    ) -> tuple[list[Tensor], Tensor]:
+        """Tensors (T, B, size), the inputs before them (B, width − 1, all sizes) or None -> the same, convolved."""
+        weights = self.weight.split_with_sizes(self.sizes, dim=1)
+        lasts = [None] * len(parts) if last is None else last.split_with_sizes(self.sizes, dim=2)
+        found = [
+            short_conv(part, weight, before, activation=self.activation, reset=reset)
+            for part, weight, before in zip(parts, weights, lasts, strict=True)
+        ]
+        left = [after for _, after in found]
+        return [v for v, _ in found], left[0] if len(left) == 1 else torch.cat(left, dim=2)
 
 
 @dataclass(frozen=True)
@@ -79,7 +69,7 @@ class ConvMixer(Mixer):
 
     def __init__(self, dim: int, config: ConvElmanConfig) -> None:
         super().__init__()
-        self.conv = ShortConv(config.inner_size(dim), config.conv) if config.conv else None
+        self.conv = ShortConv([config.inner_size(dim)], config.conv) if config.conv else None
 
     @abstractmethod
     def project(self, x: Tensor) -> tuple[Tensor, ...]:
@@ -94,6 +84,6 @@ class ConvMixer(Mixer):
         if self.conv is None:
             return self.mix(state, reset, u, *branches)
         state, last = (None, None) if state is None else state
-        u, last = self.conv(u, last, reset)
+        (u,), last = self.conv([u], last, reset)
         y, state = self.mix(state, reset, u, *branches)
         return y, (state, last)

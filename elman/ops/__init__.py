@@ -7,6 +7,7 @@ from elman.ops.norm import add_norm
 from elman.ops.persistent import choosing_for_graphs
 from elman.ops.recurrence import note_backend, note_recurrence, record_backends, recurrence, watch_recurrences
 from elman.ops.scan import linear_scan
+from elman.ops.short_conv import short_conv
 
 __all__ = [
     "BACKENDS",
@@ -20,5 +21,6 @@ __all__ = [
     "note_recurrence",
     "record_backends",
     "recurrence",
+    "short_conv",
     "watch_recurrences",
 ]

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from elman.errors import UsageError
-from elman.ops import banks, fused, gated_softmax, loop, matrix_kernels, norm, persistent, reference, scan
+from elman.ops import banks, fused, gated_softmax, loop, matrix_kernels, norm, persistent, reference, scan, short_conv
 from elman.ops.cells import Cell, Tensors
 from elman.ops.cuda.compiler import Module
 from elman.ops.operators import Operator
@@ -93,5 +93,5 @@ def backend_status() -> list[tuple[str, bool, str]]:
 
 def shipped_modules() -> list[Module]:
     """Every module of CUDA kernels that may be compiled, for tests without a GPU and for compiling ahead."""
-    parts = (loop, persistent, norm, banks, scan, gated_softmax, matrix_kernels)
+    parts = (loop, persistent, norm, banks, scan, gated_softmax, matrix_kernels, short_conv)
     return [module for part in parts for module in part.shipped_modules()]

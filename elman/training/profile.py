@@ -47,7 +47,7 @@ _CLASSES: tuple[tuple[str, str], ...] = (
         r"^mem(cpy|set)|copy_kernel|fillfunctor|catarray|triton_poi_fused(_(to_copy|clone|cat|copy|t|transpose|permute|view"
         r"|slice|unsqueeze)|_)*\d*$|aten::(copy_|clone|cat|stack|fill_|zero_|_to_copy|contiguous)$",
     ),
-    ("elementwise", r"elementwise|gated_softmax|triton_|reduce_?kernel|aten::"),
+    ("elementwise", r"elementwise|gated_softmax|short_conv|triton_|reduce_?kernel|aten::"),
 )
 _PATTERNS = [(name, re.compile(pattern, re.IGNORECASE)) for name, pattern in _CLASSES]
 

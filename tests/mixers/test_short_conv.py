@@ -1,4 +1,4 @@
-"""The short convolution against its sum, and the variants that take it. Chunks and resets: tests/test_model.py."""
+"""The short convolution of several tensors, and the variants that take it. Chunks and resets: tests/test_model.py."""
 
 import pytest
 import torch
@@ -7,26 +7,24 @@ from elman.errors import UsageError
 from elman.mixers import mixer_config
 from elman.mixers.short_conv import ShortConv
 from elman.model import LanguageModel, ModelConfig
+from elman.ops import short_conv
 
 T, B, D = 9, 2, 5
 
 
-def test_is_its_sum_over_what_the_row_has_seen_since_its_last_reset() -> None:
+@pytest.mark.parametrize("sizes", [[D], [2, D, 1]])
+def test_each_part_has_its_weights_and_its_inputs_before(sizes: list[int]) -> None:
     torch.manual_seed(0)
-    conv = ShortConv(D, 4).double()
+    conv = ShortConv(sizes, 4, "silu").double()
     torch.nn.init.normal_(conv.weight)
-    u, before = torch.randn(T, B, D, dtype=torch.float64), torch.randn(B, 3, D, dtype=torch.float64)
+    parts = [torch.randn(T, B, size, dtype=torch.float64) for size in sizes]
+    before = torch.randn(B, 3, sum(sizes), dtype=torch.float64)
     reset = torch.rand(T, B) < 0.3
-    v, last = conv(u, before, reset)
-    for row in range(B):
-        seen = list(before[row])
-        for t in range(T):
-            seen = [] if reset[t, row] else seen
-            seen.append(u[t, row])
-            expected = sum(w * x for w, x in zip(conv.weight, reversed(seen), strict=False))
-            torch.testing.assert_close(v[t, row], expected)
-        padded = [torch.zeros(D, dtype=torch.float64)] * 3 + seen
-        torch.testing.assert_close(last[row], torch.stack(padded[-3:]))
+    found, last = conv(parts, before, reset)
+    assert [part.shape for part in found] == [part.shape for part in parts]
+    whole, left = short_conv(torch.cat(parts, 2), conv.weight, before, activation="silu", reset=reset)
+    torch.testing.assert_close(torch.cat(found, 2), whole)
+    assert torch.equal(last, left)
 
 
 @pytest.mark.parametrize("name", ["e0", "e1", "e10", "e15"])
