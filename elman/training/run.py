@@ -294,6 +294,18 @@ def load_model(
     Raises:
         UsageError: no run there, no whole checkpoint, none of that step, no such device, or no floating-point dtype.
     """
+    return open_model(path, tell, step=step, device=device, dtype=dtype)[0]
+
+
+def open_model(
+    path: Path | str,
+    tell: Callable[[str], None] = warnings.warn,
+    *,
+    step: int | None = None,
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype | None = None,
+) -> tuple[LanguageModel, Path]:
+    """As ``load_model``, and the checkpoint that it was loaded from."""
     where = resolve_device(str(device))
     if dtype is not None and not dtype.is_floating_point:
         raise UsageError(f"dtype={dtype} cannot hold weights: give a floating-point one, such as torch.bfloat16")
@@ -312,7 +324,7 @@ def load_model(
         raise UsageError(f"checkpoint={step} is not in {path}: give one of {', '.join(map(str, there))}")
     model = LanguageModel(config)
     load_weights(model, checkpoint.model, source)
-    return model.to(where, dtype).eval()
+    return model.to(where, dtype).eval(), source
 
 
 def load_text(path: Path | str) -> tuple[Vocabulary, bool]:
