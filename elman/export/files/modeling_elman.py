@@ -95,7 +95,10 @@ class ElmanForCausalLM(GenerationMixin, PreTrainedModel):
         model, info = super().from_pretrained(*args, output_loading_info=True, **kwargs)
         wrong = [f"{name} is missing" for name in sorted(info["missing_keys"])]
         wrong += [f"{name} is no part of it" for name in sorted(info["unexpected_keys"])]
-        wrong += [f"{name} has another shape" for name, *_ in info["mismatched_keys"]]
+        mismatched = [
+            found if isinstance(found, str) else found[0] for found in info["mismatched_keys"]
+        ]  # shapes in 5.x
+        wrong += [f"{name} has another shape" for name in sorted(mismatched)]
         if wrong:
             raise ValueError(
                 f"the weights are not those of the model in config.json: {wrong[0]} ({len(wrong)} in all): "
