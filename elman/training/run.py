@@ -40,6 +40,9 @@ from elman.model import LanguageModel, ModelConfig
 from elman.training.checkpoint import Checkpoint, DamagedCheckpointError, list_checkpoints, load_checkpoint, step_of
 from elman.training.config import RunConfig, TaskConfig, TrainConfig
 
+#: What a model computes in.
+_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+
 
 @dataclass(frozen=True)
 class RunFolder:
@@ -307,7 +310,7 @@ def open_model(
 ) -> tuple[LanguageModel, Path]:
     """As ``load_model``, and the checkpoint that it was loaded from."""
     where = resolve_device(str(device))
-    if dtype is not None and not dtype.is_floating_point:
+    if dtype not in (None, *_DTYPES):
         raise UsageError(f"dtype={dtype} cannot hold weights: give a floating-point one, such as torch.bfloat16")
     run = open_run(Path(path))
     _, config = run.read_config()
