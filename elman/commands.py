@@ -100,6 +100,8 @@ def show_task(name: str, length: int | None, seed: int, console: Console) -> int
     """Print what a task is, and an example of it."""
     task = find_task(name)
     length = max(12, task.shortest) if length is None else length
+    if not 0 <= seed < 2**63:
+        raise UsageError(f"--seed {seed} is out of range: give a number of at least 0 and below 2^63")
     examples = task.examples(np.random.Generator(np.random.Philox(key=seed)), 1, length, "--length")
     console.print(Text(inspect.getdoc(sys.modules[type(task).__module__]) or ""), soft_wrap=True)
     console.print(

@@ -65,7 +65,7 @@ class Sampling:
 
     def draw(self, logits: Tensor, uniform: Tensor) -> Tensor:
         """One token a row, nothing being asked of the device. logits (B, V), uniform (B,) in [0, 1) -> (B,)."""
-        if self.temperature == 0:
+        if self.temperature < torch.finfo(torch.float32).tiny:  # which would divide by 0
             return logits.argmax(-1)
         logits = logits.float()
         logits = (logits - logits.amax(-1, keepdim=True)) / self.temperature

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor, nn
 
-from elman.environment import supports_bf16
+from elman.environment import is_out_of_memory, supports_bf16
 from elman.errors import UsageError
 from elman.mixers.recurrent_weight import RecurrentWeight, Weight
 from elman.model import LanguageModel
@@ -20,6 +23,22 @@ def autocast_dtype(precision: str, device: torch.device) -> torch.dtype | None:
     if precision == "bf16" and device.type == "cuda" and not supports_bf16(device):
         raise UsageError(f"--precision bf16: {device} does not multiply bf16 in hardware: give --precision fp32")
     return torch.bfloat16 if precision == "bf16" or (precision == "auto" and supports_bf16(device)) else None
+
+
+@contextlib.contextmanager
+def advise_on_memory(asked: str, cure: str) -> Iterator[None]:
+    """What is inside may run out of memory for what was asked.
+
+    Raises:
+        UsageError: it did; the message is made of both.
+    """
+    try:
+        yield
+    except (MemoryError, RuntimeError) as error:
+        if not is_out_of_memory(error):
+            raise
+        first, *_ = str(error).splitlines() or ["no message"]
+        raise UsageError(f"{asked}: out of memory ({first}): {cure}") from None
 
 
 class Composed(nn.Module):

@@ -213,6 +213,8 @@ class _Recurrent(nn.RNNBase):
             RuntimeError, ValueError: wrong shapes, dtypes or devices, as PyTorch's modules tell of them.
         """
         single = False
+        if self.mode == "LSTM" and isinstance(hx, Tensor) and isinstance(input, PackedSequence):
+            raise TypeError(f"lstm expects two hidden states but hx is a tensor {tuple(hx.shape)}: give hx=(h, c)")
         states = None if hx is None else (hx[0], hx[1]) if self.mode == "LSTM" else (hx,)
         if self.mode == "LSTM" and hx is not None and len(hx) != 2:
             raise RuntimeError("lstm expects two hidden states: give hx=(h, c)")

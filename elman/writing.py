@@ -15,7 +15,7 @@ from elman.data.bytes import DELIMITER, Bytes, map_bytes
 from elman.environment import resolve_device
 from elman.errors import UsageError
 from elman.generation import Decoder, Sampling, as_bytes, check_bytes
-from elman.inference import autocast_dtype, freeze
+from elman.inference import advise_on_memory, autocast_dtype, freeze
 from elman.model import LanguageModel
 from elman.text import one_line, readable
 from elman.training.run import load_model, load_text
@@ -56,6 +56,12 @@ def generate(request: Request, out: TextIO | None) -> int:
     prompts = _prompts(request)
     if request.interactive and len(prompts) > 1:
         raise UsageError(f"--interactive writes one text, but {len(prompts)} prompts were given: give one, or none")
+    asked = f"{len(prompts)} prompts of up to {max(map(len, prompts)):,} bytes, --bytes {request.num_bytes}"
+    with advise_on_memory(asked, "give fewer of them, shorter ones or fewer bytes"):
+        return _generate(request, prompts, sampling, out)
+
+
+def _generate(request: Request, prompts: list[Bytes], sampling: Sampling, out: TextIO) -> int:
     decoder = open_decoder(
         request.run, len(prompts), sampling, precision=request.precision, graph=request.graph, device=request.device
     )

@@ -14,9 +14,11 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import torch
 
 from elman.cli import main
 from elman.generation import Decoder
+from elman.model import LanguageModel
 
 TINY = ["--dim", "16", "--depth", "2", "--seq-len", "32", "--batch-size", "4", "--eval-bytes", "200", "--device", "cpu"]
 
@@ -174,6 +176,7 @@ def test_a_mistake_in_train_is_one_clear_line(name: str, folder: Path, capsys: p
         (["data", "pack", "hf:x", "--out", "short"], "--out short exists already"),
         (["models", "--params", "50x"], "--params '50x' is no count"),
         (["models", "--depth", "0"], "--depth 0 is out of range"),
+        (["tasks", "parity", "--seed", "-1"], "--seed -1 is out of range"),
     ],
 )
 def test_a_mistake_elsewhere_is_one_clear_line(
@@ -380,14 +383,15 @@ def test_a_terminal_is_asked_for_turns_until_the_end(trained: Path) -> None:
                     seen += os.read(terminal, 1000)
                 if turn == 1:
                     os.write(terminal, b"hello\n")
-            # Again and again: one that comes after the prompt is seen, but before it waits, may be lost.
+            # Again and again: one that comes after the prompt is seen, but before it waits, may be lost. But not at
+            # once: one that comes while Python ends would be its end.
             for _ in range(100):
                 if by_signal:
                     process.send_signal(signal.SIGINT)
                 else:
                     os.write(terminal, b"\x04")
                 with contextlib.suppress(subprocess.TimeoutExpired):
-                    process.wait(1)
+                    process.wait(10)
                     break
             else:
                 process.kill()
@@ -412,6 +416,22 @@ def test_an_interrupt_ends_a_turn_and_not_the_conversation(
     monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"one\ntwo\n")))
     assert run("generate", trained, "--interactive", "--bytes", 8) == 0
     assert capfdbinary.readouterr().out == b"xxx\x1exxx\x1e"
+
+
+@pytest.mark.parametrize(
+    "argv", [["generate", "trained", "--prompt", "abc"], ["eval", "trained", "--contexts", "0", "--device", "cpu"]]
+)
+def test_a_lack_of_memory_is_one_clear_line(
+    argv: list[str], trained: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def forward(*args: object) -> None:
+        torch.empty(1 << 60)
+
+    monkeypatch.setattr(LanguageModel, "forward", forward)
+    capsys.readouterr()
+    assert run(*argv) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert re.search(r"--b(ytes 500|atch-size 64).*: out of memory \(.*allocate.*\): give fewer", line), line
 
 
 def test_a_closed_pipe_is_no_error(trained: Path) -> None:

@@ -201,6 +201,13 @@ def test_draws_follow_the_probabilities_of_what_is_kept() -> None:
     assert int(Sampling(top_k=2).draw(logits[:1], torch.ones(1))) == 2
 
 
+@pytest.mark.parametrize("temperature", [0.0, 1e-300, 1e-40, 1e-30])
+def test_without_warmth_the_likeliest_is_drawn(temperature: float) -> None:
+    logits = torch.tensor([[0.0, 1.0, 5.0, 4.9], [3.0, 0.0, -torch.inf, 2.0]])
+    for number in (0.0, 0.5, 0.999):
+        assert Sampling(temperature, top_p=1.0).draw(logits, torch.full((2,), number)).tolist() == [2, 0]
+
+
 def test_numbers_without_text_are_never_drawn() -> None:
     class Half(type(generation.BYTES)):  # type: ignore[misc]
         @property

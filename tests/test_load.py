@@ -70,6 +70,8 @@ def test_a_damaged_newest_is_passed_over_but_not_when_asked_for(
         ({"checkpoint": 5}, r"checkpoint=5 is not in .*: give one of 4, 8"),
         ({"device": "tpu"}, "'tpu' is unknown: give cpu, cuda"),
         ({"dtype": torch.int8}, r"dtype=torch.int8 cannot hold weights: give a floating-point one"),
+        ({"dtype": torch.float8_e4m3fn}, r"dtype=torch.float8_e4m3fn cannot hold weights"),
+        ({"dtype": "bfloat16"}, r"dtype=bfloat16 cannot hold weights: .*, such as torch.bfloat16"),
     ],
 )
 def test_bad_options_are_named(

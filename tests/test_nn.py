@@ -253,6 +253,16 @@ def test_wrong_inputs_raise_as_torchs(name: str, wrong: str) -> None:
     assert failure(lambda: ours(given, hx(name))) is expected
 
 
+@pytest.mark.parametrize("states", [1, 2, 3])
+def test_an_lstm_wants_no_tensor_for_two_states_of_packed_sequences(states: int) -> None:
+    given, hx = pack_sequence([torch.zeros(5, 3), torch.zeros(2, 3)]), torch.zeros(states, 2, 4)
+    theirs, ours = both("LSTM", 3, 4)
+    with pytest.raises(TypeError):
+        theirs(given, hx)
+    with pytest.raises(TypeError, match=r"hx is a tensor \(., 2, 4\): give hx=\(h, c\)"):
+        ours(given, hx)
+
+
 @pytest.mark.parametrize("states", [1, 3])
 def test_an_lstm_wants_two_states_as_torchs_does(states: int) -> None:
     given, hx = torch.zeros(5, 2, 3), (torch.zeros(1, 2, 4),) * states

@@ -29,11 +29,12 @@ from elman.evaluation.long_text import (
     fitting_contexts,
 )
 from elman.evaluation.report import Evaluation, write
-from elman.inference import autocast_dtype, freeze
+from elman.inference import advise_on_memory, autocast_dtype, freeze
 from elman.sizing import num_params
 from elman.text import one_line
+from elman.training.checkpoint import data_of
 from elman.training.config import TrainConfig
-from elman.training.run import load_model, load_text, make_unique, newest_checkpoint, open_run
+from elman.training.run import load_text, make_unique, open_model, open_run
 from elman.units import bits, format_count, parse_count
 
 Mode = Literal["both", "carried", "windows"]
@@ -75,7 +76,7 @@ def run_evaluation(request: Request, console: Console) -> int:
     config, model_config = run.read_text_config()
     if not os.access(run.path, os.W_OK):
         raise UsageError(f"RUN {run.path} cannot be written to, and the results go there: check its permissions")
-    path, text = _text(request.data, config, limit)
+    path, text, fingerprint = _text(request.data, config, limit)
     vocabulary, resets = load_text(request.run)
     tokens = vocabulary.encode(text)
     wants_carried, wants_windows = request.mode != "windows", request.mode != "carried"
@@ -91,7 +92,13 @@ def run_evaluation(request: Request, console: Console) -> int:
     def say(line: str) -> None:
         console.print(one_line(line), soft_wrap=True)
 
-    model = freeze(load_model(request.run, say).to(device), dtype)
+    loaded, checkpoint = open_model(request.run, say)
+    if fingerprint is not None and data_of(checkpoint) not in (None, fingerprint):
+        raise UsageError(
+            f"{path} is not the file that RUN {run.path} learned from, so what it held out is not known: "
+            f"put that file back, or name a text by --data"
+        )
+    model = freeze(loaded.to(device), dtype)
     reader = Reader(model, vocabulary, resets, dtype)
     evaluation = Evaluation(
         run={
@@ -100,7 +107,7 @@ def run_evaluation(request: Request, console: Console) -> int:
             "seq_len": config.seq_len,
             "sampling": config.sampling,
             "tokenizer": config.tokenizer,
-            "checkpoint": str(getattr(newest_checkpoint(run), "name", None)),
+            "checkpoint": checkpoint.name,
         },
         data={"file": str(path), "bytes": len(text), "tokens": len(tokens)},
         unit=vocabulary.unit,
@@ -112,15 +119,17 @@ def run_evaluation(request: Request, console: Console) -> int:
             raise UsageError(f"--mode carried: {reason}: give --mode windows")
         evaluation.notes.append(f"{reason}: see the contexts for what it makes of long ones")
         wants_carried = False
-    contexts = fitting_contexts(tokens, request.contexts)
-    if left_out := [context for context in request.contexts if context not in contexts]:
+    asked = sorted(set(request.contexts))
+    contexts = fitting_contexts(tokens, asked)
+    if left_out := [context for context in asked if context not in contexts]:
         evaluation.notes.append(
             f"contexts of {', '.join(f'{context:,}' for context in left_out)} {vocabulary.unit}s are left out: "
             f"the text has {len(tokens):,}, and {TARGETS} are predicted behind each"
         )
     most = request.context_rows or (_GPU_ROWS if device.type == "cuda" else _CPU_ROWS)
     rows = context_rows(tokens, contexts, most) if contexts else 0
-    with _Bar(console) as bar:
+    sizes = f"--batch-size {request.batch_size}, --context-rows {rows}, --contexts up to {max(contexts, default=0)}"
+    with advise_on_memory(sizes, "give fewer of them, or --device cpu"), _Bar(console) as bar:
         if wants_windows:
             starts = heldout_starts(tokens, config.seq_len, len(tokens), vocabulary.unit)
             cut = HeldoutText(tokens, starts, config.seq_len, vocabulary, resets)
@@ -140,13 +149,14 @@ def run_evaluation(request: Request, console: Console) -> int:
     return 0
 
 
-def _text(data: Path | None, config: TrainConfig, limit: int | None) -> tuple[Path, Bytes]:
-    """The file's bytes, at most so many; without one the text that the run held out."""
-    if data is None:
-        assert config.data is not None
-        held: ByteData = open_bytes(config.data, config.heldout)
-        return config.data, held.heldout[:limit]
-    return data, map_bytes(data, "--data")[:limit]
+def _text(data: Path | None, config: TrainConfig, limit: int | None) -> tuple[Path, Bytes, str | None]:
+    """The file and its bytes, at most so many; without one the text that the run held out, and a fingerprint."""
+    if data is not None:
+        return data, map_bytes(data, "--data")[:limit], None
+    if config.data is None:
+        raise UsageError("the run's config.json names no text that was held out: name one by --data")
+    held: ByteData = open_bytes(config.data, config.heldout)
+    return config.data, held.heldout[:limit], held.fingerprint()
 
 
 def _windows(reader: Reader, text: HeldoutText, batch_size: int, tell: Callable[[int], None]) -> HeldoutLoss:

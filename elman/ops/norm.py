@@ -36,13 +36,13 @@ def add_norm(
         x: (..., D), the residual stream.
         y: (..., D), the branch that joins it, or None for nothing: then s is x.
         weight: (D,).
-        eps: the machine epsilon of x if absent, of half types that of float32.
+        eps: float32's machine epsilon if absent, whatever the dtypes: what was trained in one is the same in another.
         dtype: of n, that of x if absent. The norm itself is computed in that of s.
 
     Returns:
         s (..., D) in the dtype that x + y promotes to, and n (..., D).
     """
-    eps = torch.finfo(torch.promote_types(x.dtype, torch.float32)).eps if eps is None else eps
+    eps = torch.finfo(torch.float32).eps if eps is None else eps
     dtype = x.dtype if dtype is None else dtype
     if _has_kernel(x, y, weight, dtype):
         s, n, _ = torch.ops.elman.add_norm(x, y, weight, eps, dtype)

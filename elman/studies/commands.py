@@ -215,7 +215,15 @@ def default_folder(name: str, scale: str) -> Path:
 
 
 def write_report(paths: list[Path], out: Path, console: Console) -> int:
-    """Write the report and print its verdict. Returns 0, or 1 where no run could be compared."""
+    """Write the report and print its verdict. Returns 0, or 1 where no run could be compared.
+
+    Raises:
+        UsageError: no paths, ``out`` is a file, or as ``make_report``.
+    """
+    if not paths:
+        raise UsageError("RUN is missing: give run folders, or folders that hold some")
+    if out.exists() and not out.is_dir():
+        raise UsageError(f"--out {out} is a file: give the name of a folder to make")
     report = make_report(paths)
     page = report.write(out)
     for section in report.sections:

@@ -247,6 +247,12 @@ def load_checkpoint(path: Path, *, with_trainer: bool = True) -> Checkpoint:
         raise DamagedCheckpointError(f"checkpoint {path} is damaged: it cannot be read ({error})") from None
 
 
+def data_of(path: Path) -> str | None:
+    """By which the data is known that a whole checkpoint's run learns from, nothing else of it being read."""
+    trainer = torch.load(path / _TRAINER, map_location="cpu", weights_only=True, mmap=True)
+    return trainer.get("data") if isinstance(trainer, dict) else None
+
+
 def _fingerprint(path: Path) -> dict[str, Any]:
     with path.open("rb") as file:
         return {"bytes": os.fstat(file.fileno()).st_size, "sha256": hashlib.file_digest(file, "sha256").hexdigest()}

@@ -40,6 +40,9 @@ from elman.model import LanguageModel, ModelConfig
 from elman.training.checkpoint import Checkpoint, DamagedCheckpointError, list_checkpoints, load_checkpoint, step_of
 from elman.training.config import RunConfig, TaskConfig, TrainConfig
 
+#: What a model computes in.
+_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+
 
 @dataclass(frozen=True)
 class RunFolder:
@@ -294,8 +297,20 @@ def load_model(
     Raises:
         UsageError: no run there, no whole checkpoint, none of that step, no such device, or no floating-point dtype.
     """
+    return open_model(path, tell, step=step, device=device, dtype=dtype)[0]
+
+
+def open_model(
+    path: Path | str,
+    tell: Callable[[str], None] = warnings.warn,
+    *,
+    step: int | None = None,
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype | None = None,
+) -> tuple[LanguageModel, Path]:
+    """As ``load_model``, and the checkpoint that it was loaded from."""
     where = resolve_device(str(device))
-    if dtype is not None and not dtype.is_floating_point:
+    if dtype not in (None, *_DTYPES):
         raise UsageError(f"dtype={dtype} cannot hold weights: give a floating-point one, such as torch.bfloat16")
     run = open_run(Path(path))
     _, config = run.read_config()
@@ -312,7 +327,7 @@ def load_model(
         raise UsageError(f"checkpoint={step} is not in {path}: give one of {', '.join(map(str, there))}")
     model = LanguageModel(config)
     load_weights(model, checkpoint.model, source)
-    return model.to(where, dtype).eval()
+    return model.to(where, dtype).eval(), source
 
 
 def load_text(path: Path | str) -> tuple[Vocabulary, bool]:

@@ -166,6 +166,39 @@ def test_eval_reads_the_held_out_text_by_default(folder: Path, capsys: pytest.Ca
     assert {file.name for file in made.iterdir()} == {"eval.json", "eval.md"}
 
 
+def test_what_was_held_out_of_another_file_is_not_known(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    argv = ["eval", "run", "--contexts", "0", "--mode", "windows", "--device", "cpu"]
+    text = Path("text").read_bytes()
+    Path("text").write_bytes(text[: len(text) // 2])
+    assert main(argv) == 2
+    assert "is not the file that RUN run learned from" in capsys.readouterr().err
+    assert not list(Path("run").glob("eval-*"))
+    assert main([*argv, "--data", "text"]) == 0
+    Path("text").write_bytes(text)
+    assert main(argv) == 0
+    config = json.loads(Path("run/config.json").read_text())
+    config["train"]["data"] = None
+    Path("run/config.json").write_text(json.dumps(config))
+    assert main(argv) == 2
+    assert "name one by --data" in capsys.readouterr().err
+
+
+def test_the_checkpoint_that_was_read_is_told(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["train", "--data", "text", "--out", "two", "--steps", "2", "--save-every", "1", *TINY]) == 0
+    first, last = sorted(Path("two/checkpoints").iterdir())
+    (last / "model.safetensors").write_bytes(b"")
+    assert main(["eval", "two", "--data", "text", "--contexts", "0", "--mode", "windows", "--device", "cpu"]) == 0
+    (made,) = Path("two").glob("eval-*")
+    assert json.loads((made / "eval.json").read_text())["run"]["checkpoint"] == first.name
+
+
+def test_contexts_come_in_order_and_once(folder: Path) -> None:
+    argv = ["eval", "run", "--data", "text", "--mode", "windows", "--device", "cpu", "--contexts", "64", "16", "64"]
+    assert main([*argv, "--max-bytes", "2k"]) == 0
+    (made,) = Path("run").glob("eval-*")
+    assert [row["context"] for row in json.loads((made / "eval.json").read_text())["contexts"]] == [16, 64]
+
+
 @pytest.mark.parametrize(
     ("argv", "message"),
     [

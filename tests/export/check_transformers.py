@@ -7,10 +7,14 @@ EXPECTED is a file of torch.save, as ``expected`` in test_huggingface.py makes i
 
 import dataclasses
 import importlib.util
+import json
+import shutil
 import sys
 import tempfile
+from pathlib import Path
 
 import torch
+from safetensors.torch import load_file, save_file
 
 folder, expected = sys.argv[1:3]
 if "--without-elman" in sys.argv:
@@ -71,6 +75,58 @@ with tempfile.TemporaryDirectory() as place:
     model.save_pretrained(place)
     again = AutoModelForCausalLM.from_pretrained(place, trust_remote_code=True).eval()
     assert torch.equal(again(tokens).logits, model(tokens).logits)
+
+# A fill's successor is a row's first token, which nothing predicts; parts of a step's batch add up.
+labels = batch.input_ids.masked_fill(batch.attention_mask == 0, -100)
+filled = model(**batch, labels=labels).loss
+apart = [tokenizer(each, return_tensors="pt").input_ids for each in (text, short)]
+count = sum(each.shape[1] - 1 for each in apart)
+parts = sum(model(each, labels=each, num_items_in_batch=count).loss for each in apart)
+torch.testing.assert_close(filled, parts)
+
+
+def refusal(run, message):
+    """It raises a ValueError of this message."""
+    said = "nothing"
+    try:
+        run()
+    except ValueError as error:
+        said = str(error)
+    assert message in said, said
+
+
+refusal(lambda: model.generate(torch.zeros(1, 0, dtype=torch.long)), "a text is empty")
+refusal(lambda: model.generate(**tokenizer(["", text], return_tensors="pt", padding=True)), "a text is empty")
+refusal(lambda: model(inputs_embeds=torch.zeros(1, 2, 16)), "give input_ids")
+refusal(lambda: model(tokens[:, :0]), "holds no token")
+
+# Weights or a config of another model are none to run.
+with tempfile.TemporaryDirectory() as place:
+    weights, written = load_file(f"{folder}/model.safetensors"), json.loads(Path(folder, "config.json").read_text())
+    shutil.copytree(folder, place, dirs_exist_ok=True)
+    name = next(name for name in weights if name.startswith("model.layers.1."))
+
+    def load_with(elman, weights, **options):
+        save_file(weights, f"{place}/model.safetensors", metadata={"format": "pt"})
+        Path(place, "config.json").write_text(json.dumps({**written, "elman": elman}))
+        AutoModelForCausalLM.from_pretrained(place, trust_remote_code=True, **options)
+
+    fewer = {key: value for key, value in weights.items() if key != name}
+    refusal(lambda: load_with(written["elman"], fewer), f"{name} is missing (1 in all)")
+    refusal(lambda: load_with({**written["elman"], "depth": 1}, weights), "is no part of it")
+    other = {**weights, name: torch.zeros(2, 2)}
+    refusal(lambda: load_with(written["elman"], other, ignore_mismatched_sizes=True), f"{name} has another shape")
+    refusal(lambda: load_with(None, weights), "'elman' is not as elman export wrote it")
+    refusal(lambda: load_with({}, weights), "'elman' is not as elman export wrote it")
+
+# With more tokens it is saved as such.
+with tempfile.TemporaryDirectory() as place:
+    again.resize_token_embeddings(264)
+    again.save_pretrained(place)
+    wider = AutoModelForCausalLM.from_pretrained(place, trust_remote_code=True).eval()
+    assert torch.equal(wider(tokens).logits, again(tokens).logits)
+    assert wider(tokens).logits.shape[-1] == 264
+
 half = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True, dtype=torch.bfloat16)
 assert half(tokens).logits.dtype == torch.bfloat16
 print(f"{folder}: as expected, by transformers {transformers.__version__}, torch {torch.__version__}, {package}")

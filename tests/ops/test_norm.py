@@ -69,6 +69,15 @@ def test_a_half_stream_as_small_as_an_embedding_starts_is_normed_too(dtype: torc
     assert ((n - expected).abs() <= torch.finfo(dtype).eps * expected.abs()).all()
 
 
+def test_a_stream_in_float64_is_normed_as_in_float32() -> None:
+    """Another epsilon would be another model: of small streams it is not small."""
+    x = 1e-4 * draw(7, 64, with_y=False)["x"]
+    torch.testing.assert_close(
+        add_norm(x.double(), None, torch.ones(64, dtype=torch.float64))[1].float(),
+        add_norm(x.float(), None, torch.ones(64))[1],
+    )
+
+
 @pytest.fixture
 def kernels_in_pytorch(monkeypatch: pytest.MonkeyPatch) -> None:
     """What norm.cuh computes, on the CPU: so the op around it is tested without a GPU."""

@@ -118,6 +118,12 @@ def test_any_runs_can_be_reported(tmp_path: Path, capsys: pytest.CaptureFixture[
     capsys.readouterr()
     assert main(["report", str(tmp_path / "nowhere")]) == 2
     assert "no such folder" in capsys.readouterr().err
+    assert main(["report", "--out", str(tmp_path / "none")]) == 2
+    assert "RUN is missing" in capsys.readouterr().err
+    assert not (tmp_path / "none").exists()
+    (tmp_path / "file").touch()
+    assert main(["report", str(first), "--out", str(tmp_path / "file")]) == 2
+    assert "file is a file: give the name of a folder" in capsys.readouterr().err
 
 
 def test_a_study_that_was_changed_and_run_again_mixes_nothing(tmp_path: Path) -> None:

@@ -18,7 +18,9 @@ class ElmanConfig(PretrainedConfig):
         self.elman = elman
         self.resets = resets
         self.delimiter = delimiter
-        if elman is not None:
+        if (
+            isinstance(elman, dict) and {"vocab_size", "dim", "depth"} <= elman.keys()
+        ):  # else the model says what is wrong
             self.vocab_size = elman["vocab_size"]
             self.hidden_size = elman["dim"]
             self.num_hidden_layers = elman["depth"]

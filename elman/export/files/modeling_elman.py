@@ -76,9 +76,35 @@ class ElmanForCausalLM(GenerationMixin, PreTrainedModel):
         torch.set_default_dtype(torch.float32)  # weights start by what half types do not know
         try:
             self.model = model.LanguageModel(model.ModelConfig.from_dict(config.elman)).to(dtype)
+        except (AttributeError, KeyError, TypeError, ValueError) as error:
+            raise ValueError(
+                f"config.json: its entry 'elman' is not as elman export wrote it ({error}): "
+                f"put the file back, or export the run again"
+            ) from error
         finally:
             torch.set_default_dtype(dtype)
         self.post_init()
+
+    @classmethod
+    def from_pretrained(cls, *args, output_loading_info=False, **kwargs):
+        """As in transformers, but that all weights must be there, and no others.
+
+        Raises:
+            ValueError: they are another model's; transformers would leave those that are missing as memory was.
+        """
+        model, info = super().from_pretrained(*args, output_loading_info=True, **kwargs)
+        wrong = [f"{name} is missing" for name in sorted(info["missing_keys"])]
+        wrong += [f"{name} is no part of it" for name in sorted(info["unexpected_keys"])]
+        mismatched = [
+            found if isinstance(found, str) else found[0] for found in info["mismatched_keys"]
+        ]  # shapes in 5.x
+        wrong += [f"{name} has another shape" for name in sorted(mismatched)]
+        if wrong:
+            raise ValueError(
+                f"the weights are not those of the model in config.json: {wrong[0]} ({len(wrong)} in all): "
+                f"put both files back, or export the run again"
+            )
+        return (model, info) if output_loading_info else model
 
     def _init_weights(self, module):
         """Every weight comes from the checkpoint, or starts as elman starts it."""
@@ -88,6 +114,7 @@ class ElmanForCausalLM(GenerationMixin, PreTrainedModel):
 
     def set_input_embeddings(self, value):
         self.model.embedding = value
+        self.config.elman = {**self.config.elman, "vocab_size": len(value.weight)}  # what save_pretrained writes
 
     def get_output_embeddings(self):
         return None  # the head is the embedding
@@ -98,6 +125,21 @@ class ElmanForCausalLM(GenerationMixin, PreTrainedModel):
 
     def _reorder_cache(self, state, index):
         return state.rows(index)
+
+    def generate(self, inputs=None, *args, **kwargs):
+        """As in transformers.
+
+        Raises:
+            ValueError: a text without tokens.
+        """
+        ids, mask = kwargs.get("input_ids") if inputs is None else inputs, kwargs.get("attention_mask")
+        empty = ids is not None and not ids.shape[-1]
+        if empty or (mask is not None and mask.ndim == 2 and not mask.any(1).all()):
+            raise ValueError(
+                f"input_ids: a text is empty, and there is nothing to go on from: "
+                f"give tokenizer.bos_token, the token {self.config.delimiter}, for the start of a document"
+            )
+        return super().generate(inputs, *args, **kwargs)
 
     def prepare_inputs_for_generation(self, input_ids, attention_mask=None, **kwargs):
         state = kwargs.get(_CACHE)
@@ -118,7 +160,7 @@ class ElmanForCausalLM(GenerationMixin, PreTrainedModel):
 
     def forward(
         self,
-        input_ids,
+        input_ids=None,
         attention_mask=None,
         labels=None,
         use_cache=None,
@@ -126,6 +168,7 @@ class ElmanForCausalLM(GenerationMixin, PreTrainedModel):
         return_dict=None,
         past_key_values=None,
         cache=None,
+        num_items_in_batch=None,
         **kwargs,
     ):
         """Logits of the token after each one.
@@ -134,23 +177,37 @@ class ElmanForCausalLM(GenerationMixin, PreTrainedModel):
             input_ids: (B, T).
             attention_mask: (B, T), or (B, what the state has read and T); 0 where a row is filled up. A row starts from
                 rest behind that. None: nowhere.
-            labels: (B, T); the loss is that of each but the first, given those before it; -100 is left out.
+            labels: (B, T); the loss is that of each but a row's first, given those before it; -100 is left out.
             use_cache: whether to return the state.
             logits_to_keep: only those of so many last tokens are returned; 0 for all.
             return_dict: False for a tuple.
             past_key_values: an ElmanState to go on from.
             cache: the same, as newer versions call it.
+            num_items_in_batch: what the sum of the losses is divided by, in place of their number; Trainer gives it
+                where several batches make a step.
         """
         state = cache if cache is not None else past_key_values
-        if kwargs.get("inputs_embeds") is not None:
+        if input_ids is None or kwargs.get("inputs_embeds") is not None:
             raise ValueError("inputs_embeds: an elman model reads tokens: give input_ids")
+        if not input_ids.shape[-1]:
+            raise ValueError(f"input_ids {tuple(input_ids.shape)} holds no token: give at least one a row")
         reset = self._resets(input_ids, attention_mask, state)
         logits, after = self.model(input_ids, None if state is None else state.state, reset)
         loss = None
         if labels is not None:
+            targets = labels[:, 1:].to(logits.device)
+            if attention_mask is not None and attention_mask.ndim == 2:
+                # What follows a fill is a row's first.
+                fill = attention_mask[:, -input_ids.shape[1] : -1] == 0
+                targets = targets.masked_fill(fill.to(logits.device), -100)
             loss = F.cross_entropy(
-                logits[:, :-1].flatten(0, 1).float(), labels[:, 1:].flatten().to(logits.device), ignore_index=-100
+                logits[:, :-1].flatten(0, 1).float(),
+                targets.flatten(),
+                ignore_index=-100,
+                reduction="mean" if num_items_in_batch is None else "sum",
             )
+            if num_items_in_batch is not None:
+                loss = loss / num_items_in_batch
         if not isinstance(logits_to_keep, int):
             logits = logits[:, logits_to_keep]
         elif logits_to_keep:
