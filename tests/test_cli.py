@@ -6,6 +6,7 @@ import json
 import os
 import pty
 import re
+import runpy
 import signal
 import subprocess
 import sys
@@ -231,26 +232,16 @@ def test_generate_goes_by_the_checkpoint_before_a_damaged_one(folder: Path, caps
     assert line.endswith("model.safetensors was cut short or changed; going by step-00000002, which is whole")
 
 
-def test_train_ladder_is_train(folder: Path) -> None:
+def test_train_ladder_is_train(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     script = Path(__file__).parent.parent / "train_ladder.py"
-    command = [
-        sys.executable,
-        script,
-        "--level",
-        1,
-        "--params",
-        "100k",
-        "--depth",
-        2,
-        "--data",
-        "text",
-        "--steps",
-        2,
-        *TINY[4:],
-    ]
-    finished = subprocess.run(list(map(str, command)), capture_output=True, text=True, cwd=folder)
-    assert finished.returncode == 0, finished.stderr
-    assert "held-out loss" in finished.stdout
+    options = ["--level", "1", "--params", "100k", "--depth", "2", "--data", "text", "--steps", "2"]
+    monkeypatch.setattr(sys, "argv", [str(script), *options, *TINY[4:]])
+    with pytest.raises(SystemExit) as end:
+        runpy.run_path(str(script), run_name="__main__")
+    assert not end.value.code
+    assert "held-out loss" in capsys.readouterr().out
     (made,) = (folder / "runs").iterdir()
     assert made.name.startswith("e1-")
 
