@@ -168,17 +168,16 @@ def test_rows_of_compiled_products_are_not_filled_up(config: TrainConfig, monkey
     import torch._inductor.ir
 
     torch._dynamo.reset()  # or it may have compiled this before
-    monkeypatch.setattr(torch._inductor.config, "disable_padding_cpu", False)
-    # Graphs anew; the libraries that come out are those of the test above.
-    monkeypatch.setattr(torch._inductor.config, "fx_graph_cache", False)
-    monkeypatch.setattr(torch._functorch.config, "enable_autograd_cache", False)
     asked, should_pad = [], torch._inductor.ir.Layout.should_pad_strides
     monkeypatch.setattr(
         torch._inductor.ir.Layout,
         "should_pad_strides",
         lambda layout: asked.append(should_pad(layout)) or asked[-1],  # type: ignore[func-returns-value]
     )
-    start(replace(config, steps=1, grad_accum=2, compile="on"))
+    # Graphs anew; the libraries that come out are those of the test above. Monkeypatch would leave no options behind.
+    options = torch._inductor.config.patch(disable_padding_cpu=False, fx_graph_cache=False)
+    with options, torch._functorch.config.patch(enable_autograd_cache=False):
+        start(replace(config, steps=1, grad_accum=2, compile="on"))
     assert asked
     assert not any(asked)
 
