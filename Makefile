@@ -5,8 +5,8 @@ PYTHON ?= python3
 VENV ?= .venv
 DEMO_FLAGS ?= --model e1 --params 1m --depth 2 --seq-len 128 --batch-size 32 --lr 3e-3 --warmup 20 \
 	--time-limit 100s --eval-every 200 --eval-bytes 200k
-# A process a core; on a GPU machine they share the GPU.
-TEST_FLAGS ?= -n auto --maxprocesses 8
+# A process a core; on a GPU machine they share the GPU. Each has tests that stand together, which share what they set up.
+TEST_FLAGS ?= -n auto --maxprocesses 8 --dist worksteal
 
 ifdef PY
 INSTALLED :=

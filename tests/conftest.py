@@ -5,6 +5,8 @@ import os
 # Before torch is imported: processes that share the cores would wait for each other's threads, and so would their own.
 if workers := int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", 0)):
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, len(os.sched_getaffinity(0)) // workers)))
+# Which vectors this CPU has, torch.compile finds out in every process, by compiling and by starting Python four times.
+os.environ.setdefault("TORCHINDUCTOR_VEC_ISA_OK", "0")
 
 import pytest
 import torch

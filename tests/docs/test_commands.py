@@ -31,7 +31,7 @@ SMALLER = {
     ("--bytes", "1000"): "--bytes 8",
 }
 TINY = "--seq-len 32 --batch-size 4 --eval-bytes 200 --device cpu"
-TINY_TASK = "--steps 2 --batch-size 4 --device cpu"
+TINY_TASK = "--steps 2 --batch-size 4 --eval-examples 16 --device cpu"
 #: Commands of which the study's own folder, or any run's, is needed: the one that is recorded here.
 RECORDED = ROOT / "docs/results/ladder_50m"
 REPLACED = {

@@ -33,6 +33,21 @@ def _source(name: str) -> str:
     return text.replace("extern __shared__ __align__(128) char shared[];", "char* shared = emulator::shared_memory();")
 
 
+def _run_compiler(*arguments: str) -> None:
+    command = ["g++", "-std=c++17", "-Og", "-w", "-fPIC", *arguments]
+    built = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert built.returncode == 0, built.stderr[:3000]
+
+
+@functools.cache
+def _standard_headers() -> str:
+    """Those of the primitives in one header, compiled ahead: to read them takes as long as the kernels do."""
+    header = Path(_make_folder()) / "standard.h"
+    header.write_text("\n".join(re.findall(r"#include <.*>", PRIMITIVES.read_text())) + "\n")
+    _run_compiler("-x", "c++-header", str(header), "-o", f"{header}.gch")
+    return str(header)
+
+
 @functools.cache
 def _build(source: str, kernel: str, folder: str) -> ctypes.CDLL:
     """A library whose ``emulate(blocks, threads, shared_bytes, seed, arguments)`` runs the kernel."""
@@ -58,9 +73,7 @@ extern "C" const char* emulate(int blocks, int threads, int shared_bytes, unsign
 }}
 """)
     library = file.with_suffix(".so")
-    command = ["g++", "-std=c++17", "-O1", "-w", "-shared", "-fPIC", "-I", folder, str(file), "-o", str(library)]
-    built = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert built.returncode == 0, built.stderr[:3000]
+    _run_compiler("-include", _standard_headers(), "-shared", "-I", folder, str(file), "-o", str(library))
     found = ctypes.CDLL(str(library))
     found.emulate.restype = ctypes.c_char_p
     return found
@@ -104,6 +117,10 @@ class Emulator:
 
 @functools.cache
 def _folder() -> str:
+    return _make_folder()
+
+
+def _make_folder() -> str:
     folder = tempfile.mkdtemp(prefix="elman-emulator-")
     atexit.register(shutil.rmtree, folder)
     return folder

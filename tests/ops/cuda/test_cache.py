@@ -2,14 +2,13 @@
 
 import errno
 import os
-import subprocess
-import sys
 import warnings
 from pathlib import Path
 
 import pytest
 
 from elman.ops.cuda import cache
+from tests.ops.cuda.processes import start_together
 
 KEY = "0123abcd"
 
@@ -62,15 +61,12 @@ def test_a_process_killed_while_writing_leaves_nothing_that_is_read(
 
 
 def test_many_processes_write_one_entry(folder: Path) -> None:
-    code = (
-        "from elman.ops.cuda import cache\n"
-        f"for i in range(200): cache.store({KEY!r}, bytes([i]) * 100_000); assert cache.load({KEY!r}) is not None"
-    )
-    writers = [subprocess.Popen([sys.executable, "-c", code], cwd=Path(__file__).parents[3]) for _ in range(3)]
-    while any(writer.poll() is None for writer in writers):
+    code = f"for i in range(200): cache.store({KEY!r}, bytes([i]) * 100_000); assert cache.load({KEY!r}) is not None"
+    writers = start_together("from elman.ops.cuda import cache", code, 3)
+    while writers.poll() is None:
         payload = cache.load(KEY)
         assert payload is None or (len(payload) == 100_000 and len(set(payload)) == 1)
-    assert [writer.returncode for writer in writers] == [0, 0, 0]
+    assert writers.returncode == 0
     assert os.listdir(folder) == [KEY]
 
 
