@@ -135,7 +135,8 @@ def make_report(paths: Sequence[Path]) -> Report:
     Raises:
         UsageError: no such folder, no runs in it, or runs of several studies.
     """
-    records = [read_run(path) for path in run_folders(paths)]
+    found = run_folders(paths)
+    records = [read_run(path) for path in found]
     name_apart([record for record in records if not record.is_sweep])
     studies = sorted({str(record.facts["study"]) for record in records if "study" in record.facts})
     if len(studies) > 1:
@@ -143,7 +144,10 @@ def make_report(paths: Sequence[Path]) -> Report:
     report = Report(title=studies[0] if studies else "Runs")
     newest = max((record for record in records if record.facts), key=_began, default=None)
     if newest is not None:
-        _tell_study(report, newest.facts, records)
+        _tell_study(report, newest.facts)
+        if not set(found) & set(paths):
+            # Of runs that were picked one by one, nobody misses the others.
+            _tell_missing(report, newest.facts, records)
     finals = [record for record in records if not record.is_sweep]
     comparisons = compare(finals)
     good = [record for record in finals if not record.problems]
@@ -161,7 +165,14 @@ def make_report(paths: Sequence[Path]) -> Report:
         report.left_out += [(_called(record), problem) for problem in record.problems]
         report.remarks += [(_called(record), remark) for remark in record.remarks]
     _tell_environment(report, good or records)
-    report.runs = [[record.label, _rate(record.lr), str(record.seed), str(record.path)] for record in finals]
+    report.runs = [
+        [
+            record.label,
+            *(("–", "–") if record.config is None else (_rate(record.lr), str(record.seed))),
+            str(record.path),
+        ]
+        for record in finals
+    ]
     return report
 
 
@@ -173,12 +184,15 @@ def _called(record: Record) -> str:
     return f"{record.label} ({record.path.name})"
 
 
-def _tell_study(report: Report, facts: dict[str, Any], records: Sequence[Record]) -> None:
+def _tell_study(report: Report, facts: dict[str, Any]) -> None:
     report.question, report.scale = str(facts.get("question", "")), str(facts.get("scale", ""))
     report.held_equal = [str(line) for line in facts.get("held_equal", [])]
     report.varies = [str(name) for name in facts.get("varies", [])]
     report.notes = [str(note) for note in facts.get("notes", [])]
     report.left_out += [(str(label), f"refused: {why}") for label, why in facts.get("refused", {}).items()]
+
+
+def _tell_missing(report: Report, facts: dict[str, Any], records: Sequence[Record]) -> None:
     budgets = {record.budget for record in records if record.facts.get("budget")}
     for budget in sorted(budgets):
         of_budget = [r for r in records if r.facts.get("budget") and r.budget == budget and not r.is_sweep]

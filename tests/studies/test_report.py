@@ -132,3 +132,14 @@ def test_a_study_that_was_changed_and_run_again_mixes_nothing(tmp_path: Path) ->
         make_run(study / "runs" / f"again-{seed}", "a", seed=seed, lr=3e-3, heldout=1.9 + seed / 10)
     (section,) = make_report([study]).sections
     assert [(row[0], row[5]) for row in section.tables[0].rows] == [("a, lr 0.003", "2"), ("a, lr 0.001", "2")]
+
+
+def test_of_runs_that_were_picked_nobody_misses_the_others(tmp_path: Path) -> None:
+    study = make_study(tmp_path / "toy", LOSSES, planned=["a", "b", "c"])
+    picked = [study / "runs" / name for name in ("a-seed0", "b-seed0")]
+    assert make_report(picked).left_out == []
+    assert [label for label, _ in make_report([study]).left_out] == ["c"]
+    (picked[0] / "config.json").unlink()
+    report = make_report(picked)
+    assert report.runs[0][1:3] == ["–", "–"]
+    assert "no config.json" in dict(report.left_out)["a (a-seed0)"]
