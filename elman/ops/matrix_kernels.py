@@ -47,7 +47,7 @@ def why_not(device: torch.device, dtype: torch.dtype, keys: int, values: int) ->
 
 
 def checkpoint_dtype(dtype: torch.dtype, cell: str) -> torch.dtype:
-    """Of the states that the forward pass keeps, for q of ``dtype``; see ``Kept`` in matrix.cuh."""
+    """Of the states that the forward pass keeps, for q of ``dtype``; see ``Kept`` in matrix_state.cuh."""
     return torch.float16 if cell != "identity" and dtype.itemsize == 2 else torch.float32
 
 
