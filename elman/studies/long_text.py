@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from elman.studies.records import Record
+from elman.studies.study import Budget
 
 #: Folders of ``elman eval`` in a run's, whose names sort by time, and the file in each that a report reads.
 EVALUATIONS = "eval-*/eval.json"
@@ -56,6 +57,12 @@ class Line:
         """The mean over seeds."""
         return statistics.fmean(reading.contexts[context] for reading in self.readings)
 
+    @property
+    def budget(self) -> Budget:
+        """Of its runs."""
+        kind, amount = self.readings[0].record.budget
+        return Budget(kind, amount)  # type: ignore[arg-type]
+
     def whole(self, name: str) -> float | None:
         """That of ``windows`` or ``carried``; None where a seed lacks it."""
         values = [getattr(reading, name) for reading in self.readings]
@@ -68,7 +75,7 @@ def read_evaluation(record: Record) -> tuple[Reading | None, list[str]]:
     for path in sorted(record.path.glob(EVALUATIONS), reverse=True):
         try:
             reading = _reading(record, json.loads(path.read_text(encoding="utf-8")))
-        except (OSError, ValueError, TypeError, LookupError, RecursionError) as error:
+        except (OSError, ValueError, TypeError, LookupError, OverflowError, RecursionError) as error:
             remarks.append(f"its {path.parent.name}/{path.name} is not as elman wrote it, and is left out ({error!r})")
             continue
         if reading is not None:
@@ -100,10 +107,13 @@ def _number(value: Any) -> float:
 
 
 def together(readings: Sequence[Reading]) -> list[list[Line]]:
-    """Lines that may be compared: of one text, tokens of one kind and one length of training windows each."""
+    """Lines that may be compared: of one budget, text, kind of token and length of training windows, and of one longest
+    context, for it is behind that that ``elman eval`` takes its targets.
+    """
     found: dict[tuple[object, ...], dict[str, list[Reading]]] = {}
     for reading in readings:
-        alike = found.setdefault((reading.text, reading.unit, reading.tokens, reading.seq_len), {})
+        of_text = reading.text, reading.unit, reading.tokens, max(reading.contexts)
+        alike = found.setdefault((reading.record.budget, reading.seq_len, *of_text), {})
         alike.setdefault(reading.record.label, []).append(reading)
     return [[Line(label, tuple(same)) for label, same in alike.items()] for alike in found.values()]
 

@@ -249,6 +249,7 @@ def _equal_tokens(comparison: Comparison) -> list[Table]:
     }
     known = {label: loss for label, loss in losses.items() if loss is not None}
     ranked = sorted(known, key=lambda label: known[label])
+    unknown = [[label, format_count(ends[label]), "–", "–"] for label in losses if label not in known]
     caption = (
         f"At equal tokens, from the same runs: the mean training loss of 100 steps up to {format_count(least)} tokens, "
         f"where {first} ended. Of the others the learning rate was not yet down there, which keeps their losses up."
@@ -258,7 +259,7 @@ def _equal_tokens(comparison: Comparison) -> list[Table]:
         for i, label in enumerate(ranked)
     ]
     columns = ["run", "tokens in all", f"at {format_count(least)} tokens, nats/token", "behind the best"]
-    return [Table(columns, rows, caption)]
+    return [Table(columns, rows + unknown, caption)]
 
 
 def long_text_sections(records: Sequence[Record], styles: figures.Styles) -> list[Section]:
@@ -275,7 +276,7 @@ def long_text_sections(records: Sequence[Record], styles: figures.Styles) -> lis
         caption = "Held-out loss of the same targets by length of context; the dotted line is the window in training."
         sections.append(
             Section(
-                f"Long text: {first.text[1]:,} bytes of {first.text[0]}",
+                f"Long text after {lines[0].budget}: {first.text[1]:,} bytes of {first.text[0]}",
                 sentences(lines),
                 [_context_table(lines, first.unit)],
                 [Picture(f"contexts-{number}", caption, svg, png)],

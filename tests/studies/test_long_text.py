@@ -12,22 +12,22 @@ from tests.studies.made import make_evaluation, make_run
 
 
 def test_seeds_are_put_together_and_labels_side_by_side(tmp_path: Path) -> None:
-    for seed, losses in enumerate([{64: 2.0, 1024: 3.0}, {64: 2.2, 1024: 3.4, 4096: 9.0}]):
+    for seed, losses in enumerate([{64: 2.0, 4096: 3.0}, {64: 2.2, 1024: 9.0, 4096: 3.4}]):
         make_evaluation(make_run(tmp_path / "toy" / "runs" / f"a{seed}", "a", seed=seed), losses)
     make_evaluation(make_run(tmp_path / "toy" / "runs" / "b", "b"), {64: 1.9, 4096: 1.8}, carried=None)
     report = make_report([tmp_path / "toy"])
     comparison, section = report.sections
     assert comparison.title.startswith("At ")
-    assert section.title == "Long text: 5,000 bytes of text"
+    assert section.title == "Long text after 12.8K tokens: 5,000 bytes of text"
     (table,) = section.tables
-    assert table.columns == ["run", "seeds", "windows", "carried", "64", "1,024", "4,096"]
+    assert table.columns == ["run", "seeds", "windows", "carried", "64", "4,096"]
     assert table.rows == [
-        ["a", "2", "1.5000", "1.5000", "2.1000", "3.2000", "–"],
-        ["b", "1", "1.5000", "–", "1.9000", "–", "1.8000"],
+        ["a", "2", "1.5000", "1.5000", "2.1000", "3.2000"],
+        ["b", "1", "1.5000", "–", "1.9000", "1.8000"],
     ]
     assert "the same 512 bytes of text" in section.verdict[0]
     assert (
-        section.verdict[1] == "a: 2.1000 nats a byte after 64, 3.2000 after 1,024 (+1.1000); lowest after 64, 2.1000."
+        section.verdict[1] == "a: 2.1000 nats a byte after 64, 3.2000 after 4,096 (+1.1000); lowest after 64, 2.1000."
     )
     report.write(tmp_path / "out")
     assert (tmp_path / "out" / "contexts-1.png").read_bytes().startswith(b"\x89PNG")
@@ -47,6 +47,21 @@ def test_the_newest_with_contexts_counts_and_a_damaged_one_is_told(tmp_path: Pat
     assert len(told) == 2
     assert "its eval-20260105-000000/eval.json is not as elman wrote it, and is left out" in told[0]
     assert "its eval-20260104-000000/eval.json" in told[1]
+
+
+def test_other_budgets_and_other_targets_are_not_compared(tmp_path: Path) -> None:
+    """Which tokens are predicted depends on the longest context."""
+    runs = {
+        "a": ({64: 2.0, 128: 2.0}, 12_800),
+        "b": ({64: 2.0, 256: 2.0}, 12_800),
+        "c": ({32: 2.0, 128: 2.0}, 12_800),
+        "d": ({64: 2.0, 128: 2.0}, 25_600),
+    }
+    for name, (contexts, amount) in runs.items():
+        budget = {"kind": "tokens", "amount": amount}
+        make_evaluation(make_run(tmp_path / "toy" / "runs" / name, name, budget=budget), contexts)
+    sections = [s for s in make_report([tmp_path / "toy"]).sections if s.title.startswith("Long text")]
+    assert [[row[0] for row in section.tables[0].rows] for section in sections] == [["a", "c"], ["b"], ["d"]]
 
 
 def test_other_texts_are_not_compared(tmp_path: Path) -> None:
@@ -83,6 +98,18 @@ def test_equal_tokens_of_runs_that_had_unequal_numbers(tmp_path: Path, lines: in
     losses = [[row["loss"] for row in RunFolder(run.path).read_metrics() if "loss" in row] for run in runs]
     slow, fast = (sum(found[200:300]) / 100 for found in losses)
     assert table.rows == [["fast", "57.6K", f"{fast:.3f}", ""], ["slow", "19.2K", f"{slow:.3f}", f"{slow - fast:.3f}"]]
+
+
+def test_a_row_whose_loss_there_is_unknown_is_shown_without_it(tmp_path: Path) -> None:
+    budget = {"kind": "time", "amount": 10}
+    a, b = (
+        make_run(tmp_path / "toy" / "runs" / name, name, steps=n, budget=budget) for name, n in (("a", 300), ("b", 400))
+    )
+    lines = b.metrics_file.read_text().splitlines(keepends=True)
+    b.metrics_file.write_text("".join(lines[200:]))
+    (section,) = make_report([tmp_path / "toy"]).sections
+    assert section.tables[2].rows == [["a", "19.2K", f"{a.read_json('summary.json')['last_100_loss']:.3f}", ""],
+                                      ["b", "25.6K", "–", "–"]]  # fmt: skip
 
 
 def test_equal_tokens_are_no_news_of_runs_that_had_as_many(tmp_path: Path) -> None:
