@@ -377,12 +377,19 @@ def law_sentences(laws: Sequence[PowerLaw]) -> list[str]:
 def sweep_remarks(sweep: Sequence[Record], finals: Sequence[Record]) -> list[str]:
     """Rows whose choice of a learning rate is to be doubted.
 
-    It was the lowest or highest of the sweep, beyond which a better one may lie; or the sweep was mostly warm-up.
+    It was the lowest or highest of the sweep, beyond which a better one may lie; the sweep was mostly warm-up; or its
+    runs were shorter than those whose rate they chose.
     """
     tried: dict[str, list[Record]] = {}
     for record in sweep:
         tried.setdefault(record.run, []).append(record)
     lines = []
+    parts = {record.facts["sweep_part"] for record in sweep if not record.problems}
+    if parts and min(parts) < 1:
+        lines.append(
+            f"The sweep's runs had {min(parts):.0%} of the budget. A shorter run does best at a higher rate than a "
+            f"whole one, so the rates chosen may be too high (--sweep-part 1 sweeps at full length)."
+        )
     for label in dict.fromkeys(record.run for record in finals):
         chosen = {record.lr for record in finals if record.run == label}
         rates = {record.lr for record in tried.get(label, ())}
@@ -404,7 +411,11 @@ def sweep_remarks(sweep: Sequence[Record], finals: Sequence[Record]) -> list[str
 def _warm_up(records: Iterable[Record]) -> float:
     """The largest part of a run's steps that its learning rate rose for; 0 of none."""
     return max(
-        (min(1.0, record.config.warmup / max(1, record.summary["steps"])) for record in records if record.config),
+        (
+            warmup if 0 < (warmup := record.config.warmup) < 1 else min(1.0, warmup / max(1, record.summary["steps"]))
+            for record in records
+            if record.config
+        ),
         default=0.0,
     )
 

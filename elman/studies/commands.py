@@ -60,6 +60,10 @@ def _changed(options: RunStudy, study: Study) -> Study:
         given["seeds"] = options.seeds
     if options.learning_rates:
         given["learning_rates"] = options.learning_rates
+    if options.sweep_part is not None:
+        if not 0 < options.sweep_part <= 1:
+            raise UsageError(f"--sweep-part {options.sweep_part} is out of range: give a number above 0 and up to 1")
+        given["sweep_part"] = options.sweep_part
     return replace(study, **given)
 
 
@@ -201,7 +205,7 @@ def show_study(name: str, scale: ScaleName, console: Console) -> int:
         say(console, f"and so for each of its tasks: {', '.join(tasks)}")
     runs = len(study.runs) * len(study.seeds)
     sweep = len(study.runs) * len(study.learning_rates) if len(study.learning_rates) > 1 else 0
-    line = f"{runs} runs, and {sweep} shorter ones to choose learning rates"
+    line = f"{runs} runs, and {sweep} more to choose learning rates"
     if study.budget == "time":
         budget = study.budget_of("time").amount
         line += f": {format_duration(budget * (runs + sweep * study.sweep_part))} of training"

@@ -13,7 +13,7 @@ def defaults(scale: Scale, **more: Any) -> dict[str, Any]:
     ``train`` is added to the options that all share; anything else in ``more`` takes the place of what is here.
     """
     train = {
-        "batch_size": scale(128, 16), "seq_len": scale(512, 64), "warmup": scale(100, 10),
+        "batch_size": scale(128, 16), "seq_len": scale(512, 64), "warmup": 0.05,
         "eval_bytes": scale("5m", "50k"), **more.pop("train", {}),
     }  # fmt: skip
     return {
@@ -22,7 +22,8 @@ def defaults(scale: Scale, **more: Any) -> dict[str, Any]:
         "tokens": scale(250e6, 300e3),
         "flops": scale(7.5e16, 3.6e11),
         "seeds": scale((0, 1, 2), (0, 1)),
-        "learning_rates": scale((3e-4, 1e-3, 3e-3), (1e-3, 3e-3)),
+        "learning_rates": scale((1e-3, 2e-3, 4e-3), (1e-3, 3e-3)),
+        "sweep_part": scale(1.0, 0.25),
         "train": train,
         **more,
     }

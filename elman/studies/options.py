@@ -9,7 +9,7 @@ from typing import Annotated, Literal
 import tyro
 from rich.console import Console
 
-from elman.options import OptionalInt, OptionalPath, OptionalStr
+from elman.options import OptionalFloat, OptionalInt, OptionalPath, OptionalStr
 
 ScaleName = Literal["full", "tiny"]
 
@@ -31,12 +31,15 @@ class RunStudy:
     """Training time of every run, such as 10m; compiling, evaluation and saving do not count."""
     tokens: OptionalStr = None
     """Tokens of every run, such as 250m."""
-    flops: Annotated[float | None, tyro.conf.arg(metavar="FLOAT", help_behavior_hint="")] = None
+    flops: OptionalFloat = None
     """Training FLOPs of every run, such as 1e17: three times those of the forward pass."""
     seeds: tuple[int, ...] = ()
     """In place of the study's own."""
     learning_rates: tuple[float, ...] = ()
     """In place of those that the study's sweep tries; one alone is taken without a sweep."""
+    sweep_part: OptionalFloat = None
+    """Part of the budget that a run of the sweep has, the study's own if absent, which is all of it at full scale:
+    shorter runs do best at higher rates than whole ones."""
     only: tuple[str, ...] = ()
     """Names of the runs to train now, or of their series or tasks; all if absent."""
     data: OptionalPath = None

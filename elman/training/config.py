@@ -46,8 +46,9 @@ class RunConfig(ABC):
     AdamW for the rest."""
     lr: float = 1e-3
     """Peak learning rate, which means the same to AdamW and Muon."""
-    warmup: int = 100
-    """Steps of linear warm-up."""
+    warmup: Annotated[int | float, tyro.conf.arg(metavar="INT|FLOAT")] = 100
+    """Steps of linear warm-up; or, below 1, the part of the run that it takes, as long for a slow model as for a fast
+    one."""
     schedule: Literal["cosine", "constant"] = "cosine"
     """What the learning rate does after the warm-up: falls to zero at the end, or stays, as it always does for
     schedulefree."""
@@ -108,6 +109,8 @@ class RunConfig(ABC):
             object.__setattr__(self, "parallel", "ddp")
         check_at_least(self, seq_len=1, batch_size=1, grad_accum=1, steps=1, dim=1, depth=1, max_skipped=1)
         check_at_least(self, warmup=0, eval_every=0, save_every=0, stats_every=0, weight_decay=0, grad_clip=0, seed=0)
+        if self.warmup > 1 and self.warmup % 1:
+            raise UsageError(f"--warmup {self.warmup} is neither: give whole steps, or a part of the run below 1")
         if not 0 < self.lr < 100:
             raise UsageError(f"--lr {self.lr} is out of range: give a number above 0, such as 1e-3")
         if self.batch_size % self.grad_accum:

@@ -23,6 +23,8 @@ from elman.errors import UsageError
 from elman.training.config import RunConfig
 
 _BETAS = (0.9, 0.95)
+#: Of the peak: that of the first step of a warm-up that is a part of the run.
+_FIRST_RATE = 0.01
 
 #: A map between units; another weight, such as the embedding or a filter; or what does not decay.
 Role = Literal["matrix", "weight", "plain"]
@@ -70,20 +72,19 @@ class Optimizer:
         return [group for part in self.parts for group in part.param_groups]
 
     def set_rate(self, rate: float) -> None:
-        """The rate of the next step; what warms up by itself goes by its own, which is the same."""
+        """The rate of the next step."""
         if self._rate is not None:
             self._rate.fill_(rate)
             return
         for group in self.param_groups:
-            if "warmup_steps" not in group:
-                group["lr"] = rate
+            group["lr"] = rate
 
     def step(self, skip: Tensor) -> None:
         """Move the weights, or do nothing at all where ``skip`` (), a bool on their device, is true.
 
         Then weights and moments keep every bit, whatever the gradients are, and nobody waits for the device. Only the
-        number of steps by which schedulefree warms up, corrects its moment and weighs its average goes on: the host
-        keeps it, and hears of skipped steps too late.
+        number of steps by which schedulefree corrects its moment and weighs its average goes on: the host keeps it, and
+        hears of skipped steps too late.
         """
         for part in self.parts:
             if isinstance(part, torch.optim.AdamW):
@@ -184,9 +185,7 @@ def build_optimizer(model: nn.Module, config: RunConfig, roles: dict[str, Role] 
         ]
 
     if config.optimizer == "schedulefree":
-        # One more than ours, which starts above zero: then both are the same ramp.
-        options = {"lr": config.lr, "betas": _BETAS, "warmup_steps": config.warmup + 1}
-        optimizer = _schedule_free()(groups("matrix", "weight"), **options)
+        optimizer = _schedule_free()(groups("matrix", "weight"), lr=config.lr, betas=_BETAS)
         for parameter in having("matrix", "weight", "plain"):
             # Made now, as its first step would: so that step can be taken back like any other.
             value = parameter.detach()
@@ -225,6 +224,10 @@ def learning_rate(config: RunConfig, step: int, progress: float) -> float:
         step: steps done before this one.
         progress: the part of the run that is done, 0 to 1, by steps or by time.
     """
-    warmup = min(1.0, (step + 1) / (config.warmup + 1))
+    if 0 < config.warmup < 1:
+        # What the first step is a part of is not known of a run that ends by time.
+        warmup = min(1.0, max(progress / config.warmup, _FIRST_RATE))
+    else:
+        warmup = min(1.0, (step + 1) / (config.warmup + 1))
     decay = 1.0 if config.schedule == "constant" else 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
     return config.lr * warmup * decay

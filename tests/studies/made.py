@@ -18,7 +18,7 @@ FACTS: dict[str, Any] = {
     "study": "toy", "scale": "full", "question": "Which is it?", "held_equal": ["batch: 4 windows a step"],
     "varies": [],
     "axis": None, "notes": [], "memory": None, "budget": {"kind": "tokens", "amount": 12_800}, "seeds": [0, 1, 2],
-    "learning_rates": [1e-3], "sweep_part": 0.25, "planned": ["a", "b"], "refused": {}, "fingerprint": "text",
+    "learning_rates": [1e-3], "sweep_part": 1.0, "planned": ["a", "b"], "refused": {}, "fingerprint": "text",
     "role": "final", "series": "s", "target_params": None,
 }  # fmt: skip
 SESSION: dict[str, Any] = {

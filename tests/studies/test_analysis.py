@@ -150,6 +150,24 @@ def test_a_rate_at_the_end_of_the_sweep_is_remarked(tmp_path: Path) -> None:
     assert sweep_remarks(sweep, [inside]) == []
 
 
+def test_a_sweep_of_short_runs_is_remarked(tmp_path: Path) -> None:
+    chosen = read_run(make_run(tmp_path / "final", "a", lr=3e-3).path)
+    for part, told in ((1.0, False), (0.25, True)):
+        sweep = [
+            read_run(make_run(tmp_path / f"{lr}-{part}", "a", lr=lr, role="sweep", sweep_part=part).path)
+            for lr in (1e-3, 3e-3, 1e-2)
+        ]
+        lines = sweep_remarks(sweep, [chosen])
+        assert len(lines) == told
+        assert all("The sweep's runs had 25% of the budget" in line for line in lines)
+
+
+def test_a_warm_up_that_is_a_part_of_the_run_is_not_long(tmp_path: Path) -> None:
+    make_run(tmp_path / "runs" / "1", "a", train={"warmup": 0.05})
+    make_run(tmp_path / "runs" / "2", "b", heldout=2.1, train={"warmup": 0.4})
+    assert "for long beside the steps of b (40% of its steps)," in verdict_of(tmp_path)
+
+
 def test_a_sweep_that_was_mostly_warm_up_is_remarked(tmp_path: Path) -> None:
     chosen = read_run(make_run(tmp_path / "final", "a", lr=3e-3).path)
     for warmup, told in ((100, False), (101, True), (500, True)):

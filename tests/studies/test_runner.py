@@ -63,7 +63,7 @@ def study(**more: Any) -> Study:
     train = {"batch_size": 4, "seq_len": 16, "warmup": 1, "eval_bytes": "200"}
     given: dict[str, Any] = {
         "name": "toy", "question": "Which?", "runs": RUNS, "train": train, "seeds": (0, 1),
-        "learning_rates": (1e-3, 1e-2),
+        "learning_rates": (1e-3, 1e-2), "sweep_part": 0.25,
     }  # fmt: skip
     return Study(**{**given, **more})
 

@@ -57,6 +57,16 @@ def test_warm_up_then_cosine_to_zero() -> None:
     assert rates[-1] < 0.001
 
 
+def test_a_warm_up_may_be_a_part_of_the_run() -> None:
+    config = TrainConfig(time_limit="10s", lr=1.0, warmup=0.2, schedule="constant")
+    # Ten steps a second or a hundred: the rate at a time is the same.
+    for steps in (100, 1000):
+        rates = [learning_rate(config, step, step / steps) for step in range(steps)]
+        assert rates[0] == pytest.approx(0.01)
+        assert rates[steps // 10] == pytest.approx(0.5)
+        assert rates[steps // 5 - 1] < 1 == rates[steps // 5] == rates[-1]
+
+
 def test_constant_stays_and_is_what_schedulefree_means() -> None:
     for config in (
         TrainConfig(steps=100, lr=1.0, warmup=0, schedule="constant"),
