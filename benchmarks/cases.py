@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import importlib.util
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from elman.errors import UsageError
-from elman.mixers import MixerConfig, mixer_config, mixer_names, parse_pattern
+from elman.mixers import PATTERNS, MixerConfig, mixer_names, pattern_mixers
 from elman.model import ModelConfig
 from elman.options import flag
 from elman.sizing import size_model
@@ -42,7 +42,7 @@ class Case:
         return " ".join((self.pattern, *self.arguments))
 
     def mixers(self) -> tuple[MixerConfig, ...]:
-        return tuple(mixer_config(name)(**self.options) for name in parse_pattern(self.pattern))
+        return tuple(replace(mixer, **self.options) for mixer in pattern_mixers(self.pattern))
 
     def size(self, params: int) -> ModelConfig:
         return size_model(self.mixers(), params=params, depth=self.depth)
@@ -54,7 +54,7 @@ def all_cases(speed: bool = True) -> list[Case]:
     if speed:
         cases += [Case(name, {"kernels": "elman"}) for name in _KERNELS]
         cases += [Case(name, depth=depth) for name, depth in _DEPTHS.items()]
-    cases += [Case(pattern) for pattern in _HYBRIDS]
+    cases += [Case(pattern) for pattern in (*PATTERNS, *_HYBRIDS)]
     if importlib.util.find_spec("fla") is not None:
         cases += [Case(pattern) for pattern in _FLA]
     # Without kernels of their own, these take longer than all others together.
@@ -72,8 +72,10 @@ def choose_cases(names: Sequence[str], speed: bool = True) -> list[Case]:
         return cases
     chosen = []
     for name in names:
-        pattern = ",".join(parse_pattern(name))
-        chosen += [case for case in cases if case.pattern == pattern] or [Case(pattern)]
+        mixers = pattern_mixers(name)
+        plain = ",".join(mixer.name for mixer in mixers)
+        new = Case(plain if pattern_mixers(plain) == mixers else name)
+        chosen += [case for case in cases if pattern_mixers(case.pattern) == mixers] or [new]
     return chosen
 
 

@@ -18,7 +18,7 @@ import tyro
 from rich.console import Console
 
 from elman.errors import TrainingError, UsageError
-from elman.mixers import MixerConfig, mixer_config, parse_pattern
+from elman.mixers import MixerConfig, pattern_mixers
 from elman.options import OptionalInt, OptionalPath, OptionalStr
 from elman.studies.options import CompareRuns, ReportRuns, Studies
 from elman.text import one_line
@@ -249,10 +249,9 @@ def _run_command(kind: type[RunConfig], argv: list[str]) -> Any:
         # Either command goes on with a run of either kind.
         base, kind = dataclasses.replace(saved, resume=choice.resume), type(saved)
         mixers: list[MixerConfig] = list(model.mixers)
-        names = tuple(mixer.name for mixer in mixers)
     else:
-        names = parse_pattern(choice.model if choice.model is not None else "e1")
-        mixers = [mixer_config(name)() for name in names]
+        mixers = list(pattern_mixers(choice.model if choice.model is not None else "e1"))
+    names = tuple(mixer.name for mixer in mixers)
     distinct = {mixer.name: mixer for mixer in mixers}
     #: What a dataclass may call a variant of any name.
     attributes = {name: re.sub(r"\W", "_", name) for name in distinct}

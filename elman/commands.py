@@ -24,7 +24,7 @@ from elman.data.pack import pack as pack_files
 from elman.environment import driver_version, package_versions, resolve_device, supports_bf16, total_memory, why_no_cuda
 from elman.errors import UsageError
 from elman.evaluation.tasks import find_task, task_names
-from elman.mixers import PATTERNS, mixer_config, mixer_names, parse_pattern
+from elman.mixers import PATTERNS, mixer_names, pattern_mixers
 from elman.model import ModelConfig
 from elman.ops import backend_status
 from elman.sizing import SizeError, flops_per_token, num_params, size_model, state_size
@@ -47,7 +47,7 @@ def export(run: Path, out: Path | None, console: Console) -> int:
 def sized_variants(params: int, depth: int) -> Iterator[tuple[str, str, ModelConfig | None]]:
     """Every variant and named pattern: its name, its equation, and the model of that size; None where no width fits."""
     for name in [*PATTERNS, *mixer_names()]:
-        mixers = tuple(mixer_config(each)() for each in parse_pattern(name))
+        mixers = pattern_mixers(name)
         equation = mixers[0].equation if len(mixers) == 1 else f"layers of {PATTERNS[name]}"
         try:
             yield name, equation, size_model(mixers, params=params, depth=max(depth, len(mixers)))

@@ -20,6 +20,7 @@ import torch
 from elman.cli import main
 from elman.generation import Decoder
 from elman.model import LanguageModel
+from elman.training.run import RunFolder
 
 TINY = ["--dim", "16", "--depth", "2", "--seq-len", "32", "--batch-size", "4", "--eval-bytes", "200", "--device", "cpu"]
 
@@ -78,6 +79,7 @@ BAD_INPUT = {
     "nan decay": (["--weight-decay", "nan", "--steps", "1"], "--weight-decay nan is out of range"),
     "zero batch": (["--batch-size", "0", "--steps", "1"], "--batch-size 0 is out of range"),
     "uneven parts": (["--grad-accum", "3", "--steps", "1"], "--grad-accum 3 does not divide --batch-size 4"),
+    "a step and a half": (["--warmup", "1.5", "--steps", "1"], "--warmup 1.5 is neither: give whole steps"),
     "negative seed": (["--seed", "-1", "--steps", "1"], "--seed -1 is out of range"),
     "huge seed": (["--seed", "99999999999999999999", "--steps", "1"], "--seed 9+ is out of range"),
     "huge steps": (["--steps", "1" + "0" * 400], "--steps 10+ is out of range"),
@@ -274,6 +276,13 @@ def test_a_hybrid_with_options_of_its_parts_trains_and_says_what_ran(folder: Pat
     assert run("generate", "hybrid", "--bytes", 5) == 0
 
 
+def test_a_named_pattern_trains_with_its_options_or_those_given(folder: Path) -> None:
+    for out, options, width in (("named", [], 4), ("given", ["--matrix.conv", "0"], 0)):
+        assert run("train", "--model", "elman", *options, "--data", "text", *TINY, "--steps", 1, "--out", out) == 0
+        matrix = RunFolder(Path(out)).read_config()[1].mixers[0]
+        assert (matrix.name, matrix.conv) == ("matrix", width)
+
+
 def test_streams_train_and_resume_and_say_so(folder: Path) -> None:
     argv = ["--data", "text", *TINY]
     assert run("train", "--tbptt", *argv, "--steps", 2, "--out", "short") == 2  # a file is there
@@ -309,7 +318,7 @@ def test_models_and_doctor(folder: Path, capsys: pytest.CaptureFixture[str]) -> 
     assert run("models", "--params", "50m") == 0
     shown = capsys.readouterr().out
     assert re.search(r"e1 .*1280 .*49.5M .*99M .*7.68K", shown)
-    assert re.search(r"elman .*layers of matrix,e1 .*1280 .*49.8M .*127K", shown)
+    assert re.search(r"elman .*layers of matrix,e1 .*1280 .*49.8M .*161K", shown)
     assert run("models", "--params", "300") == 0
     assert "no width within 2%" in capsys.readouterr().out
     assert run("doctor") == 0

@@ -1,7 +1,7 @@
 import pytest
 
 from elman.errors import UsageError
-from elman.mixers import mixer_config, mixer_names, parse_pattern
+from elman.mixers import mixer_config, mixer_names, parse_pattern, pattern_mixers
 from elman.sizing import TOLERANCE, num_params, size_model
 
 E1 = (mixer_config("e1")(),)
@@ -18,7 +18,7 @@ def test_every_variant_meets_its_target(name: str, params: int) -> None:
 @pytest.mark.parametrize("pattern", ["elman", "e1,e1,mamba2", "e0,transformer", "lstm,minlstm,mamba2"])
 @pytest.mark.parametrize("params", [3 * 10**6, 5 * 10**7, 4 * 10**8])
 def test_every_pattern_meets_its_target(pattern: str, params: int) -> None:
-    mixers = tuple(mixer_config(name)() for name in parse_pattern(pattern))
+    mixers = pattern_mixers(pattern)
     for depth in (6, 12):
         assert abs(num_params(size_model(mixers, params=params, depth=depth)) / params - 1) <= TOLERANCE
 
@@ -61,6 +61,7 @@ def test_bad_sizes_are_named(sizes: dict[str, int], message: str) -> None:
 def test_names() -> None:
     assert parse_pattern("1") == parse_pattern("E1") == ("e1",)
     assert parse_pattern("e1, e1,0") == ("e1", "e1", "e0")
+    assert parse_pattern("elman, 0") == ("matrix", "e1", "e0")
     with pytest.raises(UsageError, match=r"'e11' is unknown: did you mean e1"):
         parse_pattern("e11")
     with pytest.raises(UsageError, match=r"'e3' is unknown: did you mean ladder_3\?"):
@@ -76,3 +77,10 @@ def test_what_a_width_rounds_is_pinned_where_no_width_would_do() -> None:
         config = size_model((matrix,), params=params)
         assert abs(num_params(config) / params - 1) <= TOLERANCE
     assert size_model((matrix,), params=50_000_000).mixers == (matrix,)
+
+
+def test_a_named_pattern_has_options() -> None:
+    matrix, e1 = pattern_mixers("Elman")
+    assert (matrix, e1) == (mixer_config("matrix")(conv=4), mixer_config("e1")())
+    assert pattern_mixers("e0, elman") == (mixer_config("e0")(), matrix, e1)
+    assert pattern_mixers("matrix,e1") == (mixer_config("matrix")(), e1)

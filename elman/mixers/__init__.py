@@ -7,11 +7,25 @@ from __future__ import annotations
 
 import difflib
 import importlib
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
 
 from elman.errors import UsageError
 from elman.mixers.base import Mixer, MixerConfig, State
+from elman.options import flag
 
-__all__ = ["PATTERNS", "Mixer", "MixerConfig", "State", "mixer_config", "mixer_names", "parse_pattern"]
+__all__ = [
+    "PATTERNS",
+    "Mixer",
+    "MixerConfig",
+    "Pattern",
+    "State",
+    "mixer_config",
+    "mixer_names",
+    "parse_pattern",
+    "pattern_mixers",
+]
 
 _REGISTRY = {
     "e0": "elman.mixers.e0:E0Config",
@@ -32,8 +46,21 @@ _REGISTRY = {
     "transformer": "elman.mixers.transformer:TransformerConfig",
 }
 
+
+@dataclass(frozen=True)
+class Pattern:
+    """Variants of successive layers, and what their options are where nothing is said of them."""
+
+    layers: str
+    options: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+
+    def __str__(self) -> str:
+        told = [f"{flag(f'{name}.{key}')} {value}" for name, of in self.options.items() for key, value in of.items()]
+        return " ".join((self.layers, *told))
+
+
 #: Patterns with a name of their own. ``elman`` is what learns most of the strictly nonlinear ones, by docs/results.
-PATTERNS = {"elman": "matrix,e1"}
+PATTERNS = {"elman": Pattern("matrix,e1", {"matrix": {"conv": 4}})}
 
 
 def mixer_names() -> list[str]:
@@ -70,5 +97,14 @@ def parse_pattern(text: str) -> tuple[str, ...]:
     ``"1"`` means ``e1``, and a name of ``PATTERNS`` what it stands for.
     """
     names = [name.strip() if name.strip().startswith("fla:") else name.strip().lower() for name in text.split(",")]
-    names = [each for name in names for each in PATTERNS.get(name, name).split(",")]
+    names = [each for name in names for each in (PATTERNS[name].layers.split(",") if name in PATTERNS else [name])]
     return tuple(mixer_config(f"e{name}" if name.isdigit() else name).name for name in names)
+
+
+def pattern_mixers(text: str) -> tuple[MixerConfig, ...]:
+    """The layers of ``parse_pattern`` with their options: the defaults, or what a name of ``PATTERNS`` gives."""
+    options: dict[str, Any] = {}
+    for name in text.split(","):
+        pattern = PATTERNS.get(name.strip().lower())
+        options |= pattern.options if pattern is not None else {}
+    return tuple(mixer_config(name)(**options.get(name, {})) for name in parse_pattern(text))

@@ -16,7 +16,7 @@ from typing import Any, Literal, TypeVar
 
 from elman.errors import UsageError
 from elman.evaluation.tasks import find_task
-from elman.mixers import MixerConfig, mixer_config, parse_pattern
+from elman.mixers import MixerConfig, mixer_config, pattern_mixers
 from elman.model import ModelConfig
 from elman.options import flag
 from elman.sizing import TOLERANCE, flops_per_token, size_model
@@ -97,12 +97,12 @@ class Run:
         Raises:
             UsageError: no such variant, or no such option; the nearest are named.
         """
-        names = parse_pattern(self.model)
-        given: dict[str, dict[str, Any]] = {name: {} for name in names}
+        mixers = pattern_mixers(self.model)
+        given: dict[str, dict[str, Any]] = {mixer.name: {} for mixer in mixers}
         for key, value in self.options.items():
             name, _, option = key.rpartition(".")
             if not name and len(given) == 1:
-                name = names[0]
+                name = mixers[0].name
             if name not in given:
                 expected = " or ".join(f"{other}.{option}" for other in given)
                 raise UsageError(f"run {self.name!r} gives option {key!r}, but its model is {self.model}: {expected}")
@@ -110,7 +110,7 @@ class Run:
             if option not in known:
                 raise UsageError(f"run {self.name!r} gives {name} an {_unknown('option', option, known)}")
             given[name][option] = value
-        return tuple(mixer_config(name)(**given[name]) for name in names)
+        return tuple(dataclasses.replace(mixer, **given[mixer.name]) for mixer in mixers)
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ from benchmarks import models
 from benchmarks.cases import all_cases, choose_cases
 from benchmarks.models import Options, Row
 from elman.errors import UsageError
-from elman.mixers import mixer_names
+from elman.mixers import mixer_config, mixer_names
 from elman.training.loop import Trainer
 
 TINY = {"batch_sizes": (1, 2), "params": 100_000, "seq_len": 4, "steps": 2, "jobs": 0, "device": "cpu"}
@@ -32,6 +32,9 @@ def test_every_variant_is_a_case_and_can_be_sized() -> None:
 def test_cases_are_chosen_by_pattern() -> None:
     labels = ["e4", "e4 --expansion 1.0", "e4 --expansion 4.0", "e0,e1", "rnn", "rnn --kernels elman"]
     assert [case.label for case in choose_cases(["4", "e0,1", "rnn"])] == labels
+    (case,) = choose_cases(["elman"])
+    assert (case.label, case.mixers()[0]) == ("elman", mixer_config("matrix")(conv=4))
+    assert [case.label for case in choose_cases(["matrix,1"])] == ["matrix,e1"]
     with pytest.raises(UsageError, match="e99"):
         choose_cases(["e99"])
 

@@ -7,7 +7,17 @@ from elman.mixers import mixer_config
 from elman.model import LanguageModel, ModelConfig
 from elman.sizing import num_params
 
-pytestmark = pytest.mark.gpu
+pytestmark = [
+    pytest.mark.gpu,
+    # Of the package's own calls.
+    pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning"),
+]
+
+
+def _distance(actual: torch.Tensor, expected: torch.Tensor) -> float:
+    """The norm of their difference over that of what is expected: of a kernel in bf16, single ones may be far off."""
+    actual, expected = actual.double(), expected.double()
+    return float((actual - expected).norm() / expected.norm())
 
 
 @pytest.mark.timeout(300)  # its kernels are compiled and tuned first
@@ -29,11 +39,10 @@ def test_a_layer_trains_carries_its_state_and_is_reset(name: str) -> None:
             rest, _ = model(text[:, 70:], state)
             apart, _ = model(text, None, reset)
             alone, _ = model(text[1:, 70:])
-        close = {"rtol": 3e-2, "atol": 3e-2 * float(whole.float().std())}
-        torch.testing.assert_close(torch.cat((first, rest), 1), whole, **close)
-        torch.testing.assert_close(apart[0], whole[0], **close)
-        torch.testing.assert_close(apart[1:, 70:], alone, **close)
-        assert not torch.allclose(alone, whole[1:, 70:], **close)
+        assert _distance(torch.cat((first, rest), 1), whole) < 0.01
+        assert _distance(apart[0], whole[0]) < 0.01
+        assert _distance(apart[1:, 70:], alone) < 0.01
+        assert _distance(alone, whole[1:, 70:]) > 0.03
         model.train()
         loss = torch.nn.functional.cross_entropy(model(text)[0][:, :-1].flatten(0, 1).float(), text[:, 1:].flatten())
     try:

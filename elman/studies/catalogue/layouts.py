@@ -21,6 +21,7 @@ def study(scale: Scale) -> Study:
             Run("matrix,e1,e1, half", "matrix,e1,e1", half, depth=scale(6, 3)),
             Run("matrix,e10, half", "matrix,e10", half, depth=depth),
             Run("matrix,e1, convolved", "matrix,e1", {"matrix.conv": 4}, depth=depth),
+            Run("matrix,e15, convolved", "matrix,e15", {"matrix.conv": 4}, depth=depth),
             Run("matrix,e1, both convolved", "matrix,e1", {"matrix.conv": 4, "e1.conv": 4}, depth=depth),
             Run("matrix", "matrix", depth=depth),
             Run("E1", "e1", depth=depth),
