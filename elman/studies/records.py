@@ -96,7 +96,8 @@ class Record:
     @property
     def judged_by(self) -> tuple[object, ...]:
         """What its loss, or its accuracy, was measured on: alike only where that is."""
-        known = self.facts.get("fingerprint")
+        told = [self.facts.get("fingerprint"), *(session.get("data") for session in self.sessions)]
+        known = next((fingerprint for fingerprint in told if fingerprint), None)
         match self.config:
             case TrainConfig() as text:
                 return known or str(text.data), text.heldout, text.eval_bytes

@@ -201,6 +201,7 @@ def _environment(trainer: Trainer) -> dict[str, Any]:
     return {
         "time": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "from_step": trainer.step,
+        "data": trainer.source.fingerprint,
         "precision": trainer.precision,
         "compiled": trainer.compiled,
         "captured": trainer.graph is not None,

@@ -45,7 +45,6 @@ def make_run(
     """A whole run whose files agree; ``label`` None makes one that is of no study."""
     model = size_model((mixer_config("e1")(),), dim=dim, depth=2)
     config = TrainConfig(
-        data=Path("/text"),
         dim=dim,
         depth=2,
         seq_len=16,
@@ -53,7 +52,7 @@ def make_run(
         steps=steps,
         seed=seed,
         lr=lr,
-        **{"warmup": steps // 10, **(train or {})},
+        **{"data": Path("/text"), "warmup": steps // 10, **(train or {})},
     )
     run = RunFolder(path)
     path.mkdir(parents=True)

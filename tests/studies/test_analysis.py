@@ -141,6 +141,18 @@ def test_runs_of_unequal_budgets_and_texts_are_not_compared(tmp_path: Path) -> N
     assert [len(comparison.groups) for comparison in compare(records(tmp_path))] == [1, 1, 1]
 
 
+def test_texts_are_told_apart_by_what_they_hold(tmp_path: Path) -> None:
+    def comparisons(name: str, *texts: tuple[str, str | None]) -> list[int]:
+        for seed, (path, fingerprint) in enumerate(texts):
+            train = {"data": Path(path)}
+            make_run(tmp_path / name / "runs" / str(seed), None, seed=seed, train=train, session={"data": fingerprint})
+        return [sum(len(group.records) for group in each.groups) for each in compare(records(tmp_path / name))]
+
+    assert comparisons("one text at two places", ("/a", "x"), ("/b", "x")) == [2]
+    assert comparisons("two texts at one place", ("/a", "x"), ("/a", "y")) == [1, 1]
+    assert comparisons("older runs, of which the place is known", ("/a", None), ("/a", None), ("/b", None)) == [2, 1]
+
+
 def test_a_rate_at_the_end_of_the_sweep_is_remarked(tmp_path: Path) -> None:
     sweep = [read_run(make_run(tmp_path / str(lr), "a", lr=lr, role="sweep").path) for lr in (1e-3, 3e-3, 1e-2)]
     edge = read_run(make_run(tmp_path / "edge", "a", lr=1e-2).path)
