@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from elman.errors import UsageError
 from elman.mixers import Mixer, MixerConfig, State, mixer_config
-from elman.mixers.base import FollowsWeights
+from elman.mixers.base import FollowsWeights, WeightInit
 from elman.ops import add_norm
 
 
@@ -92,11 +92,11 @@ class AddNorm(nn.Module):
 class Layer(nn.Module):
     """``x + mixer(norm(x))``."""
 
-    def __init__(self, dim: int, mixer: Mixer) -> None:
+    def __init__(self, dim: int, mixer: Mixer, weight_init: WeightInit = "normal") -> None:
         super().__init__()
         self.norm = AddNorm(dim)
         self.mixer = mixer
-        self.mixer.initialize()
+        self.mixer.initialize(weight_init)
 
     def forward(
         self, x: Tensor, normed: Tensor, next_norm: nn.Module, state: State, reset: Tensor | None
@@ -120,18 +120,18 @@ def _call(module: nn.Module, *arguments: Any) -> Any:
 class LanguageModel(nn.Module):
     """A byte-level (or token-level) language model with explicit state.
 
-    The embedding starts as N(0, 0.02); the mixers' weights start as ``Mixer.initialize`` says. Under autocast the
-    residual stream stays float32, and what enters a mixer or the head is of autocast's dtype.
+    The embedding starts as N(0, 0.02²); the mixers' weights start as ``weight_init`` and ``Mixer.initialize`` say.
+    Under autocast the residual stream stays float32, and what enters a mixer or the head is of autocast's dtype.
 
     A training loop calls ``after_step`` after each step of its optimiser.
     """
 
-    def __init__(self, config: ModelConfig) -> None:
+    def __init__(self, config: ModelConfig, weight_init: WeightInit = "normal") -> None:
         super().__init__()
         self.config = config
         self.embedding = nn.Embedding(config.vocab_size, config.dim)
         chains = (_chain(mixer, config.dim) for mixer in config.layers())
-        self.layers = nn.ModuleList(Layer(config.dim, mixer) for chain in chains for mixer in chain)
+        self.layers = nn.ModuleList(Layer(config.dim, mixer, weight_init) for chain in chains for mixer in chain)
         self.norm = AddNorm(config.dim)
         nn.init.normal_(self.embedding.weight, std=0.02)
         self._call_in_training = _call

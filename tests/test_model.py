@@ -3,6 +3,7 @@
 import copy
 import functools
 import itertools
+import math
 from dataclasses import replace
 from pathlib import Path
 
@@ -150,6 +151,29 @@ def test_every_parameter_learns(mixer: MixerConfig) -> None:
         assert parameter.grad is not None, name
         assert parameter.grad.isfinite().all(), name
         assert parameter.grad.abs().max() > 0, name
+
+
+@variants
+def test_a_model_starts_as_its_embedding_and_every_parameter_learns(mixer: MixerConfig) -> None:
+    torch.manual_seed(0)
+    model = LanguageModel(ModelConfig(16, 2, (mixer,)), "fan_in").double()
+    assert all(layer.mixer.outputs for layer in model.layers) or mixer.name == "e5"  # which writes its states
+    text, optimizer = tokens(), torch.optim.SGD(model.parameters(), lr=1e-2)
+    if mixer.name != "e5":
+        embedded = model.embedding(text.int())
+        plain = (
+            torch.nn.functional.rms_norm(embedded, embedded.shape[-1:], eps=torch.finfo(torch.float32).eps)
+            @ model.embedding.weight.T
+        )
+        torch.testing.assert_close(model(text)[0], plain, rtol=1e-3, atol=1e-6)
+    # The first step moves what writes to the stream, the second one the rest too.
+    for _ in range(2):
+        optimizer.zero_grad()
+        next_token_loss(model(text)[0], tokens(3)).backward()
+        optimizer.step()
+    for name, parameter in model.named_parameters():
+        assert parameter.grad is not None, name
+        assert 0 < parameter.grad.abs().max() < math.inf, name
 
 
 @variants

@@ -16,7 +16,7 @@ from typing import ClassVar, Literal
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from elman.mixers.base import ExpandedConfig, Mixer, State
+from elman.mixers.base import ExpandedConfig, Mixer, State, WeightInit
 from elman.ops import recurrence
 
 
@@ -58,8 +58,8 @@ class GLU(Mixer):
         self.gate = nn.Linear(d, d, bias=False)
         self.out_proj = nn.Linear(d, dim, bias=False)
 
-    def initialize(self) -> None:
-        super().initialize()
+    def initialize(self, weight_init: WeightInit = "normal") -> None:
+        super().initialize(weight_init)
         nn.init.orthogonal_(self.weight_h.weight)
 
     def forward(self, x: Tensor, state: State, reset: Tensor | None) -> tuple[Tensor, State]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
@@ -19,6 +19,10 @@ from elman.options import check_choices
 
 #: Widths of heads and their like are multiples of this, which the hardware's fast kernels need.
 _MULTIPLE = 8
+
+#: How matrices start: ``normal``, N(0, 0.02²); ``fan_in``, N(0, 1 / inputs), and 0 where they write to the residual
+#: stream, so that a model starts as its embedding.
+WeightInit = Literal["fan_in", "normal"]
 
 #: What a mixer carries from one chunk to the next: a pytree of tensors whose first axis is the batch. None: at rest.
 State = Any
@@ -47,13 +51,22 @@ def split_heads(width: float, head_width: int) -> tuple[int, int]:
 class Mixer(nn.Module, ABC):
     """The part of a layer that mixes over time. Time-major inside: step t of every row lies together."""
 
-    def initialize(self) -> None:
-        """Draw the weights anew: matrices N(0, 0.02), biases 0. A mixer with other wishes extends this."""
-        for module in self.modules():
-            if isinstance(module, nn.Linear):
+    #: Names of the products that write to the residual stream.
+    outputs: frozenset[str] = frozenset({"out_proj"})
+
+    def initialize(self, weight_init: WeightInit = "normal") -> None:
+        """Draw the weights anew: matrices as ``weight_init`` says, biases 0. A mixer with other wishes extends this."""
+        for name, module in self.named_modules():
+            if not isinstance(module, nn.Linear):
+                continue
+            if weight_init == "normal":
                 nn.init.normal_(module.weight, std=0.02)
-                if module.bias is not None:
-                    nn.init.zeros_(module.bias)
+            elif name in self.outputs:
+                nn.init.zeros_(module.weight)
+            else:
+                nn.init.normal_(module.weight, std=module.in_features**-0.5)
+            if module.bias is not None:
+                nn.init.zeros_(module.bias)
 
     @property
     def compiles(self) -> bool:

@@ -67,6 +67,8 @@ class E5Config(WeightOptions):
 class E5(Mixer):
     """See the top of this file; shapes as in ``Mixer.forward``, the state being h (B, D)."""
 
+    outputs = frozenset()
+
     def __init__(self, dim: int, config: E5Config) -> None:
         super().__init__()
         weight = config.recurrent_weight(dim)

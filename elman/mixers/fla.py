@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
 
 from elman.errors import UsageError
-from elman.mixers.base import Mixer, MixerConfig, State
+from elman.mixers.base import Mixer, MixerConfig, State, WeightInit
 from elman.ops import note_backend
 
 PREFIX = "fla:"
@@ -160,7 +160,7 @@ class FLA(Mixer):
     def compiles(self) -> bool:
         return False
 
-    def initialize(self) -> None:
+    def initialize(self, weight_init: WeightInit = "normal") -> None:
         """The weights stay as the layer drew them, which for some layers is part of their definition."""
 
     def forward(self, x: Tensor, state: State, reset: Tensor | None) -> tuple[Tensor, State]:

@@ -32,7 +32,7 @@ from typing import ClassVar, Literal
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from elman.mixers.base import Mixer, State
+from elman.mixers.base import Mixer, State, WeightInit
 from elman.mixers.e0 import E0Config
 from elman.mixers.elman_recurrence import ElmanConfig
 from elman.mixers.recurrent_weight import Structure, WeightConfig
@@ -154,8 +154,8 @@ class Rung(Mixer):
         self.show_proj = nn.Linear(d, d, bias=False) if self.groups else None
         self.out_proj = nn.Linear(d, dim, bias=False)
 
-    def initialize(self) -> None:
-        super().initialize()
+    def initialize(self, weight_init: WeightInit = "normal") -> None:
+        super().initialize(weight_init)
         nn.init.constant_(self.input.bias.chunk(self.gates)[1], _DELTA_BIAS)
 
     def forward(self, x: Tensor, state: State, reset: Tensor | None) -> tuple[Tensor, State]:

@@ -5,7 +5,8 @@
     y_t = S_t C_t + D x_t
     out = W_out (norm(y * silu(z)))
 
-Parameters have the names and shapes of ``mamba_ssm.Mamba2``, and start as its do but for the products, N(0, 0.02).
+Parameters have the names and shapes of ``mamba_ssm.Mamba2``, and start as its do, but the products as ``--weight-init``
+says.
 Source: Dao and Gu, "Transformers are SSMs" (2024), arXiv 2405.21060; the plain path is its chunked form, section 6.
 """
 

@@ -170,6 +170,8 @@ def _attend_in_place(qk: Tensor, v: Tensor, cache: KeyValueCache, reset: Tensor 
 class SwiGLU(Mixer):
     """The position-wise half of the layer; its state is empty."""
 
+    outputs = frozenset({"down_proj"})
+
     def __init__(self, dim: int, size: int) -> None:
         super().__init__()
         self.gate_proj = nn.Linear(dim, size, bias=False)

@@ -11,6 +11,7 @@ import tyro
 from elman.data.vocabulary import open_vocabulary
 from elman.errors import UsageError
 from elman.evaluation.tasks import find_task
+from elman.mixers.base import WeightInit
 from elman.options import OptionalInt, OptionalPath, OptionalStr, check_at_least, check_choices
 from elman.units import parse_count, parse_duration
 
@@ -56,6 +57,9 @@ class RunConfig(ABC):
     """Of weights; biases, norms and decays are not decayed."""
     grad_clip: float = 1.0
     """Largest norm of the gradient; 0 does not clip."""
+    weight_init: WeightInit = "fan_in"
+    """How matrices start, but for W_h: fan_in, N(0, 1 / inputs), and 0 where they write to the residual stream; or
+    normal, N(0, 0.02²) all."""
     max_skipped: int = 10
     """A step whose loss or gradient is not finite is skipped; the run stops at this many in a row."""
     seed: int = 0

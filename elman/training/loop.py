@@ -75,7 +75,7 @@ class Trainer:
             self._loader = Loader(self.sampler, self.source.workers(self.device), processes.rank, processes.size)
             check_memory(model_config, self.device, processes)
             torch.manual_seed(config.seed)
-            self.model = LanguageModel(model_config).to(self.device)
+            self.model = LanguageModel(model_config, config.weight_init).to(self.device)
             if self.precision == "fp8":
                 use_float8(self.model)
             roles = parameter_roles(self.model)
