@@ -73,6 +73,10 @@ class ModelConfig:
         return cls(**{**values, "mixers": tuple(mixers)})
 
 
+#: Of the token read, in a model that starts as its embedding.
+_FIRST_LOGIT = 4.0
+
+
 class AddNorm(nn.Module):
     """``x + y``, in the dtype of the residual stream, and its root-mean-square norm, under autocast in autocast's.
 
@@ -120,8 +124,10 @@ def _call(module: nn.Module, *arguments: Any) -> Any:
 class LanguageModel(nn.Module):
     """A byte-level (or token-level) language model with explicit state.
 
-    The embedding starts as N(0, 0.02²); the mixers' weights start as ``weight_init`` and ``Mixer.initialize`` say.
-    Under autocast the residual stream stays float32, and what enters a mixer or the head is of autocast's dtype.
+    The mixers' weights start as ``weight_init`` and ``Mixer.initialize`` say. The embedding starts as N(0, 0.02²) where
+    that is normal, and with fan_in as N(0, (4 / D)²): a model that starts as its embedding foretells the token that it
+    reads, by a logit of D times that deviation. Under autocast the residual stream stays float32, and what enters a
+    mixer or the head is of autocast's dtype.
 
     A training loop calls ``after_step`` after each step of its optimiser.
     """
@@ -133,7 +139,8 @@ class LanguageModel(nn.Module):
         chains = (_chain(mixer, config.dim) for mixer in config.layers())
         self.layers = nn.ModuleList(Layer(config.dim, mixer, weight_init) for chain in chains for mixer in chain)
         self.norm = AddNorm(config.dim)
-        nn.init.normal_(self.embedding.weight, std=0.02)
+        std = 0.02 if weight_init == "normal" else _FIRST_LOGIT / config.dim
+        nn.init.normal_(self.embedding.weight, std=std)
         self._call_in_training = _call
 
     def compile_training(self, wrap: Callable[[Callable[..., Any]], Callable[..., Any]] = torch.compile) -> None:

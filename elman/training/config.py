@@ -57,9 +57,9 @@ class RunConfig(ABC):
     """Of weights; biases, norms and decays are not decayed."""
     grad_clip: float = 1.0
     """Largest norm of the gradient; 0 does not clip."""
-    weight_init: WeightInit = "fan_in"
-    """How matrices start, but for W_h: fan_in, N(0, 1 / inputs), and 0 where they write to the residual stream; or
-    normal, N(0, 0.02²) all."""
+    weight_init: WeightInit = "normal"
+    """How matrices start, but for W_h: normal, N(0, 0.02²); or fan_in, N(0, 1 / inputs), and 0 where they write to the
+    residual stream, which small models learn more with."""
     max_skipped: int = 10
     """A step whose loss or gradient is not finite is skipped; the run stops at this many in a row."""
     seed: int = 0

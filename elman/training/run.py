@@ -99,8 +99,6 @@ class RunFolder:
             values = json.loads((self.path / "config.json").read_text(encoding="utf-8"))
             train = dict(values["train"])
             kind = TaskConfig if "task" in train else TrainConfig
-            # From before there was a choice.
-            train.setdefault("weight_init", "normal")
             for name in ("data", "out", "resume"):
                 if train.get(name) is not None:
                     train[name] = Path(train[name])

@@ -107,7 +107,6 @@ def test_they_are_those_of_the_step_that_they_stand_beside(
 def test_saturation_is_the_part_of_the_units_that_are_at_their_bound(
     config: TrainConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    config = replace(config, weight_init="normal")
     start(replace(config, steps=1, stats_every=1, out=config.out.with_name("calm")))  # type: ignore[union-attr]
     step = Trainer._train_step
 
