@@ -124,10 +124,10 @@ def _call(module: nn.Module, *arguments: Any) -> Any:
 class LanguageModel(nn.Module):
     """A byte-level (or token-level) language model with explicit state.
 
-    The mixers' weights start as ``weight_init`` and ``Mixer.initialize`` say. The embedding starts as N(0, 0.02²) where
-    that is normal, and with fan_in as N(0, (4 / D)²): a model that starts as its embedding foretells the token that it
-    reads, by a logit of D times that deviation. Under autocast the residual stream stays float32, and what enters a
-    mixer or the head is of autocast's dtype.
+    The mixers' weights start as ``weight_init`` and ``Mixer.initialize`` say. The embedding starts as N(0, 0.02²), and
+    with zero_out as N(0, (4 / D)²): a model that starts as its embedding foretells the token that it reads, by a logit
+    of D times that deviation. Under autocast the residual stream stays float32, and what enters a mixer or the head is
+    of autocast's dtype.
 
     A training loop calls ``after_step`` after each step of its optimiser.
     """
@@ -139,7 +139,7 @@ class LanguageModel(nn.Module):
         chains = (_chain(mixer, config.dim) for mixer in config.layers())
         self.layers = nn.ModuleList(Layer(config.dim, mixer, weight_init) for chain in chains for mixer in chain)
         self.norm = AddNorm(config.dim)
-        std = 0.02 if weight_init == "normal" else _FIRST_LOGIT / config.dim
+        std = _FIRST_LOGIT / config.dim if weight_init == "zero_out" else 0.02
         nn.init.normal_(self.embedding.weight, std=std)
         self._call_in_training = _call
 

@@ -156,7 +156,7 @@ def test_every_parameter_learns(mixer: MixerConfig) -> None:
 @variants
 def test_a_model_starts_as_its_embedding_and_every_parameter_learns(mixer: MixerConfig) -> None:
     torch.manual_seed(0)
-    model = LanguageModel(ModelConfig(16, 2, (mixer,)), "fan_in").double()
+    model = LanguageModel(ModelConfig(16, 2, (mixer,)), "zero_out").double()
     assert all(layer.mixer.outputs for layer in model.layers) or mixer.name == "e5"  # which writes its states
     text, optimizer = tokens(), torch.optim.SGD(model.parameters(), lr=1e-2)
     if mixer.name != "e5":
@@ -174,6 +174,20 @@ def test_a_model_starts_as_its_embedding_and_every_parameter_learns(mixer: Mixer
     for name, parameter in model.named_parameters():
         assert parameter.grad is not None, name
         assert 0 < parameter.grad.abs().max() < math.inf, name
+
+
+def test_how_matrices_start() -> None:
+    torch.manual_seed(0)
+    config = ModelConfig(400, 1, (mixer_config("e1")(),))
+    for weight_init, scale, out, embedding in (
+        ("normal", 0.02, 0.02, 0.02), ("fan_in", 0.05, 0.02, 0.02), ("zero_out", 0.05, 0.0, 0.01),
+    ):  # fmt: skip
+        model = LanguageModel(config, weight_init)  # type: ignore[arg-type]
+        mixer = model.layers[0].mixer
+        found = [
+            float(weight.std()) for weight in (mixer.in_proj.weight, mixer.out_proj.weight, model.embedding.weight)
+        ]
+        assert found == pytest.approx([scale, out, embedding], rel=0.02)
 
 
 @variants

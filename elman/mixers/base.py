@@ -20,9 +20,9 @@ from elman.options import check_choices
 #: Widths of heads and their like are multiples of this, which the hardware's fast kernels need.
 _MULTIPLE = 8
 
-#: How matrices start: ``normal``, N(0, 0.02²); ``fan_in``, N(0, 1 / inputs), and 0 where they write to the residual
-#: stream, so that a model starts as its embedding.
-WeightInit = Literal["fan_in", "normal"]
+#: How matrices start: ``normal``, N(0, 0.02²); ``fan_in``, N(0, 1 / inputs), but such as write to the residual stream
+#: N(0, 0.02²); ``zero_out``, these 0, so that a model starts as its embedding.
+WeightInit = Literal["normal", "fan_in", "zero_out"]
 
 #: What a mixer carries from one chunk to the next: a pytree of tensors whose first axis is the batch. None: at rest.
 State = Any
@@ -59,12 +59,11 @@ class Mixer(nn.Module, ABC):
         for name, module in self.named_modules():
             if not isinstance(module, nn.Linear):
                 continue
-            if weight_init == "normal":
-                nn.init.normal_(module.weight, std=0.02)
-            elif name in self.outputs:
+            if name in self.outputs and weight_init == "zero_out":
                 nn.init.zeros_(module.weight)
             else:
-                nn.init.normal_(module.weight, std=module.in_features**-0.5)
+                plain = weight_init == "normal" or name in self.outputs
+                nn.init.normal_(module.weight, std=0.02 if plain else module.in_features**-0.5)
             if module.bias is not None:
                 nn.init.zeros_(module.bias)
 

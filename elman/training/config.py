@@ -58,8 +58,8 @@ class RunConfig(ABC):
     grad_clip: float = 1.0
     """Largest norm of the gradient; 0 does not clip."""
     weight_init: WeightInit = "normal"
-    """How matrices start, but for W_h: normal, N(0, 0.02²); or fan_in, N(0, 1 / inputs), and 0 where they write to the
-    residual stream, which small models learn more with."""
+    """How matrices start, but for W_h: normal, N(0, 0.02²); fan_in, N(0, 1 / inputs), but such as write to the residual
+    stream as before; zero_out, these 0, with which small models learn more."""
     max_skipped: int = 10
     """A step whose loss or gradient is not finite is skipped; the run stops at this many in a row."""
     seed: int = 0

@@ -13,13 +13,16 @@ def study(scale: Scale) -> Study:
     )
     return Study(
         name="weight_init",
-        question="Do matrices of variance 1 / inputs, and 0 where they write to the residual stream, learn more?",
+        question="Do matrices learn more that start by their inputs, or as 0 where they write to the residual stream?",
         runs=tuple(
             Run(f"{name}, {told}", model, depth=depth, train={"weight_init": told})
             for name, model, depth in models
-            for told in ("normal", "fan_in")
+            for told in ("normal", "fan_in", "zero_out")
         ),
         varies=("weight_init",),
-        notes=("normal: all matrices of standard deviation 0.02.",),
+        notes=(
+            "normal: N(0, 0.02²).",
+            "fan_in: N(0, 1 / inputs), but what writes to the residual stream as before; zero_out: this 0.",
+        ),
         **defaults(scale),
     )
