@@ -185,7 +185,7 @@ def test_how_matrices_start() -> None:
         model = LanguageModel(config, weight_init)  # type: ignore[arg-type]
         mixer = model.layers[0].mixer
         found = [
-            float(weight.std()) for weight in (mixer.in_proj.weight, mixer.out_proj.weight, model.embedding.weight)
+            weight.std().item() for weight in (mixer.in_proj.weight, mixer.out_proj.weight, model.embedding.weight)
         ]
         assert found == pytest.approx([scale, out, embedding], rel=0.02)
 
