@@ -55,5 +55,7 @@ def check_at_least(config: Any, **least: float) -> None:
     """
     for name, bound in least.items():
         value = getattr(config, name)
+        if value is not None and not isinstance(value, int | float):
+            raise UsageError(f"{_flag_of(config, name)} {value!r} is no number: give one of at least {bound}")
         if value is not None and not bound <= value <= _LARGEST:
             raise UsageError(f"{_flag_of(config, name)} {value} is out of range: give a number of at least {bound}")

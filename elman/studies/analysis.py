@@ -12,13 +12,15 @@ import itertools
 import math
 import re
 import statistics
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 from scipy import stats
 
+from elman.options import flag
 from elman.sizing import TOLERANCE
 from elman.studies.records import Record
 from elman.studies.study import Budget
@@ -314,8 +316,10 @@ def _caveats(comparison: Comparison, records: Sequence[Record]) -> list[str]:
     if "seq_len" not in varies and len({record.summary["seq_len"] for record in records}) > 1:
         lines.append("The runs had unequal windows, and so unequal context in the held-out text as well.")
     slow = {
-        group.label: f"{share:.0%}" for group in comparison.groups if (share := _warm_up(group.records)) > _WARM_UP
-    }  # fmt: skip
+        group.label: f"{share:.0%}"
+        for group in comparison.groups
+        if (share := _warm_up([record for record in group.records if "warmup" not in record.swept])) > _WARM_UP
+    }
     if slow:
         told = _words(f"{label} ({share} of its steps)" for label, share in slow.items())
         lines.append(
@@ -375,7 +379,7 @@ def law_sentences(laws: Sequence[PowerLaw]) -> list[str]:
 
 
 def sweep_remarks(sweep: Sequence[Record], finals: Sequence[Record]) -> list[str]:
-    """Rows whose choice of a learning rate is to be doubted.
+    """Rows whose choice of a learning rate, or of what else was swept, is to be doubted.
 
     It was the lowest or highest of the sweep, beyond which a better one may lie; the sweep was mostly warm-up; or its
     runs were shorter than those whose rate they chose.
@@ -391,21 +395,30 @@ def sweep_remarks(sweep: Sequence[Record], finals: Sequence[Record]) -> list[str
             f"whole one, so the rates chosen may be too high (--sweep-part 1 sweeps at full length)."
         )
     for label in dict.fromkeys(record.run for record in finals):
-        chosen = {record.lr for record in finals if record.run == label}
-        rates = {record.lr for record in tried.get(label, ())}
-        share = _warm_up([record for record in tried.get(label, ()) if not record.problems])
+        of_row = tried.get(label, [])
+        rates = {record.lr for record in of_row}
+        share = _warm_up([record for record in of_row if not record.problems and "warmup" not in record.swept])
         if len(rates) > 1 and share > _SWEEP_WARM_UP:
             lines.append(
                 f"{label}: warm-up was {share:.0%} of the sweep's steps, so that no rate was seen for long, and high "
                 f"ones look better than they are."
             )
-        for rate in sorted(chosen):
-            if len(rates) > 1 and rate in (min(rates), max(rates)):
-                end = "lowest" if rate == min(rates) else "highest"
-                lines.append(
-                    f"{label}: the learning rate {rate:g} is the {end} that was tried; one beyond it may be better."
-                )
+        chosen = [record for record in finals if record.run == label]
+        lines += _at_the_end(label, "the learning rate", rates, {record.lr for record in chosen})
+        for name in dict.fromkeys(name for record in of_row for name in record.swept):
+            values = {record.swept.get(name) for record in of_row}
+            if all(isinstance(value, int | float) for value in values):
+                lines += _at_the_end(label, flag(name), values, {record.swept.get(name) for record in chosen})
     return lines
+
+
+def _at_the_end(label: str, what: str, tried: Collection[Any], chosen: Iterable[Any]) -> list[str]:
+    """A sentence for each number that was chosen and is the lowest or highest of those tried."""
+    ends = {min(tried): "lowest", max(tried): "highest"} if len(tried) > 1 else {}
+    return [
+        f"{label}: {what} {value:g} is the {ends[value]} that was tried; one beyond it may be better."
+        for value in sorted(value for value in chosen if value in ends)
+    ]
 
 
 def _warm_up(records: Iterable[Record]) -> float:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import difflib
 from collections.abc import Callable
 from dataclasses import replace
@@ -14,6 +15,7 @@ from rich.table import Table
 
 from elman.environment import resolve_device
 from elman.errors import UsageError
+from elman.options import flag
 from elman.sizing import num_params
 from elman.studies.find import find_study, study_names
 from elman.studies.launch import Launcher, LocalLauncher, SubmititLauncher, gpu_slots
@@ -60,11 +62,28 @@ def _changed(options: RunStudy, study: Study) -> Study:
         given["seeds"] = options.seeds
     if options.learning_rates:
         given["learning_rates"] = options.learning_rates
+    if options.sweep:
+        given["sweep"] = dict(_swept(word) for word in options.sweep)
     if options.sweep_part is not None:
         if not 0 < options.sweep_part <= 1:
             raise UsageError(f"--sweep-part {options.sweep_part} is out of range: give a number above 0 and up to 1")
         given["sweep_part"] = options.sweep_part
     return replace(study, **given)
+
+
+def _swept(word: str) -> tuple[str, tuple[Any, ...]]:
+    """An option and its values, of ``NAME=VALUE,VALUE``; what is a number is read as one."""
+    name, equals, values = word.partition("=")
+    if not equals:
+        raise UsageError(f"--sweep {word!r} has no values: give NAME=VALUE,VALUE, such as warmup=0.05,0.2")
+    return name.replace("-", "_"), tuple(map(_number_or_word, values.split(",")))
+
+
+def _number_or_word(text: str) -> int | float | str:
+    for kind in (int, float):
+        with contextlib.suppress(ValueError):
+            return kind(text)
+    return text
 
 
 def _plan(options: RunStudy, study: Study, console: Console) -> Plan:
@@ -204,8 +223,8 @@ def show_study(name: str, scale: ScaleName, console: Console) -> int:
         tasks = list(dict.fromkeys(str(run.task) for run in study.runs))
         say(console, f"and so for each of its tasks: {', '.join(tasks)}")
     runs = len(study.runs) * len(study.seeds)
-    sweep = len(study.runs) * len(study.learning_rates) if len(study.learning_rates) > 1 else 0
-    line = f"{runs} runs, and {sweep} more to choose learning rates"
+    sweep = len(study.runs) * len(study.settings) if len(study.settings) > 1 else 0
+    line = f"{runs} runs, and {sweep} more to choose {' and '.join(('learning rates', *map(flag, study.sweep)))}"
     if study.budget == "time":
         budget = study.budget_of("time").amount
         line += f": {format_duration(budget * (runs + sweep * study.sweep_part))} of training"

@@ -16,7 +16,7 @@ ScaleName = Literal["full", "tiny"]
 
 @dataclass(frozen=True)
 class RunStudy:
-    """Run a study: choose learning rates by its sweep, then train each model with each seed.
+    """Run a study: choose learning rates, and what else it sweeps, then train each model with each seed.
 
     What is done is skipped, and what was cut goes on.
     """
@@ -37,6 +37,9 @@ class RunStudy:
     """In place of the study's own."""
     learning_rates: tuple[float, ...] = ()
     """In place of those that the study's sweep tries; one alone is taken without a sweep."""
+    sweep: tuple[str, ...] = ()
+    """Options of elman train that the sweep chooses beside the learning rate, in place of the study's own, such as
+    warmup=0.05,0.2 weight_init=normal,fan_in: every value is tried with every rate."""
     sweep_part: OptionalFloat = None
     """Part of the budget that a run of the sweep has, the study's own if absent, which is all of it at full scale:
     shorter runs do best at higher rates than whole ones."""

@@ -28,7 +28,7 @@ from elman.evaluation.tasks import find_task
 from elman.mixers import mixer_config
 from elman.model import ModelConfig
 from elman.studies.job import TrainJob
-from elman.studies.study import SWEEP_SEED, Budget, Run, Scale, Study, slug
+from elman.studies.study import SWEEP_SEED, Budget, Run, Scale, Setting, Study, slug
 from elman.training.config import RunConfig
 from elman.training.run import RunFolder
 
@@ -157,29 +157,29 @@ class Plan:
             return Row(run, refused=str(error))
         return Row(run, refused=reason) if reason is not None else Row(run, model)
 
-    def config(self, row: Row, lr: float, seed: int, part: float = 1.0) -> RunConfig:
+    def config(self, row: Row, setting: Setting, seed: int, part: float = 1.0) -> RunConfig:
         """The options of a run, its size and its end among them."""
         assert row.model is not None
         study, run = self.study, row.run
         more: dict[str, Any] = {"device": self.device or "auto", "tensorboard": "off"}
         if run.task is None:
             more["data"] = self.data
-        plain = study.config(run, lr, seed, steps=1, **more)
+        plain = study.config(run, setting, seed, steps=1, **more)
         if run.name in self.batches:
             plain = replace(plain, batch_size=self.batches[run.name])
         end = self.budget.part(part).end(row.model, plain.seq_len, plain.batch_size)
         size: dict[str, Any] = {"params": run.params or study.params, "dim": row.model.dim, "depth": row.model.depth}
         return replace(plain, **size, **end)
 
-    def job(self, row: Row, role: Role, lr: float, seed: int) -> TrainJob:
+    def job(self, row: Row, role: Role, setting: Setting, seed: int) -> TrainJob:
         """One training."""
         assert row.model is not None
         part = self.study.sweep_part if role == "sweep" else 1.0
-        config = self.config(row, lr, seed, part)
+        config = self.config(row, setting, seed, part)
         fingerprint = self.fingerprint(row.run)
         digest = identity(config, row.model, fingerprint)
         budget = self.budget.part(part)
-        name = f"{slug(row.run.name)}-{budget.short}-lr{lr:g}-seed{seed}-{digest}"
+        name = f"{slug(row.run.name)}-{budget.short}-lr{setting.lr:g}-seed{seed}-{digest}"
         folder = self.folder.absolute() / ("sweep" if role == "sweep" else "runs") / name
         facts = {
             **self.facts,
@@ -192,7 +192,7 @@ class Plan:
             "settings": settings(config, row.model),
         }
         facts["seal"] = seal(facts)
-        return TrainJob(f"{row.run.name}, lr {lr:g}, seed {seed}", replace(config, out=folder), row.model, facts)
+        return TrainJob(f"{row.run.name}, {setting}, seed {seed}", replace(config, out=folder), row.model, facts)
 
     @functools.cached_property
     def facts(self) -> dict[str, Any]:
@@ -210,6 +210,7 @@ class Plan:
             "budget": dataclasses.asdict(self.budget),
             "seeds": list(study.seeds),
             "learning_rates": list(study.learning_rates),
+            "sweep": {name: list(values) for name, values in study.sweep.items()},
             "sweep_part": study.sweep_part,
             "planned": [row.run.name for row in self.rows],
             "planned_series": list(dict.fromkeys(row.run.series or row.run.model for row in self.rows)),
@@ -217,19 +218,19 @@ class Plan:
         }
 
     def sweep_jobs(self) -> list[TrainJob]:
-        """Those that choose the learning rates; none where there is no choice."""
-        rates = self.study.learning_rates
-        if len(rates) == 1:
+        """Those that choose the settings; none where there is no choice."""
+        settings = self.study.settings
+        if len(settings) == 1:
             return []
-        return [self.job(row, "sweep", rate, SWEEP_SEED) for row in self.accepted for rate in rates]
+        return [self.job(row, "sweep", setting, SWEEP_SEED) for row in self.accepted for setting in settings]
 
-    def final_jobs(self, rates: Mapping[str, float]) -> list[TrainJob]:
-        """Those that are compared, of the runs whose rate is known; seed by seed, so that all models get on alike."""
+    def final_jobs(self, chosen: Mapping[str, Setting]) -> list[TrainJob]:
+        """Those that are compared, whose setting is known; seed by seed, so that all models get on alike."""
         return [
-            self.job(row, "final", rates[row.run.name], seed)
+            self.job(row, "final", chosen[row.run.name], seed)
             for seed in self.study.seeds
             for row in self.accepted
-            if row.run.name in rates
+            if row.run.name in chosen
         ]
 
 

@@ -107,7 +107,7 @@ class Record:
 
     @property
     def is_sweep(self) -> bool:
-        """Whether it only chose a learning rate."""
+        """Whether it only tried a setting."""
         return self.facts.get("role") == "sweep"
 
     @property
@@ -119,6 +119,11 @@ class Record:
     def lr(self) -> float:
         """Its peak learning rate."""
         return math.nan if self.config is None else self.config.lr
+
+    @property
+    def swept(self) -> dict[str, Any]:
+        """The options that the sweep chose beside the learning rate, or tried, with this run's values."""
+        return {name: getattr(self.config, name, None) for name in self.facts.get("sweep", {})}
 
     @property
     def nats(self) -> float:

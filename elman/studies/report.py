@@ -7,7 +7,7 @@ compared are listed with the reason, and so is what was planned and is not there
 from __future__ import annotations
 
 import base64
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -16,6 +16,7 @@ import jinja2
 
 import elman
 from elman.errors import UsageError
+from elman.options import flag
 from elman.studies import figures
 from elman.studies.analysis import (
     Comparison,
@@ -205,8 +206,8 @@ def _tell_missing(report: Report, facts: dict[str, Any], records: Sequence[Recor
                 report.left_out.append((str(label), f"planned{behind}, and not there: seed {seeds}"))
 
 
-_RESULTS = ["run", "width × depth", "parameters", "batch", "lr", "seeds", "last 100, nats/token",
-            "held out, nats/byte", "bits/byte", "behind the best", "p"]  # fmt: skip
+_SIZES = ["run", "width × depth", "parameters", "batch", "lr"]
+_LOSSES = ["seeds", "last 100, nats/token", "held out, nats/byte", "bits/byte", "behind the best", "p"]
 _COSTS = ["run", "steps", "tokens", "training FLOPs", "trained, s", "start-up, s", "tokens/s", "MFU", "peak memory",
           "state"]  # fmt: skip
 
@@ -214,7 +215,7 @@ _COSTS = ["run", "steps", "tokens", "training FLOPs", "trained, s", "start-up, s
 def _section(comparison: Comparison, number: int, styles: figures.Styles, several: bool) -> Section:
     ranked = comparison.ranked
     from_best = {d.worse.label: d for d in comparison.differences() if d.better is ranked[0]}
-    results = Table(_RESULTS, [_result(group, from_best.get(group.label)) for group in ranked])
+    results = _results(ranked, from_best)
     costs = Table(_COSTS, [_cost(group) for group in ranked])
     title = f"At {comparison.budget} a run"
     if comparison.target is not None:
@@ -350,7 +351,18 @@ def _grid_table(grid: Grid, place: Place) -> Table:
     return Table(["", *grid.tasks], [*rows, ["chance", *chances]], f"{caption}, per cent: mean ± spread over seeds.")
 
 
-def _result(group: Group, behind: Difference | None) -> list[str]:
+def _results(ranked: Sequence[Group], from_best: Mapping[str, Difference]) -> Table:
+    swept = _swept([record for group in ranked for record in group.records])
+    rows = [_result(group, swept, from_best.get(group.label)) for group in ranked]
+    return Table([*_SIZES, *map(flag, swept), *_LOSSES], rows)
+
+
+def _swept(records: Sequence[Record]) -> list[str]:
+    """The options that a sweep chose beside the learning rate."""
+    return list(dict.fromkeys(name for record in records for name in record.swept))
+
+
+def _result(group: Group, swept: Sequence[str], behind: Difference | None) -> list[str]:
     first = group.records[0]
     spread = group.spread
     assert first.model is not None
@@ -360,6 +372,7 @@ def _result(group: Group, behind: Difference | None) -> list[str]:
         f"{first.summary['params']:,}",
         str(first.summary["batch_size"]),
         ", ".join(_rate(rate) for rate in sorted({record.lr for record in group.records})),
+        *(", ".join(dict.fromkeys(str(getattr(record.config, name)) for record in group.records)) for name in swept),
         str(len(group.records)),
         _mean(group, "last_100_loss", lambda value: f"{value:.4f}"),
         f"{group.mean:.4f}" + ("" if spread is None else f" ± {spread:.4f}"),
@@ -420,20 +433,22 @@ def _tell_axis(report: Report, axis: str, comparisons: Sequence[Comparison]) -> 
 def _tell_sweep(report: Report, sweep: Sequence[Record], finals: Sequence[Record]) -> None:
     if not sweep:
         return
-    chosen: dict[str, set[float]] = {}
-    for record in finals:
-        chosen.setdefault(record.run, set()).add(record.lr)
-    columns = ["run", "learning rate", "budget", "last 100, nats/token", "steps skipped", ""]
+    swept = _swept(sweep)
+
+    def setting(record: Record) -> tuple[str, ...]:
+        return (_rate(record.lr), *(str(getattr(record.config, name, "")) for name in swept))
+
+    chosen = {(record.run, setting(record)) for record in finals}
+    columns = ["run", "learning rate", *map(flag, swept), "budget", "last 100, nats/token", "steps skipped", ""]
     report.sweep = Table(columns, [])
-    for record in sorted(sweep, key=lambda record: (record.label, record.budget, record.lr)):
-        if record.problems:
-            continue
+    whole = [record for record in sweep if not record.problems]
+    for record in sorted(whole, key=lambda record: (record.label, record.budget, setting(record)[1:], record.lr)):
         budget = Budget(record.budget[0], record.budget[1]).part(record.facts["sweep_part"])  # type: ignore[arg-type]
-        used = "chosen" if record.lr in chosen.get(record.run, ()) else ""
+        used = "chosen" if (record.run, setting(record)) in chosen else ""
         loss, skipped = f"{record.last_100:.4f}", str(record.summary.get("skipped_steps", 0))
-        report.sweep.rows.append([record.label, _rate(record.lr), str(budget), loss, skipped, used])
+        report.sweep.rows.append([record.label, *setting(record), str(budget), loss, skipped, used])
     report.sweep_remarks = sweep_remarks(sweep, finals)
-    report.sweep_remarks += uneven_speeds([record for record in sweep if not record.problems])
+    report.sweep_remarks += uneven_speeds(whole)
 
 
 def _tell_environment(report: Report, records: Sequence[Record]) -> None:

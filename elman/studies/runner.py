@@ -1,4 +1,4 @@
-"""Runs a plan: finds batches where memory is held equal, chooses learning rates, then trains what is compared.
+"""Runs a plan: finds batches where memory is held equal, chooses settings by a sweep, then trains what is compared.
 
 What it knows it reads from the run folders each time, so it can be stopped and called again at any point.
 """
@@ -22,7 +22,7 @@ from elman.studies.launch import Launcher
 from elman.studies.memory import ProbeJob, most_memory
 from elman.studies.plan import Plan, Row, job_state
 from elman.studies.records import Record, read_run
-from elman.studies.study import slug
+from elman.studies.study import Setting, slug
 from elman.training.display import say
 from elman.training.run import RunFolder
 from elman.units import format_bytes, format_count, format_duration
@@ -58,12 +58,12 @@ def run_plan(plan: Plan, launcher: Launcher, console: Console, keep: Keep = "fin
     tally.complaints += [f"{row.run.name} is refused: {row.refused}" for row in plan.rows if row.refused is not None]
     if plan.study.memory is not None:
         plan = find_batches(plan, launcher, console, tally)
-    _train(plan.sweep_jobs(), launcher, console, tally, "learning rates", keep == "all")
-    rates = chosen_rates(plan)
+    _train(plan.sweep_jobs(), launcher, console, tally, "sweep", keep == "all")
+    chosen = chosen_settings(plan)
     for row in plan.accepted:
-        if row.run.name not in rates:
+        if row.run.name not in chosen:
             tally.complaints.append(f"{row.run.name} has no learning rate: no run of its sweep reached its end")
-    _train(plan.final_jobs(rates), launcher, console, tally, "runs", keep != "none")
+    _train(plan.final_jobs(chosen), launcher, console, tally, "runs", keep != "none")
     say(console, f"{tally.finished} finished, {tally.done_before} were done before")
     for complaint in tally.complaints:
         say(console, complaint)
@@ -89,7 +89,7 @@ def probe(plan: Plan, row: Row) -> ProbeJob:
     """The job that finds a run's batch."""
     assert row.model is not None
     assert plan.study.memory is not None
-    job = plan.job(row, "final", plan.study.learning_rates[0], plan.study.seeds[0])
+    job = plan.job(row, "final", plan.study.settings[0], plan.study.seeds[0])
     name = f"batch-{job.name}-{plan.study.memory / 2**20:.0f}mib"
     config = replace(job.config, out=None)
     return ProbeJob(
@@ -97,30 +97,32 @@ def probe(plan: Plan, row: Row) -> ProbeJob:
     )
 
 
-def chosen_rates(plan: Plan) -> dict[str, float]:
-    """Each run's learning rate, where it is chosen: that of the sweep's lowest last 100 losses without a bad step.
+def chosen_settings(plan: Plan) -> dict[str, Setting]:
+    """Each run's setting, where it is chosen: that of the sweep's lowest last 100 losses without a bad step.
 
     The held-out text has no part in the choice.
     """
-    only = plan.study.learning_rates[0]
-    if len(plan.study.learning_rates) == 1:
+    only = plan.study.settings[0]
+    if len(plan.study.settings) == 1:
         return {row.run.name: only for row in plan.accepted}
     records: dict[str, list[Record]] = {}
     for job in plan.sweep_jobs():
         records.setdefault(job.facts["run"], []).append(read_run(job.folder))
-    rates = {}
+    chosen = {}
     for name, tried in records.items():
         good = [record for record in tried if not record.problems and math.isfinite(record.last_100)]
         if any(_may_go_on(record) for record in tried) or not good:
             continue
-        # Where every rate had a step that was skipped, the best of them is better than none.
+        # Where every run had a step that was skipped, the best of them is better than none.
         clean = [record for record in good if not record.summary.get("skipped_steps")] or good
-        rates[name] = min(clean, key=lambda record: record.last_100).lr
-    return rates
+        best = min(clean, key=lambda record: record.last_100)
+        assert best.config is not None
+        chosen[name] = plan.study.setting_of(best.config)
+    return chosen
 
 
 def _may_go_on(record: Record) -> bool:
-    """Whether a run of a sweep was not begun, or merely cut, so that its rate cannot be judged yet.
+    """Whether a run of a sweep was not begun, or merely cut, so that its setting cannot be judged yet.
 
     One that failed, its loss being no number, has been judged: its last step was skipped.
     """
@@ -213,17 +215,16 @@ def show_plan(plan: Plan, launcher_jobs: int, device_type: str, console: Console
     table.add_column("run", min_width=min(16, max(len(row.run.name) for row in plan.rows)))
     for column in ("model", "batch", "each", "memory", "done"):
         table.add_column(column, justify="right", no_wrap=column in ("model", "done"))
-    rates = chosen_rates(plan)
-    finals = plan.final_jobs(rates)
+    finals = plan.final_jobs(chosen_settings(plan))
     total = 0.0
     for row in plan.rows:
         if row.model is None:
             continue
-        config = plan.config(row, study.learning_rates[0], study.seeds[0])
+        config = plan.config(row, study.settings[0], study.seeds[0])
         params, target = num_params(row.model), study.target(row.run)
         measured = _measured(plan, row)
         seconds = _seconds(plan, row, device_type, measured)
-        sweeps = len(study.learning_rates) if len(study.learning_rates) > 1 else 0
+        sweeps = len(study.settings) if len(study.settings) > 1 else 0
         total += seconds * (len(study.seeds) + study.sweep_part * sweeps)
         total += _ASSUMED_START[device_type] * (len(study.seeds) + sweeps)
         if study.memory is not None and row.run.name not in plan.batches:
@@ -270,9 +271,8 @@ def _show_task_plan(plan: Plan, launcher_jobs: int, device_type: str, console: C
     table = Table(title=f"{study.name}: {plan.budget} a run", title_justify="left")
     for column in ("model", "widths × depth", "parameters", "tasks", "a run", "runs done"):
         table.add_column(column, justify="left" if column == "model" else "right")
-    rates = chosen_rates(plan)
     sweeps = plan.sweep_jobs()
-    finals = plan.final_jobs(rates) if rates else []
+    finals = plan.final_jobs(chosen_settings(plan))
     places = {row.run.name: row for row in plan.accepted}
     seconds = {name: _task_seconds(plan, row, device_type) for name, row in places.items()}
     left = sum(study.sweep_part * seconds[job.facts["run"]] for job in sweeps if job_state(job)[0] != "done")
@@ -323,7 +323,7 @@ def _task_seconds(plan: Plan, row: Row, device_type: str) -> float:
         spent = float(measured.summary["train_seconds"]) + measured.start_up_seconds
         return spent + _ASSUMED_TASK_START[device_type]
     assert row.model is not None
-    config = plan.config(row, plan.study.learning_rates[0], plan.study.seeds[0])
+    config = plan.config(row, plan.study.settings[0], plan.study.seeds[0])
     if config.steps is None:
         return plan.budget.amount + _ASSUMED_TASK_START[device_type]
     # Small models are bound by the number of steps in sequence, not by FLOPs.
@@ -358,7 +358,7 @@ def _seconds(plan: Plan, row: Row, device_type: str, measured: Record | None) ->
     if plan.budget.kind == "time":
         return plan.budget.amount
     assert row.model is not None
-    config = plan.config(row, plan.study.learning_rates[0], plan.study.seeds[0])
+    config = plan.config(row, plan.study.settings[0], plan.study.seeds[0])
     assert config.steps is not None
     tokens = config.steps * config.batch_size * config.seq_len
     if measured is not None:

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import functools
+import itertools
 import math
 import re
 from collections.abc import Iterable, Mapping
@@ -38,6 +40,9 @@ _VARIABLE = _SHARED | {"params", "task"}
 
 #: Those of them that are told as they are.
 _TRAINING = ("weight_init", "optimizer", "schedule", "warmup", "weight_decay", "grad_clip", "precision", "sampling")
+
+#: Those that a sweep may choose beside the learning rate: such as leave all alike what is learned from and judged by.
+_SWEPT = frozenset(("weight_init", "optimizer", "schedule", "warmup", "weight_decay", "grad_clip"))
 
 #: The seed of every sweep: the same whatever seeds a study has, which may be more another day, and none of theirs.
 SWEEP_SEED = 1000
@@ -114,6 +119,17 @@ class Run:
 
 
 @dataclass(frozen=True)
+class Setting:
+    """What a sweep tries, and chooses for each run: a learning rate, and the options that it sweeps beside it."""
+
+    lr: float
+    options: tuple[tuple[str, Any], ...] = ()
+
+    def __str__(self) -> str:
+        return ", ".join((f"lr {self.lr:g}", *(f"{name} {value}" for name, value in self.options)))
+
+
+@dataclass(frozen=True)
 class Budget:
     """Where every run of a comparison ends: at equal training time (s), tokens, or training FLOPs."""
 
@@ -166,6 +182,8 @@ class Study:
         budget: which of these, where the command line names none.
         seeds: each run is trained once with each of them.
         learning_rates: each run's is chosen among these by the sweep; where there is one, there is no sweep.
+        sweep: options of ``elman train`` that the sweep chooses for each run beside its rate, and the values that it
+            tries, such as ``{"warmup": (0.05, 0.2)}``: every value with every rate, so so many times the runs.
         sweep_part: the part of the budget that a run of the sweep has. A shorter run is best at a higher rate than a
             whole one, so less than all of it saves time and misleads.
         train: options of ``elman train`` for all runs.
@@ -186,6 +204,7 @@ class Study:
     budget: BudgetKind = "time"
     seeds: tuple[int, ...] = (0, 1, 2)
     learning_rates: tuple[float, ...] = (3e-4, 1e-3, 3e-3)
+    sweep: Mapping[str, tuple[Any, ...]] = field(default_factory=dict)
     sweep_part: float = 1.0
     train: Mapping[str, Any] = field(default_factory=dict)
     varies: tuple[str, ...] = ()
@@ -219,6 +238,16 @@ class Study:
         for option in self.train:
             if option not in shared:
                 raise self._wrong(_unknown("option of train,", option, shared))
+        for option, values in self.sweep.items():
+            if option not in _SWEPT:
+                raise self._wrong(_unknown("option to sweep,", option, _SWEPT))
+            if option in self.varies:
+                raise self._wrong(
+                    f"it is about {option}, so its sweep cannot choose it: leave it out of sweep or varies"
+                )
+            _check_distinct(self, option, values)
+            if not values:
+                raise self._wrong(f"its sweep has no {option} to choose: give at least one value")
         for option in self.varies:
             if option not in _VARIABLE:
                 raise self._wrong(_unknown("option among varies,", option, _VARIABLE))
@@ -227,8 +256,9 @@ class Study:
         for run in self.runs:
             self._check_run(run)
         _ = self.budget_of(self.budget)
-        # For its errors alone: a wrong value among the shared options.
-        self.config(self.runs[0], self.learning_rates[0], self.seeds[0], steps=1)
+        for setting in self.settings:
+            # For its errors alone: a wrong value among the shared options, or among those that are swept.
+            self.config(self.runs[0], setting, self.seeds[0], steps=1)
 
     def _check_run(self, run: Run) -> None:
         for option in run.train:
@@ -275,9 +305,24 @@ class Study:
         """The options of ``elman train`` that the study and the run give."""
         return {**self.train, **run.train}
 
-    def config(self, run: Run, lr: float, seed: int, **more: Any) -> RunConfig:
+    @functools.cached_property
+    def settings(self) -> list[Setting]:
+        """What the sweep tries of every run; where it is one, there is no sweep."""
+        names = list(self.sweep)
+        return [
+            Setting(lr, tuple(zip(names, values, strict=True)))
+            for values in itertools.product(*self.sweep.values())
+            for lr in self.learning_rates
+        ]
+
+    def setting_of(self, config: RunConfig) -> Setting:
+        """That of a run."""
+        return Setting(config.lr, tuple((name, getattr(config, name)) for name in self.sweep))
+
+    def config(self, run: Run, setting: Setting, seed: int, **more: Any) -> RunConfig:
         """A run's options, but for its size, which ``model`` tells."""
-        options = {"model": run.model, "lr": lr, "seed": seed, "eval_every": 0, **self.options(run), **more}
+        options = {"model": run.model, "lr": setting.lr, "seed": seed, "eval_every": 0, **self.options(run)}
+        options |= {**dict(setting.options), **more}
         return TrainConfig(**options) if run.task is None else TaskConfig(task=run.task, **options)
 
     def budget_of(self, kind: BudgetKind) -> Budget:
@@ -298,7 +343,7 @@ class Study:
 
     def held_equal(self, budget: Budget) -> list[str]:
         """What all its runs have in common, in words."""
-        same = self.config(self.runs[0], self.learning_rates[0], self.seeds[0], steps=1)
+        same = self.config(self.runs[0], self.settings[0], self.seeds[0], steps=1)
         lines = [f"budget: {budget} (compiling, evaluation and saving do not count)"]
         if "params" not in self.varies and self.params is not None:
             lines.append(f"parameters: counted, within {TOLERANCE:.0%} of {self.params}")
@@ -317,14 +362,17 @@ class Study:
         if isinstance(same, TaskConfig):
             lengths = ", ".join(map(str, same.lengths))
             lines.append(f"judged by: the same {same.eval_examples} examples of each length, {lengths}")
-        training = {name: getattr(same, name) for name in _TRAINING if name not in self.varies and hasattr(same, name)}
+        own = {*self.varies, *self.sweep}
+        training = {name: getattr(same, name) for name in _TRAINING if name not in own and hasattr(same, name)}
         lines.append("training: " + ", ".join(f"{flag(name)} {value}" for name, value in training.items()))
         rates = ", ".join(f"{rate:g}" for rate in self.learning_rates)
-        if len(self.learning_rates) > 1:
+        if len(self.settings) > 1:
             budget_part = "the whole budget" if self.sweep_part == 1 else f"{self.sweep_part:.0%} of the budget"
+            swept = {"learning rate": rates}
+            swept |= {flag(name): ", ".join(map(str, values)) for name, values in self.sweep.items()}
             lines.append(
-                f"learning rate: each run's own, the best of {rates} by the last 100 training losses of a run of "
-                f"{budget_part} with a seed of its own"
+                f"{' and '.join(swept)}: each run's own, the best of {', each with '.join(swept.values())} by the last "
+                f"100 training losses of a run of {budget_part} with a seed of its own"
             )
         else:
             lines.append(f"learning rate: {rates}")

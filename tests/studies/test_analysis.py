@@ -180,6 +180,18 @@ def test_a_warm_up_that_is_a_part_of_the_run_is_not_long(tmp_path: Path) -> None
     assert "for long beside the steps of b (40% of its steps)," in verdict_of(tmp_path)
 
 
+def test_a_warm_up_that_the_sweep_chose_is_remarked_only_at_its_end(tmp_path: Path) -> None:
+    def read(name: str, warmup: float, **more: Any) -> Record:
+        facts = {"sweep": {"warmup": [0.1, 0.4, 0.6]}, **more}
+        return read_run(make_run(tmp_path / name, "a", train={"warmup": warmup}, **facts).path)
+
+    sweep = [read(str(warmup), warmup, role="sweep") for warmup in (0.1, 0.4, 0.6)]
+    assert sweep_remarks(sweep, [read("runs/inside", 0.4)]) == []
+    (line,) = sweep_remarks(sweep, [read("edge", 0.6)])
+    assert line == "a: --warmup 0.6 is the highest that was tried; one beyond it may be better."
+    assert "for long beside the steps" not in verdict_of(tmp_path)
+
+
 def test_a_sweep_that_was_mostly_warm_up_is_remarked(tmp_path: Path) -> None:
     chosen = read_run(make_run(tmp_path / "final", "a", lr=3e-3).path)
     for warmup, told in ((100, False), (101, True), (500, True)):

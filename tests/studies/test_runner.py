@@ -29,8 +29,9 @@ from elman.studies.launch import Done, Job, Launcher, LocalLauncher, SubmititLau
 from elman.studies.memory import largest_batch, measured_memory, most_memory
 from elman.studies.plan import Plan, identity, job_state, slow_path
 from elman.studies.records import read_run
-from elman.studies.runner import chosen_rates, run_plan, show_plan
-from elman.studies.study import SWEEP_SEED, Budget, Run, Scale, Study
+from elman.studies.report import make_report
+from elman.studies.runner import chosen_settings, run_plan, show_plan
+from elman.studies.study import SWEEP_SEED, Budget, Run, Scale, Setting, Study
 from elman.training.config import TrainConfig
 from elman.training.run import RunFolder
 from tests.studies.echo import Echo
@@ -83,7 +84,7 @@ def test_a_study_is_swept_run_skipped_and_reported(tmp_path: Path, text: Path) -
     code, said = run(plan(tmp_path, text), launcher)
     assert code == 0, said
     assert len(launcher.ran) == 8
-    rates = chosen_rates(plan(tmp_path, text))
+    chosen = chosen_settings(plan(tmp_path, text))
     for path in (tmp_path / "toy" / "sweep").iterdir():
         record = read_run(path)
         assert record.problems == []
@@ -92,7 +93,7 @@ def test_a_study_is_swept_run_skipped_and_reported(tmp_path: Path, text: Path) -
         assert record.summary["steps"] == 2
         better = [read_run(other) for other in path.parent.iterdir()]
         best = min((r for r in better if r.label == record.label), key=lambda r: r.last_100)
-        assert rates[record.label] == best.lr
+        assert chosen[record.label] == Setting(best.lr)
     finals = [read_run(path) for path in (tmp_path / "toy" / "runs").iterdir()]
     assert sorted((r.label, r.seed, r.summary["steps"]) for r in finals) == [
         ("E1", 0, 8), ("E1", 1, 8), ("soft sign", 0, 8), ("soft sign", 1, 8),
@@ -110,7 +111,7 @@ def test_a_study_is_swept_run_skipped_and_reported(tmp_path: Path, text: Path) -
 
 def test_a_run_that_was_cut_goes_on_and_one_that_was_edited_is_left_alone(tmp_path: Path, text: Path) -> None:
     made = plan(tmp_path, text, study(learning_rates=(1e-3,), seeds=(0,)))
-    jobs = made.final_jobs({"E1": 1e-3, "soft sign": 1e-3})
+    jobs = made.final_jobs({"E1": Setting(1e-3), "soft sign": Setting(1e-3)})
     assert run(made)[0] == 0
     losses = {row["step"]: row["loss"] for row in RunFolder(jobs[0].folder).read_metrics() if "loss" in row}
     # As a kill leaves it: no summary, and its checkpoint older than its last metrics.
@@ -142,7 +143,7 @@ def test_a_run_that_was_cut_goes_on_and_one_that_was_edited_is_left_alone(tmp_pa
 )
 def test_damaged_folders_are_never_written_to(spoil: Any, state: str, tmp_path: Path, text: Path) -> None:
     made = plan(tmp_path, text, study(learning_rates=(1e-3,), seeds=(0,), runs=RUNS[:1]), tokens=64)
-    (job,) = made.final_jobs({"E1": 1e-3})
+    (job,) = made.final_jobs({"E1": Setting(1e-3)})
     assert job_state(job) == ("new", "")
     assert job() == 0
     spoil(job.folder)
@@ -156,7 +157,7 @@ def test_damaged_folders_are_never_written_to(spoil: Any, state: str, tmp_path: 
 
 def test_a_run_that_another_process_writes_is_left_to_it(tmp_path: Path, text: Path) -> None:
     made = plan(tmp_path, text, study(learning_rates=(1e-3,), seeds=(0,), runs=RUNS[:1]), tokens=64)
-    (job,) = made.final_jobs({"E1": 1e-3})
+    (job,) = made.final_jobs({"E1": Setting(1e-3)})
     assert job() == 0
     (job.folder / "summary.json").unlink()
     with RunFolder(job.folder).lock():
@@ -211,23 +212,50 @@ def test_a_run_is_known_by_what_it_computes(text: Path) -> None:
 
 def test_what_a_rate_is_chosen_by(tmp_path: Path, text: Path) -> None:
     made = plan(tmp_path, text, study(seeds=(0,), runs=RUNS[:1]), tokens=256)
-    assert chosen_rates(made) == {}
+    assert chosen_settings(made) == {}
     first, second = made.sweep_jobs()
     assert first() == 0
-    assert chosen_rates(made) == {}  # the other may be better
+    assert chosen_settings(made) == {}  # the other may be better
     assert second() == 0
     best = min((first, second), key=lambda job: read_run(job.folder).last_100)
-    assert chosen_rates(made) == {"E1": best.config.lr}
+    assert chosen_settings(made) == {"E1": Setting(best.config.lr)}
     # One whose steps had to be skipped is taken only where all had.
     summary = RunFolder(best.folder).read_json("summary.json")
     RunFolder(best.folder).write_json("summary.json", {**summary, "skipped_steps": 3})
     (other,) = {first.config.lr, second.config.lr} - {best.config.lr}
-    assert chosen_rates(made) == {"E1": other}
+    assert chosen_settings(made) == {"E1": Setting(other)}
     # One that ended in steps without a number has been judged; one that was cut has not.
     (best.folder / "summary.json").unlink()
-    assert chosen_rates(made) == {}
+    assert chosen_settings(made) == {}
     RunFolder(best.folder).append_metrics([{"step": 5, "seconds": 1.0, "lr": 1.0, "skipped": 10}])
-    assert chosen_rates(made) == {"E1": other}
+    assert chosen_settings(made) == {"E1": Setting(other)}
+
+
+def test_what_a_sweep_chooses_beside_the_rate_is_what_is_run_and_told(tmp_path: Path, text: Path) -> None:
+    made = plan(tmp_path, text, study(seeds=(0,), sweep={"warmup": (1, 0.5), "weight_init": ("normal", "zero_out")}))
+    code, said = run(made)
+    assert code == 0, said
+    assert "18 finished" in said
+    assert len({job.folder for job in made.sweep_jobs()}) == 16
+    chosen = chosen_settings(made)
+    for path in (tmp_path / "toy" / "runs").iterdir():
+        config = read_run(path).config
+        assert config is not None
+        assert made.study.setting_of(config) == chosen[read_run(path).label]
+        name = path.name.partition("-tokens")[0]
+        tried = [read_run(other) for other in (tmp_path / "toy" / "sweep").glob(f"{name}-*")]
+        assert len(tried) == 8
+        best = min(tried, key=lambda record: record.last_100).config
+        assert best is not None
+        assert (config.lr, config.warmup, config.weight_init) == (best.lr, best.warmup, best.weight_init)
+    report = make_report([tmp_path / "toy"])
+    assert report.sections[0].tables[0].columns[4:7] == ["lr", "--warmup", "--weight-init"]
+    assert report.sweep is not None
+    assert report.sweep.columns[1:4] == ["learning rate", "--warmup", "--weight-init"]
+    told = {(row[0], *row[1:4]) for row in report.sweep.rows if row[-1] == "chosen"}
+    assert told == {
+        (label, f"{setting.lr:g}", *(str(value) for _, value in setting.options)) for label, setting in chosen.items()
+    }
 
 
 def test_memory_is_told_and_batches_are_found(tmp_path: Path, text: Path) -> None:
@@ -419,7 +447,7 @@ def test_compiled_runs_of_one_process_are_as_runs_of_their_own(tmp_path: Path, t
             process = launcher.slots[0].process
             pids.add(None if process is None else process.pid)
 
-        launcher.run(replace(made, device="cuda").final_jobs({run.name: 1e-3 for run in runs}), done)
+        launcher.run(replace(made, device="cuda").final_jobs({run.name: Setting(1e-3) for run in runs}), done)
         # Where a process is kept, it was found clean after each, and so is the same one.
         assert len(pids) == 1
         assert (pids != {None}) is keep
@@ -468,7 +496,7 @@ def test_jobs_are_given_to_slurm_as_asked(tmp_path: Path, monkeypatch: pytest.Mo
 
 def test_a_job_that_a_cluster_takes_back_is_queued_again(tmp_path: Path, text: Path) -> None:
     made = plan(tmp_path, text, study(learning_rates=(1e-3,), seeds=(0,), runs=RUNS[:1]), tokens=128)
-    (job,) = made.final_jobs({"E1": 1e-3})
+    (job,) = made.final_jobs({"E1": Setting(1e-3)})
     again = job.checkpoint()
     assert isinstance(again.function, TrainJob)
     assert again.function == job

@@ -75,6 +75,16 @@ MISTAKES: dict[str, tuple[dict[str, Any], str]] = {
     "a rate twice": ({"learning_rates": (1e-3, 1e-3)}, "two of its learning rates are 0.001"),
     "no rates": ({"learning_rates": ()}, "at least one of"),
     "a long sweep": ({"sweep_part": 2.0}, "sweep_part 2.0 is out of range"),
+    "an unknown option to sweep": ({"sweep": {"warmpu": (1, 2)}}, "'warmpu', that is unknown: .* warmup"),
+    "an option that no sweep may choose": ({"sweep": {"batch_size": (1, 2)}}, "option to sweep, 'batch_size'"),
+    "a wrong option to sweep": ({"sweep": {"warmup": (1, -1)}}, "--warmup -1 is out of range"),
+    "a word to sweep": ({"sweep": {"warmup": (1, "long")}}, "--warmup 'long' is no number"),
+    "a value to sweep twice": ({"sweep": {"warmup": (1, 1)}}, "two of its warmups are 1"),
+    "nothing to sweep": ({"sweep": {"warmup": ()}}, "its sweep has no warmup to choose"),
+    "a sweep of what it is about": (
+        {"sweep": {"warmup": (1, 2)}, "varies": ("warmup",)},
+        "it is about warmup, so its sweep",
+    ),
     "memory of equal batches": ({"memory": 2**30}, "give batch_size among varies"),
     "a budget that it lacks": ({"budget": "flops"}, "declares no equal flops: say how much, such as --flops 1e17"),
     "a wrong time": ({"time_limit": "soon"}, "'soon' is no duration"),
@@ -90,6 +100,22 @@ def test_a_mistake_in_a_study_is_named(name: str) -> None:
 
     with pytest.raises(UsageError, match=message):
         make()
+
+
+def test_a_sweep_tries_every_value_with_every_rate() -> None:
+    made = toy(learning_rates=(1e-3, 2e-3), sweep={"warmup": (1, 2), "weight_init": ("normal", "fan_in")})
+    assert [str(setting) for setting in made.settings] == [
+        f"lr {lr:g}, warmup {warmup}, weight_init {init}"
+        for warmup in (1, 2)
+        for init in ("normal", "fan_in")
+        for lr in (1e-3, 2e-3)
+    ]
+    for setting in made.settings:
+        assert made.setting_of(made.config(made.runs[0], setting, 0, steps=1)) == setting
+    said = " | ".join(made.held_equal(Budget("time", 600)))
+    assert "learning rate and --warmup and --weight-init: each run's own" in said
+    assert "--warmup 1" not in said
+    assert [str(setting) for setting in toy(learning_rates=(1e-3,)).settings] == ["lr 0.001"]
 
 
 def test_what_is_held_equal_is_what_the_runs_are() -> None:
