@@ -1,23 +1,21 @@
 """Three optimisers, each offered to an Elman network, to Mamba2 and to a Transformer."""
 
-from typing import Any
-
 from elman.studies import Run, Scale, Study
 from elman.studies.defaults import defaults
 
 
 def study(scale: Scale) -> Study:
-    models: tuple[tuple[str, str, dict[str, Any], int], ...] = (
-        ("Matrix, half, and E1", "matrix,e1", {"matrix.expansion": 0.5}, scale(6, 2)),
-        ("Mamba2", "mamba2", {}, scale(12, 2)),
-        ("Transformer", "transformer", {}, scale(10, 2)),
+    models = (
+        ("elman", "elman", scale(6, 2)),
+        ("Mamba2", "mamba2", scale(12, 2)),
+        ("Transformer", "transformer", scale(10, 2)),
     )
     return Study(
         name="optimizers",
         question="Does another optimiser than AdamW learn more in the same time, and does it move the ranking?",
         runs=tuple(
-            Run(f"{name}, {told}", model, options, depth=depth, train={"optimizer": optimizer})
-            for name, model, options, depth in models
+            Run(f"{name}, {told}", model, depth=depth, train={"optimizer": optimizer})
+            for name, model, depth in models
             for told, optimizer in (("AdamW", "adamw"), ("schedule-free", "schedulefree"), ("Muon", "muon"))
         ),
         varies=("optimizer", "schedule"),
