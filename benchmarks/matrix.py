@@ -2,7 +2,7 @@
 
     python -m benchmarks.matrix [--commit HASH]
 
-Heads of K = V with N · V = 1,280 in all, bf16, T = 512, every run in a CUDA graph but those of rivals, whose own
+Heads of K × V with N · V = 1,280 in all, bf16, T = 512, every run in a CUDA graph but those of rivals, whose own
 launches are part of what they cost. The floor of a forward step is the largest of three: the bytes of its inputs and
 outputs at the memory's speed, four multiply-adds of every number of the state, and one tanh of each, at what a
 multiprocessor does of them a clock (128 and 16). Of both passes it counts what the kernels do: the states made again
@@ -15,7 +15,6 @@ which the identity cell computes too; and Mamba2's scan with as many heads, valu
 from __future__ import annotations
 
 import importlib.util
-import itertools
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -46,8 +45,8 @@ class Options:
 
     batch_sizes: tuple[int, ...] = (64, 256)
     """B."""
-    sizes: tuple[int, ...] = (32, 64)
-    """K = V."""
+    sizes: tuple[str, ...] = ("32x32", "64x64", "16x64")
+    """K x V, of which V divides 1,280."""
     seq_len: int = 512
     """T."""
     repeats: int = 10
@@ -72,7 +71,8 @@ class Row:
 
     what: str
     batch_size: int
-    size: int
+    keys: int
+    values: int
     forward: float | None = None
     both: float | None = None
     floor: float | None = None
@@ -82,17 +82,17 @@ class Row:
     @property
     def cells(self) -> list[str]:
         """Of the table."""
-        shape = f"{self.batch_size}, {_VALUES // self.size} × {self.size} × {self.size}"
+        shape = f"{self.batch_size}, {_VALUES // self.values} × {self.keys} × {self.values}"
         found = ["-" if x is None else f"{x:.2f}" for x in (self.forward, self.floor, self.both, self.floor_both)]
         return [shape, self.what, *found, self.note]
 
 
-def floors(batch: int, size: int, seq_len: int, cell: str) -> tuple[float, float]:
+def floors(batch: int, keys: int, values: int, seq_len: int, cell: str) -> tuple[float, float]:
     """µs of a forward step, and ms of both passes."""
     properties = torch.cuda.get_device_properties(0)
-    heads = _VALUES // size
-    numbers, clocks = batch * heads * size * size, properties.multi_processor_count * _CLOCK_MHZ
-    per_step = batch * heads * (4 * size * 2 + 8)  # q, k, v, y in bf16, decay and beta
+    heads = _VALUES // values
+    numbers, clocks = batch * _VALUES * keys, properties.multi_processor_count * _CLOCK_MHZ
+    per_step = batch * heads * (4 * (keys + values) + 8)  # q, k, v, y in bf16, decay and beta
     found = []
     for which, moved in (("forward", per_step), ("both", 3 * per_step)):
         functions = _FUNCTIONS[which] if cell == "tanh" else 0
@@ -105,13 +105,13 @@ def floors(batch: int, size: int, seq_len: int, cell: str) -> tuple[float, float
     return found[0], found[1] * seq_len / 1e3
 
 
-def inputs(batch: int, size: int, seq_len: int, of_rival: bool = False) -> list[Tensor]:
-    """q, k, v (T, B, N, K) in bf16, decay and beta (T, B, N) in float32; a rival's (B, T, …), and log decay."""
+def inputs(batch: int, keys: int, values: int, seq_len: int, of_rival: bool = False) -> list[Tensor]:
+    """q, k (T, B, N, K), v (T, B, N, V) bf16, decay, beta (T, B, N) float32; a rival's (B, T, …), and log decay."""
     torch.manual_seed(0)
-    shape = (seq_len, batch, _VALUES // size, size)
-    q, k, v = (torch.randn(shape, device="cuda") for _ in range(3))
+    shape = (seq_len, batch, _VALUES // values)
+    q, k, v = (torch.randn(*shape, size, device="cuda") for size in (keys, keys, values))
     q, k = F.normalize(q, dim=-1), F.normalize(k, dim=-1)
-    decay, beta = 1 - 0.1 * torch.rand(shape[:3], device="cuda"), torch.rand(shape[:3], device="cuda")
+    decay, beta = 1 - 0.1 * torch.rand(shape, device="cuda"), torch.rand(shape, device="cuda")
     given = [*(x.bfloat16() for x in (q, k, v)), decay, beta]
     if of_rival:
         given = [x.transpose(0, 1).contiguous() for x in (*given[:3], decay.log(), beta)]
@@ -133,7 +133,7 @@ def passes(run: Callable[..., Tensor], given: list[Tensor]) -> tuple[Run, Run]:
     return forward, both
 
 
-def rivals(size: int) -> dict[str, Callable[..., Tensor] | str]:
+def rivals(values: int) -> dict[str, Callable[..., Tensor] | str]:
     """By name; in words, why one cannot run. They take what ``inputs`` gives for a rival."""
     found: dict[str, Callable[..., Tensor] | str] = {}
     missing = "not installed"
@@ -157,7 +157,7 @@ def rivals(size: int) -> dict[str, Callable[..., Tensor] | str]:
             mamba_chunk_scan_combined,
         )
 
-        rates = -torch.ones(_VALUES // size, device="cuda")
+        rates = -torch.ones(_VALUES // values, device="cuda")
 
         def scan(q: Tensor, k: Tensor, v: Tensor, gate: Tensor, beta: Tensor) -> Tensor:
             y: Tensor = mamba_chunk_scan_combined(v, -gate, rates, k[:, :, :1], q[:, :, :1], chunk_size=256)
@@ -165,6 +165,13 @@ def rivals(size: int) -> dict[str, Callable[..., Tensor] | str]:
 
         found["Mamba2's scan"] = scan
     return found
+
+
+def _size(text: str) -> tuple[int, int]:
+    keys, _, values = text.partition("x")
+    if not (keys.isdigit() and values.isdigit() and int(values) and not _VALUES % int(values)):
+        raise SystemExit(f"--sizes {text}: give K x V as 32x32, V being a divisor of {_VALUES}")
+    return int(keys), int(values)
 
 
 def main(options: Options) -> list[Row]:
@@ -178,7 +185,7 @@ def main(options: Options) -> list[Row]:
 
     def measure(row: Row, run: Callable[..., Tensor], ours: bool) -> None:
         try:
-            both = passes(run, inputs(row.batch_size, row.size, options.seq_len, of_rival=not ours))
+            both = passes(run, inputs(row.batch_size, row.keys, row.values, options.seq_len, of_rival=not ours))
             run_forward, run_both = (in_graph(one) if ours else one for one in both)
             row.forward = 1e3 * median_ms(run_forward, options.repeats, flush) / options.seq_len
             row.both = median_ms(run_both, options.repeats, flush)
@@ -193,17 +200,17 @@ def main(options: Options) -> list[Row]:
         print(f"| {' | '.join(row.cells)} |", flush=True)
         write_json(name, {**facts, "rows": [asdict(row) for row in rows]}, RESULTS, options.out)
 
-    shapes = list(itertools.product(options.sizes, options.batch_sizes))
-    for size, batch in shapes:
+    shapes = [(batch, *_size(size)) for size in options.sizes for batch in options.batch_sizes]
+    for batch, keys, values in shapes:
         for cell in ("tanh", "identity"):
-            row = Row(f"elman, {cell}", batch, size)
-            row.floor, row.floor_both = floors(batch, size, options.seq_len, cell)
+            row = Row(f"elman, {cell}", batch, keys, values)
+            row.floor, row.floor_both = floors(batch, keys, values, options.seq_len, cell)
             measure(row, lambda *given, cell=cell: matrix_recurrence(*given, cell=cell)[0], ours=True)
             keep(row)
     # Rivals last: their kernels take minutes to compile.
-    for size, batch in shapes:
-        for what, rival in rivals(size).items():
-            row = Row(what, batch, size)
+    for batch, keys, values in shapes:
+        for what, rival in rivals(values).items():
+            row = Row(what, batch, keys, values)
             if isinstance(rival, str):
                 row.note = rival
             else:
