@@ -18,6 +18,7 @@ import importlib.util
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -49,6 +50,8 @@ class Options:
     """K x V, of which V divides 1,280."""
     seq_len: int = 512
     """T."""
+    rivals: Literal["on", "off"] = "on"
+    """Their kernels take minutes to compile."""
     repeats: int = 10
     """Runs of which the median is taken."""
     commit: str | None = None
@@ -207,8 +210,8 @@ def main(options: Options) -> list[Row]:
             row.floor, row.floor_both = floors(batch, keys, values, options.seq_len, cell)
             measure(row, lambda *given, cell=cell: matrix_recurrence(*given, cell=cell)[0], ours=True)
             keep(row)
-    # Rivals last: their kernels take minutes to compile.
-    for batch, keys, values in shapes:
+    # Rivals last.
+    for batch, keys, values in shapes if options.rivals == "on" else ():
         for what, rival in rivals(values).items():
             row = Row(what, batch, keys, values)
             if isinstance(rival, str):
