@@ -44,6 +44,7 @@ _REGISTRY = {
     "minlstm": "elman.mixers.min_rnn:MinLSTMConfig",
     "mamba2": "elman.mixers.mamba2:Mamba2Config",
     "transformer": "elman.mixers.transformer:TransformerConfig",
+    "mlp": "elman.mixers.mlp:MLPConfig",
 }
 
 

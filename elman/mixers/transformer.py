@@ -17,8 +17,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from elman.errors import UsageError
 from elman.mixers.base import Mixer, MixerConfig, State, round_width, split_heads
+from elman.mixers.mlp import HIDDEN, SwiGLU, check_hidden
 from elman.ops import note_backend
 from elman.ops.registration import register_opaque
 from elman.options import check_at_least
@@ -35,14 +35,13 @@ class TransformerConfig(MixerConfig):
 
     head_dim: int = 64
     """Width of a head, about: the heads share the model width evenly."""
-    mlp: float = 8 / 3
+    mlp: float = HIDDEN
     """Hidden width of the SwiGLU network as a multiple of the model width."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
         check_at_least(self, head_dim=8)
-        if not 0 < self.mlp <= 64:
-            raise UsageError(f"--mlp {self.mlp} is out of range: give a number above 0 and up to 64")
+        check_hidden("--mlp", self.mlp)
 
     def heads(self, dim: int) -> tuple[int, int]:
         """How many heads, and how wide each."""
@@ -165,21 +164,6 @@ def _attend_in_place(qk: Tensor, v: Tensor, cache: KeyValueCache, reset: Tensor 
         scores = (q * q.shape[-1] ** -0.5) @ keys.mT
         y = scores.masked_fill(hidden, -math.inf).softmax(-1, dtype=_at_least_float32(q.dtype)).to(v.dtype) @ values
     return y, cache._replace(start=starts[-1], length=cache.length + len(places))
-
-
-class SwiGLU(Mixer):
-    """The position-wise half of the layer; its state is empty."""
-
-    outputs = frozenset({"down_proj"})
-
-    def __init__(self, dim: int, size: int) -> None:
-        super().__init__()
-        self.gate_proj = nn.Linear(dim, size, bias=False)
-        self.up_proj = nn.Linear(dim, size, bias=False)
-        self.down_proj = nn.Linear(size, dim, bias=False)
-
-    def forward(self, x: Tensor, state: State, reset: Tensor | None) -> tuple[Tensor, State]:
-        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x)), ()
 
 
 def _at_least_float32(dtype: torch.dtype) -> torch.dtype:

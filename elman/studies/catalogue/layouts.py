@@ -1,4 +1,4 @@
-"""A matrix state beside E1 or E10: in which order, how many layers, and how large a state?"""
+"""A matrix state beside E1, E10 or no state: in which order, how many layers, and how large a state?"""
 
 from elman.studies import Run, Scale, Study
 from elman.studies.defaults import defaults
@@ -23,10 +23,15 @@ def study(scale: Scale) -> Study:
             Run("matrix,e1, convolved", "matrix,e1", {"matrix.conv": 4}, depth=depth),
             Run("matrix,e15, convolved", "matrix,e15", {"matrix.conv": 4}, depth=depth),
             Run("matrix,e1, both convolved", "matrix,e1", {"matrix.conv": 4, "e1.conv": 4}, depth=depth),
+            Run("matrix,mlp, convolved", "matrix,mlp", {"matrix.conv": 4, "mlp.hidden": 5 / 3}, depth=depth),
+            Run("E10,mlp", "e10,mlp", {"mlp.hidden": 5 / 3}, depth=depth),
             Run("matrix", "matrix", depth=depth),
             Run("E1", "e1", depth=depth),
             Run("E10", "e10", depth=depth),
         ),
-        notes=("--expansion of the layers with a matrix state is 1 where nothing is said of it.",),
+        notes=(
+            "--expansion of the layers with a matrix state is 1 where nothing is said of it.",
+            "A layer of mlp has no state, and as many weights as one of E1.",
+        ),
         **defaults(scale),
     )
