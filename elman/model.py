@@ -20,6 +20,10 @@ from elman.errors import UsageError
 from elman.mixers import Mixer, MixerConfig, State, mixer_config
 from elman.mixers.base import FollowsWeights, WeightInit
 from elman.ops import add_norm
+from elman.options import flag
+
+#: Beyond these nobody means a model, and to count or build it would not end.
+MAX_DIM, MAX_DEPTH = 1 << 17, 1 << 10
 
 
 @dataclass(frozen=True)
@@ -41,10 +45,11 @@ class ModelConfig:
     def __post_init__(self) -> None:
         for name in ("dim", "depth", "vocab_size"):
             value = getattr(self, name)
-            if not isinstance(value, int) or value < 1:
-                raise UsageError(
-                    f"--{name.replace('_', '-')} {value} is out of range: give a whole number of at least 1"
-                )
+            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+                raise UsageError(f"{flag(name)} {value} is out of range: give a whole number of at least 1")
+        for name, most in (("dim", MAX_DIM), ("depth", MAX_DEPTH)):
+            if (value := getattr(self, name)) > most:
+                raise UsageError(f"{flag(name)} {value} is out of range: give at most {most}")
         if not self.mixers:
             raise UsageError("a model needs at least one mixer")
 

@@ -9,7 +9,7 @@ from functools import partial
 
 from elman.errors import UsageError
 from elman.mixers import MixerConfig
-from elman.model import ModelConfig
+from elman.model import MAX_DEPTH, MAX_DIM, ModelConfig
 from elman.units import format_count
 
 #: How far the counted parameters may lie from the ones asked for.
@@ -17,8 +17,6 @@ TOLERANCE = 0.02
 #: Widths are multiples of the first of these that meets the tolerance; wide multiples suit the hardware better.
 _GRANULARITY = (64, 32, 16, 8, 4, 2, 1)
 _DEFAULT_DEPTH = 6
-_MAX_DIM = 1 << 17
-_MAX_DEPTH = 1 << 10
 
 
 class SizeError(UsageError):
@@ -64,9 +62,6 @@ def size_model(
     config = ModelConfig(
         dim if dim is not None else 64, depth if depth is not None else _DEFAULT_DEPTH, mixers, vocab_size
     )
-    for option, value, most in (("--dim", config.dim, _MAX_DIM), ("--depth", config.depth, _MAX_DEPTH)):
-        if value > most:
-            raise UsageError(f"{option} {value} is out of range: give at most {most}")
     if params is not None and dim is None:
         config = _solve_dim(config, params)
     elif params is not None and depth is None:
@@ -90,7 +85,7 @@ def _solve_dim(config: ModelConfig, params: int) -> ModelConfig:
     candidates = [config]
     for candidate in candidates:
         for granularity in _GRANULARITY:
-            found = _nearest(partial(_with_width, candidate, granularity), _MAX_DIM // granularity, params)
+            found = _nearest(partial(_with_width, candidate, granularity), MAX_DIM // granularity, params)
             if _near(found[0], params):
                 return found[0]
         nearest = nearest or found
@@ -101,7 +96,7 @@ def _solve_dim(config: ModelConfig, params: int) -> ModelConfig:
 
 
 def _solve_depth(config: ModelConfig, params: int) -> ModelConfig:
-    nearest = _nearest(lambda n: replace(config, depth=n), _MAX_DEPTH, params)
+    nearest = _nearest(lambda n: replace(config, depth=n), MAX_DEPTH, params)
     if _near(nearest[0], params):
         return nearest[0]
     raise _off_target(nearest, params, "give another --params or --dim")

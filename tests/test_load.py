@@ -1,5 +1,6 @@
 """``elman.load``: a run's model in one call, and ``import elman`` that costs nothing."""
 
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -9,6 +10,7 @@ import pytest
 import torch
 
 import elman
+import elman.training.run
 from elman.errors import UsageError
 from elman.mixers import mixer_config
 from elman.model import LanguageModel, ModelConfig
@@ -79,6 +81,55 @@ def test_bad_options_are_named(
 ) -> None:
     with pytest.raises(UsageError, match=message):
         elman.load(tmp_path, **options)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"dim": 1 << 17}, r"embedding.weight is \(256, 8\) but config.json asks for \(256, 131072\)"),
+        ({"depth": 1024}, r"it holds 2,392 numbers but config.json asks for [\d,]+; give the run folder"),
+        ({"depth": 10**30}, r"--depth 10+ is out of range: give at most 1024"),
+        ({"dim": 10**30}, r"--dim 10+ is out of range: give at most 131072"),
+        ({"dim": True}, r"--dim True is out of range"),
+    ],
+)
+def test_a_model_far_too_large_for_its_checkpoint_is_refused_before_it_is_built(
+    models: dict[int, LanguageModel],
+    tmp_path: Path,
+    changes: dict[str, Any],
+    message: str,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    values = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps({**values, "model": {**values["model"], **changes}}))
+    monkeypatch.setattr(elman.training.run, "LanguageModel", lambda config: pytest.fail("it was built"))
+    with pytest.raises(UsageError, match=message):
+        elman.load(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("part", "option", "value", "message"),
+    [
+        ("train", "seq_len", 1.5, "--seq-len 1.5 is of the wrong type: give a whole number"),
+        ("train", "batch_size", True, "--batch-size True is of the wrong type"),
+        ("train", "heldout", "much", "--heldout 'much' is of the wrong type: give a number"),
+        ("train", "tokenizer", ["gpt2"], r"--tokenizer \['gpt2'\] is of the wrong type: give text"),
+        ("train", "profile", 1, "--profile 1 is of the wrong type: give true or false"),
+        ("train", "warmup", "5%", "--warmup '5%' is of the wrong type: give a number"),
+        ("train", "data", 7, "expected str"),
+        ("mixer", "expansion", None, "--expansion None is of the wrong type: give a number"),
+        ("mixer", "conv", 2.5, "--conv 2.5 is of the wrong type: give a whole number"),
+        ("mixer", "gate", ["hx"], r"--gate \['hx'\] is unknown: choose one of split, hx, sigmoid"),
+    ],
+)
+def test_an_edited_config_is_told_by_option(
+    models: dict[int, LanguageModel], tmp_path: Path, part: str, option: str, value: Any, message: str
+) -> None:
+    values = json.loads((tmp_path / "config.json").read_text())
+    (values["train"] if part == "train" else values["model"]["mixers"][0])[option] = value
+    (tmp_path / "config.json").write_text(json.dumps(values))
+    with pytest.raises(UsageError, match=f"config.json is not as elman train wrote it .*{message}"):
+        elman.load(tmp_path)
 
 
 def test_no_run_and_no_checkpoint(tmp_path: Path) -> None:

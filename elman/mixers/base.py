@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from elman.errors import UsageError
-from elman.options import check_choices
+from elman.options import check_types
 
 #: Widths of heads and their like are multiples of this, which the hardware's fast kernels need.
 _MULTIPLE = 8
@@ -115,7 +115,7 @@ class MixerConfig(ABC):
     equation: ClassVar[str]
 
     def __post_init__(self) -> None:
-        check_choices(self)
+        check_types(self)
 
     @abstractmethod
     def build(self, dim: int) -> Mixer | tuple[Mixer, ...]:

@@ -7,6 +7,7 @@ with a backward pass by hand that keeps few states; and ``persistent``, the kern
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -18,7 +19,7 @@ from torch import Tensor
 from elman.errors import UsageError
 from elman.ops import matrix_kernels
 from elman.ops.matrix_kernels import INTERVAL
-from elman.ops.operators import real_of
+from elman.ops.operators import as_tensors, real_of
 from elman.ops.registration import register
 
 
@@ -81,14 +82,18 @@ def matrix_recurrence(
         UsageError: (a ``ValueError``) wrong shape, dtype, device, cell or backend, or a backend that cannot run the
             problem; the message names it and the cure.
     """
-    if torch.is_autocast_enabled(q.device.type):
+    for name, x in (("q", q), ("k", k), ("v", v), ("decay", decay), ("beta", beta), ("s0", s0), ("reset", reset)):
+        if x is not None or name not in ("s0", "reset"):
+            as_tensors(name, x)
+    # Tensors of shapes alone have no autocast.
+    if not q.is_meta and torch.is_autocast_enabled(q.device.type):
         dtype = torch.get_autocast_dtype(q.device.type)
         q, k, v = (x.to(dtype) for x in (q, k, v))
     _check(q, k, v, decay, beta, s0, cell, reset)
     chosen = choose(backend, q.device, q.dtype, q.shape[-1], v.shape[-1])
     real = real_of(q.dtype)
     decay, beta, s0 = decay.to(real), beta.to(real), None if s0 is None else s0.to(real)
-    with torch.autocast(q.device.type, enabled=False):
+    with contextlib.nullcontext() if q.is_meta else torch.autocast(q.device.type, enabled=False):
         if chosen == "reference":
             y, s, _ = _steps(q, k, v, decay, beta, s0, reset, MATRIX_CELLS[cell].function)
             return y, s

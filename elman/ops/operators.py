@@ -322,6 +322,22 @@ def make_operator(weights: Sequence[Tensor], hidden_size: int, products: int) ->
     )
 
 
+def as_tensors(name: str, given: object, many: bool = False) -> tuple[Tensor, ...]:
+    """What was given for an argument, as a tuple of tensors.
+
+    Raises:
+        UsageError: something else was given.
+    """
+    tensors = tuple(given) if many and isinstance(given, tuple | list) else (given,)
+    for x in tensors:
+        if not isinstance(x, Tensor):
+            what = "is" if x is given else "holds"
+            raise UsageError(
+                f"{name} {what} a {type(x).__name__}: give {'one tensor or several' if many else 'a tensor'}"
+            )
+    return tensors
+
+
 def real_of(dtype: torch.dtype) -> torch.dtype:
     """What numbers of this dtype are summed in: half types in float32."""
     return dtype if dtype.itemsize > 2 else torch.float32

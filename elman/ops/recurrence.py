@@ -14,7 +14,7 @@ from elman.errors import UsageError
 from elman.ops.backends import BACKENDS, Problem, choose
 from elman.ops.cells import CELLS, Cell, Tensors
 from elman.ops.log_space import as_joined, as_number
-from elman.ops.operators import Operator, make_operator, real_of
+from elman.ops.operators import Operator, as_tensors, make_operator, real_of
 
 _used: list[str] | None = None
 #: Is given the operator, in the dtype that ran, and h (T, B, H).
@@ -104,11 +104,11 @@ def recurrence(
     if cell not in CELLS:
         raise UsageError(f"cell={cell!r} is unknown: choose one of {', '.join(CELLS)}")
     rule = CELLS[cell]
-    (pre,), weights = _tensors("pre", pre), _tensors("weight", weight, many=True)
-    states = None if h0 is None else _tensors("h0", h0, many=True)
+    (pre,), weights = as_tensors("pre", pre), as_tensors("weight", weight, many=True)
+    states = None if h0 is None else as_tensors("h0", h0, many=True)
     for name, optional in (("bias", bias), ("pre_bias", pre_bias), ("reset", reset)):
         if optional is not None:
-            _tensors(name, optional)
+            as_tensors(name, optional)
     # Tensors of shapes alone have no autocast.
     if not pre.is_meta and torch.is_autocast_enabled(pre.device.type):
         dtype = torch.get_autocast_dtype(pre.device.type)
@@ -191,18 +191,6 @@ def _check(
     for name, tensor in (named if reset is None else {**named, "reset": reset}).items():
         if tensor.device != pre.device:
             raise UsageError(f"{name} is on {tensor.device} but pre is on {pre.device}: move one to the other")
-
-
-def _tensors(name: str, given: object, many: bool = False) -> Tensors:
-    """What was given for an argument, as a tuple of tensors."""
-    tensors = tuple(given) if many and isinstance(given, tuple | list) else (given,)
-    for x in tensors:
-        if not isinstance(x, Tensor):
-            what = "is" if x is given else "holds"
-            raise UsageError(
-                f"{name} {what} a {type(x).__name__}: give {'one tensor or several' if many else 'a tensor'}"
-            )
-    return tensors
 
 
 def _named(name: str, tensors: Tensors) -> dict[str, Tensor]:

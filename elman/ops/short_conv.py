@@ -7,6 +7,7 @@ Source: Gu and Dao, "Mamba: Linear-Time Sequence Modeling with Selective State S
 
 from __future__ import annotations
 
+import contextlib
 import functools
 from typing import Any, Literal
 
@@ -18,7 +19,7 @@ from elman.errors import UsageError
 from elman.ops.cuda.compiler import Module, has_compiler
 from elman.ops.cuda.launch import aligned, launch
 from elman.ops.loop import NUMBERS
-from elman.ops.operators import real_of
+from elman.ops.operators import as_tensors, real_of
 from elman.ops.registration import register
 
 Activation = Literal["identity", "silu"]
@@ -57,15 +58,19 @@ def short_conv(
         v (T, B, H) of u's dtype, and the inputs that a step after the last would see, (B, taps − 1, H), of the same.
 
     Raises:
-        UsageError: shapes or dtypes do not fit together, or there is no such activation.
+        UsageError: shapes, dtypes or devices do not fit together, or there is no such activation.
     """
-    if torch.is_autocast_enabled(u.device.type):
+    for name, x in (("u", u), ("weight", weight), ("last", last), ("reset", reset)):
+        if x is not None or name not in ("last", "reset"):
+            as_tensors(name, x)
+    # Tensors of shapes alone have no autocast.
+    if not u.is_meta and torch.is_autocast_enabled(u.device.type):
         u = u.to(torch.get_autocast_dtype(u.device.type))
     _check(u, weight, last, activation, reset)
     weight = weight.to(real_of(u.dtype))
     last = None if last is None else last.to(u.dtype)
     silu = activation == "silu"
-    with torch.autocast(u.device.type, enabled=False):
+    with contextlib.nullcontext() if u.is_meta else torch.autocast(u.device.type, enabled=False):
         if u.is_cuda or torch.compiler.is_compiling():
             v, left = torch.ops.elman.short_conv(u, weight, last, reset, silu)
             return v, left
@@ -85,6 +90,11 @@ def _check(u: Tensor, weight: Tensor, last: Tensor | None, activation: str, rese
             raise UsageError(f"{name} has shape {tuple(x.shape)}: give {shape}")
     if reset is not None and reset.dtype != torch.bool:
         raise UsageError(f"reset has dtype {reset.dtype}: give torch.bool")
+    for name, x in (("weight", weight), ("last", last), ("reset", reset)):
+        if x is not None and x.device != u.device:
+            raise UsageError(f"{name} is on {x.device} but u is on {u.device}: move one to the other")
+        if x is not None and name != "reset" and not x.is_floating_point():
+            raise UsageError(f"{name} has dtype {x.dtype}: give floating point")
     if activation not in ("identity", "silu"):
         raise UsageError(f"activation={activation!r} is unknown: choose identity or silu")
 

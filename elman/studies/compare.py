@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -82,10 +83,9 @@ def _value(of: Callable[[Record], Any], record: Record) -> float | None:
         return None
     try:
         value = of(record)
-    except (KeyError, TypeError):
+        return float(value) if isinstance(value, int | float) and math.isfinite(value) else None
+    except (KeyError, TypeError, AttributeError, ValueError, OverflowError):
         return None
-    number = isinstance(value, int | float) and value == value
-    return float(value) if number else None
 
 
 def _relation(name: str, values: list[float | None]) -> str:

@@ -11,13 +11,15 @@ import statistics
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from textwrap import shorten
+from typing import Any, get_args
 
 from elman.errors import UsageError
 from elman.evaluation.accuracy import Accuracy
 from elman.model import ModelConfig
 from elman.sizing import TOLERANCE, flops_per_token, num_params
 from elman.studies.plan import settings, what_was_changed
+from elman.studies.study import BudgetKind
 from elman.training.config import RunConfig, TaskConfig, TrainConfig
 from elman.training.run import RunFolder
 from elman.units import bits, format_count, format_duration
@@ -29,6 +31,9 @@ _NEEDED = ("params", "steps", "tokens", "train_seconds", "tokens_per_second", "l
            "flops_per_token", "peak_memory_bytes")  # fmt: skip
 #: By how much what a file tells may differ from what it is worked out from: the last digits of a float.
 _CLOSE = 1e-6
+#: What of a study.json is a list, and the budgets that there are.
+_LISTS = ("held_equal", "varies", "notes", "seeds", "learning_rates", "planned", "planned_series")
+_KINDS = get_args(BudgetKind)
 
 
 @dataclass
@@ -195,6 +200,9 @@ def _read(record: Record) -> None:
     if facts is not None and not isinstance(facts, dict):
         record.problems.append("its study.json is not as elman wrote it")
     record.facts = facts if isinstance(facts, dict) else {}
+    if odd := _odd_facts(record.facts):
+        record.problems.append(f"its study.json is not as elman wrote it: {odd}")
+        record.facts = {}
     if "run" in record.facts:
         record.label = str(record.facts["run"])
     if not (record.path / "config.json").is_file():
@@ -211,6 +219,9 @@ def _read(record: Record) -> None:
     record.sessions = [s for s in sessions if isinstance(s, dict)] if isinstance(sessions, list) else []
     if not record.sessions:
         record.problems.append("it has no env.json, so nobody knows what it ran on")
+    if odd := next(filter(None, map(_odd_session, record.sessions)), ""):
+        record.problems.append(f"its env.json is not as elman wrote it: {odd}")
+        record.sessions = [session for session in record.sessions if not _odd_session(session)]
     record.rows = run.read_metrics()
     _check_lines(record, run)
     summary = run.read_json("summary.json")
@@ -225,6 +236,49 @@ def _read(record: Record) -> None:
     record.summary = summary
     _check_summary(record)
     _remark(record)
+
+
+def _odd_facts(facts: dict[str, Any]) -> str:
+    """In words, what of a study.json a report could not read; empty for nothing."""
+    for name, value in facts.items():
+        if name in _LISTS:
+            fits = isinstance(value, list) and all(map(_is_plain, value))
+        elif name in ("refused", "settings", "sweep"):
+            fits = isinstance(value, dict)
+        elif name == "budget":
+            fits = isinstance(value, dict) and value.get("kind") in _KINDS and _is_number(value.get("amount"))
+            fits = fits and value["amount"] > 0
+        elif name in ("sweep_part", "target_params", "memory"):
+            fits = _is_number(value) or (value is None and name != "sweep_part")
+        else:
+            fits = _is_plain(value)
+        if not fits:
+            return f"{name} is {_short(value)}"
+    return "sweep_part is missing" if facts.get("role") == "sweep" and "sweep_part" not in facts else ""
+
+
+def _odd_session(session: dict[str, Any]) -> str:
+    """The same of an entry of env.json."""
+    for name, value in session.items():
+        if name == "backends":
+            fits = isinstance(value, list) and all(isinstance(kernel, str) for kernel in value)
+        elif name == "packages":
+            fits = isinstance(value, dict)
+        elif name in ("gpu_memory", "start_up_seconds"):
+            fits = value is None or _is_number(value)
+        else:
+            fits = name == "command" or _is_plain(value)
+        if not fits:
+            return f"{name} is {_short(value)}"
+    return ""
+
+
+def _is_plain(value: Any) -> bool:
+    return value is None or isinstance(value, str | int | float)
+
+
+def _short(value: Any) -> str:
+    return shorten(repr(value), 40, placeholder=" ...")
 
 
 def _check_lines(record: Record, run: RunFolder) -> None:

@@ -14,6 +14,7 @@ import math
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 from elman.errors import UsageError
@@ -216,6 +217,8 @@ class Study:
         for name, value in (("name", self.name), ("question", self.question)):
             if not isinstance(value, str) or not value.strip():
                 raise UsageError(f"a study's {name} is {value!r}: give it one")
+        if Path(self.name).name != self.name:
+            raise self._wrong("its runs lie in a folder of this name: give one without a /")
         if not self.runs:
             raise self._wrong("it has no runs: give at least one Run")
         _check_distinct(self, "run", (run.name for run in self.runs))
@@ -228,6 +231,11 @@ class Study:
             raise self._wrong(f"seed {SWEEP_SEED} is that of the sweep: give another")
         if not 0 < self.sweep_part <= 1:
             raise self._wrong(f"sweep_part {self.sweep_part} is out of range: give a number above 0 and up to 1")
+        if self.memory is not None and not (isinstance(self.memory, int | float) and 0 < self.memory < math.inf):
+            raise self._wrong(f"memory {self.memory!r} is out of range: give bytes, such as 8 * 2**30")
+        notes: object = self.notes
+        if not isinstance(notes, tuple | list) or not all(isinstance(note, str) for note in notes):
+            raise self._wrong(f"notes {notes!r} are none: give a tuple of sentences")
         if len({run.task is None for run in self.runs}) > 1:
             raise self._wrong("some of its runs learn a task and some a text: make two studies of them")
         if len({run.task for run in self.runs}) > 1 and "task" not in self.varies:

@@ -12,7 +12,7 @@ from elman.data.vocabulary import open_vocabulary
 from elman.errors import UsageError
 from elman.evaluation.tasks import find_task
 from elman.mixers.base import WeightInit
-from elman.options import OptionalInt, OptionalPath, OptionalStr, check_at_least, check_choices
+from elman.options import OptionalInt, OptionalPath, OptionalStr, check_at_least, check_types
 from elman.units import parse_count, parse_duration
 
 
@@ -104,7 +104,7 @@ class RunConfig(ABC):
     default_depth: ClassVar[int | None] = None
 
     def __post_init__(self, ddp: bool) -> None:
-        check_choices(self)
+        check_types(self)
         if self.optimizer == "schedulefree":
             object.__setattr__(self, "schedule", "constant")
         if ddp:

@@ -37,9 +37,12 @@ from elman.data.vocabulary import Vocabulary, open_vocabulary
 from elman.environment import resolve_device
 from elman.errors import UsageError
 from elman.model import LanguageModel, ModelConfig
+from elman.sizing import num_params
 from elman.training.checkpoint import Checkpoint, DamagedCheckpointError, list_checkpoints, load_checkpoint, step_of
 from elman.training.config import RunConfig, TaskConfig, TrainConfig
 
+#: Of the weights, that which every model has.
+_EMBEDDING = "embedding.weight"
 #: What a model computes in.
 _DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
@@ -325,9 +328,35 @@ def open_model(
         source, checkpoint = there[step], load_checkpoint(there[step], with_trainer=False)
     else:
         raise UsageError(f"checkpoint={step} is not in {path}: give one of {', '.join(map(str, there))}")
+    _check_size(config, checkpoint.model, source)
     model = LanguageModel(config)
     load_weights(model, checkpoint.model, source)
     return model.to(where, dtype).eval(), source
+
+
+def _check_size(config: ModelConfig, weights: dict[str, Tensor], source: Path) -> None:
+    """That the weights can be those of the model, before it is built: one far larger might not fit into memory.
+
+    Raises:
+        UsageError: they are of another width, or too few.
+    """
+    width, found = (config.vocab_size, config.dim), weights.get(_EMBEDDING)
+    if found is None or found.shape != width:
+        raise _of_another_model(source, f"{_EMBEDDING} is {_shape(found)}", str(width))
+    asked, there = num_params(config), sum(tensor.numel() for tensor in weights.values())
+    if asked > there:
+        raise _of_another_model(source, f"it holds {there:,} numbers", f"{asked:,}")
+
+
+def _of_another_model(source: Path, has: str, asked: str) -> UsageError:
+    return UsageError(
+        f"checkpoint {source} belongs to another model: {has} but config.json asks for {asked}; "
+        f"give the run folder it came with"
+    )
+
+
+def _shape(tensor: Tensor | None) -> str:
+    return "missing" if tensor is None else str(tuple(tensor.shape))
 
 
 def load_text(path: Path | str) -> tuple[Vocabulary, bool]:
@@ -359,10 +388,9 @@ def load_weights(
             {name: place(tensor, there[name]) if name in there else tensor for name, tensor in weights.items()}
         )
     except RuntimeError:
-        expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
-        found = {name: tuple(tensor.shape) for name, tensor in weights.items()}
+        expected = {name: _shape(tensor) for name, tensor in model.state_dict().items()}
+        found = {name: _shape(tensor) for name, tensor in weights.items()}
         name = min(key for key in expected | found if expected.get(key) != found.get(key))
-        raise UsageError(
-            f"checkpoint {source} belongs to another model: {name} is {found.get(name, 'missing')} "
-            f"but config.json asks for {expected.get(name, 'none')}; give the run folder it came with"
+        raise _of_another_model(
+            source, f"{name} is {found.get(name, _shape(None))}", expected.get(name, "none")
         ) from None

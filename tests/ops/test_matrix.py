@@ -399,6 +399,13 @@ def test_the_backward_pass_of_the_loop_cannot_be_differentiated() -> None:
         gradient.sum().backward()
 
 
+@pytest.mark.parametrize("backend", ["auto", "loop"])
+def test_shapes_alone_go_through(backend: str) -> None:
+    p = draw(5)
+    y, s = matrix_recurrence(*(getattr(p, name).to("meta") for name in INPUTS), backend=backend)
+    assert (y.shape, s.shape, y.device.type) == (p.v.shape, p.s0.shape, "meta")
+
+
 def test_autocast_casts_what_moves_and_keeps_what_decays() -> None:
     p = draw(5).to(F32)
     with torch.autocast("cpu", BF16):
@@ -426,6 +433,10 @@ def test_a_nan_stays_in_its_head_until_a_reset() -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
+        ({"q": None}, "q is a NoneType: give a tensor"),
+        ({"v": [1.0]}, "v is a list: give a tensor"),
+        ({"beta": 1.0}, "beta is a float: give a tensor"),
+        ({"s0": (torch.zeros(2, 2, 4, 6),)}, "s0 is a tuple: give a tensor"),
         ({"q": torch.zeros(3, 4)}, r"q has shape \(3, 4\)"),
         ({"q": torch.zeros(0, 2, 2, 4)}, "each at least 1"),
         ({"k": torch.zeros(5, 2, 2, 5)}, r"k has shape \(5, 2, 2, 5\) beside q of .*: give \(5, 2, 2, 4\)"),

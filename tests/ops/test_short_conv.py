@@ -135,6 +135,10 @@ def test_chunks_with_carried_inputs_equal_one_piece(dtype: torch.dtype) -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
+        ({"u": None}, "u is a NoneType: give a tensor"),
+        ({"last": [0.0]}, "last is a list: give a tensor"),
+        ({"weight": torch.zeros(4, 6, dtype=torch.long)}, "weight has dtype torch.int64: give floating point"),
+        ({"weight": torch.zeros(4, 6, device="meta")}, "weight is on meta but u is on cpu: move one to the other"),
         ({"u": torch.zeros(3, 4)}, r"u has shape \(3, 4\)"),
         ({"u": torch.zeros(0, 3, 6)}, "T at least 1"),
         ({"u": torch.zeros(11, 3, 6, dtype=torch.long)}, "dtype torch.int64"),

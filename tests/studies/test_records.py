@@ -5,9 +5,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from rich.console import Console
 
 from elman.errors import UsageError
+from elman.studies.compare import compare_runs
 from elman.studies.records import name_apart, read_run, run_folders
+from elman.studies.report import make_report
 from elman.training.run import RunFolder
 from tests.studies.made import change, make_run
 
@@ -74,7 +77,14 @@ DAMAGE = {
     "no config": (lambda run: (run.path / "config.json").unlink(), "no config.json"),
     "half a config": (lambda run: (run.path / "config.json").write_text("{"), "config.json is not as elman train"),
     "no environment": (lambda run: (run.path / "env.json").unlink(), "no env.json"),
-    "an odd environment": (lambda run: run.write_json("env.json", [{"backends": 5}]), "not as elman wrote them"),
+    "an odd environment": (
+        lambda run: run.write_json("env.json", [{"backends": 5}]),
+        "env.json is not as elman wrote it: backends is 5",
+    ),
+    "odd packages": (_edit("env.json", packages=[1]), r"env.json is not as elman wrote it: packages is \[1\]"),
+    "an odd budget": (_edit("study.json", budget={"kind": "x"}), "study.json is not as elman wrote it: budget is"),
+    "odd lines of a study": (_edit("study.json", held_equal=None), "not as elman wrote it: held_equal is None"),
+    "an odd loss": (_edit("summary.json", heldout=["a"]), "no held-out loss"),
     "a slow path": (_edit("env.json", backends=["torch"]), r"slow path of that GPU \(torch\)"),
 }
 
@@ -87,6 +97,10 @@ def test_damage_is_named(name: str, tmp_path: Path) -> None:
     record = read_run(run.path)
     assert record.problems
     assert re.search(message, "; ".join(record.problems)), record.problems
+    # Nor does what is read of it stop what puts it beside a whole one.
+    other = make_run(tmp_path / "other", seed=1)
+    assert compare_runs(run.path, other.path, Console(quiet=True)) == 0
+    assert make_report([run.path, other.path]).sections
 
 
 def test_lost_lines_are_remarked_and_what_is_left_still_compares(tmp_path: Path) -> None:
