@@ -42,6 +42,9 @@ _TRAINING = ("weight_init", "optimizer", "schedule", "warmup", "weight_decay", "
 #: The seed of every sweep: the same whatever seeds a study has, which may be more another day, and none of theirs.
 SWEEP_SEED = 1000
 
+#: Warm-up where a study says nothing of it: a part of the budget, since of a number of steps a slow model has few.
+WARMUP = 0.05
+
 T = TypeVar("T")
 
 
@@ -168,7 +171,7 @@ class Study:
         learning_rates: each run's is chosen among these by the sweep; where there is one, there is no sweep.
         sweep_part: the part of the budget that a run of the sweep has. A shorter run is best at a higher rate than a
             whole one, so less than all of it saves time and misleads.
-        train: options of ``elman train`` for all runs.
+        train: options of ``elman train`` for all runs; where it has no ``warmup``, that is ``WARMUP`` of the budget.
         varies: what the study is about: options in which its runs may differ, and ``params``.
         axis: what loss is drawn against, where the study is about that.
         memory: bytes that every run may take; each takes the largest batch that fits. Needs ``batch_size`` among
@@ -277,7 +280,8 @@ class Study:
 
     def config(self, run: Run, lr: float, seed: int, **more: Any) -> RunConfig:
         """A run's options, but for its size, which ``model`` tells."""
-        options = {"model": run.model, "lr": lr, "seed": seed, "eval_every": 0, **self.options(run), **more}
+        own: dict[str, Any] = {"model": run.model, "lr": lr, "seed": seed, "eval_every": 0, "warmup": WARMUP}
+        options = {**own, **self.options(run), **more}
         return TrainConfig(**options) if run.task is None else TaskConfig(task=run.task, **options)
 
     def budget_of(self, kind: BudgetKind) -> Budget:
