@@ -17,6 +17,7 @@ from typing import Annotated, Any, Literal
 import tyro
 from rich.console import Console
 
+from elman import __version__
 from elman.errors import TrainingError, UsageError
 from elman.mixers import MixerConfig, pattern_mixers
 from elman.options import OptionalInt, OptionalPath, OptionalStr
@@ -330,6 +331,9 @@ def main(argv: list[str] | None = None) -> int:
     console = Console(**_PLAIN)
     # Processes that torchrun started have one command line: the first of a machine tells what is wrong with it.
     tells = os.environ.get("LOCAL_RANK", "0") == "0"
+    if argv == ["--version"]:
+        console.print(f"elman {__version__}")
+        return 0
     try:
         command = parse(argv, tells)
         tells = True

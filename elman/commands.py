@@ -15,6 +15,7 @@ from rich.progress import MofNCompleteColumn, Progress, TextColumn
 from rich.table import Table
 from rich.text import Text
 
+from elman import __version__
 from elman.cache import cache_folder
 from elman.data import bytes as raw
 from elman.data.hub import PREFIX, hub_texts
@@ -116,6 +117,7 @@ def doctor(console: Console) -> int:
     table = Table(show_header=False, box=None, padding=(0, 2))
     table.add_column(style="cyan")
     table.add_column()
+    table.add_row("elman", f"{__version__}, {Path(__file__).parent}")
     table.add_row("python", f"{sys.version.split()[0]}, {sys.executable}")
     table.add_row("packages", ", ".join(f"{n} {v or '(absent)'}" for n, v in package_versions().items()))
     cpu = torch.device("cpu")

@@ -342,12 +342,14 @@ def generate(
 
     Raises:
         UsageError: a number out of range.
+        TypeError: the prompt is not bytes.
     """
     check_bytes(num_bytes)
+    text = as_bytes(prompt)
     decoder = Decoder(model, 1, Sampling(temperature, top_k, top_p, seed), vocabulary=vocabulary, resets=resets)
 
     def pieces() -> Iterator[bytes]:
-        decoder.read([as_bytes(prompt)])
+        decoder.read([text])
         for (piece,) in decoder.write():
             yield piece
 

@@ -180,9 +180,14 @@ class LanguageModel(nn.Module):
 
         Returns:
             Logits (B, T, V) in the dtype of the head's product, and the state: one entry a mixer.
+
+        Raises:
+            UsageError: a wrong shape, or tokens that are not integers.
         """
         if tokens.ndim != 2:
             raise UsageError(f"tokens has shape {tuple(tokens.shape)}: give (B, T)")
+        if tokens.dtype.is_floating_point:
+            raise UsageError(f"tokens has dtype {tokens.dtype}: give integers, such as torch.long")
         if reset is not None:
             if reset.shape != tokens.shape:
                 raise UsageError(f"reset has shape {tuple(reset.shape)}: give that of tokens, {tuple(tokens.shape)}")

@@ -17,6 +17,7 @@ from pathlib import Path
 import pytest
 import torch
 
+import elman
 from elman.cli import main
 from elman.generation import Decoder
 from elman.model import LanguageModel
@@ -325,7 +326,11 @@ def test_models_and_doctor(folder: Path, capsys: pytest.CaptureFixture[str]) -> 
     assert run("models", "--params", "300") == 0
     assert "no width within 2%" in capsys.readouterr().out
     assert run("doctor") == 0
-    assert "reference" in capsys.readouterr().out
+    shown = capsys.readouterr().out
+    assert "reference" in shown
+    assert re.search(rf"elman +{re.escape(elman.__version__)}, ", shown)
+    assert run("--version") == 0
+    assert capsys.readouterr().out == f"elman {elman.__version__}\n"
 
 
 def test_data_pack_and_info(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -233,6 +233,8 @@ def test_mistakes_are_named(options: dict[str, Any], message: str) -> None:
         Sampling(**options)
     with pytest.raises(UsageError, match="--bytes -1"):
         generate(build("e1"), b"", -1)
+    with pytest.raises(TypeError, match="bytes-like object is required, not 'str'"):
+        generate(build("e1"), "def ", 1)  # type: ignore[arg-type]
 
 
 FROZEN: list[tuple[str, dict[str, Any]]] = [

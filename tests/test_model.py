@@ -332,6 +332,8 @@ def test_bad_input_is_named() -> None:
     model = build(mixer_config("e1")())
     with pytest.raises(UsageError, match=r"give \(B, T\)"):
         model(torch.zeros(4, dtype=torch.long))
+    with pytest.raises(UsageError, match=r"tokens has dtype torch.float32: give integers"):
+        model(torch.full((1, 4), 0.5))
     with pytest.raises(UsageError, match=r"reset has shape \(3, 4\)"):
         model(tokens(), reset=torch.zeros(3, 4, dtype=torch.bool))
     with pytest.raises(UsageError, match="--dim 0"):

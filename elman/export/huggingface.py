@@ -159,9 +159,21 @@ def _modules(config: ModelConfig) -> list[str]:
     return ["model", *sorted(files)]
 
 
+_CARD_USE = """\
+tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=True)
+batch = tokenizer(["def ", "import os"], return_tensors="pt", padding=True)
+print(tokenizer.batch_decode(model.generate(**batch, max_new_tokens=100)))
+"""
+
+
 def _card(config: ModelConfig, tokenizer: str | None) -> str:
     equations = "\n".join(f"- `{mixer.name}`: {mixer.equation}" for mixer in dict.fromkeys(config.mixers))
     tokens = "raw bytes" if tokenizer is None else f"tokens of tiktoken's {tokenizer}"
+    if tokenizer is None:
+        classes, use = "AutoModelForCausalLM, AutoTokenizer", _CARD_USE
+    else:
+        # Its vocabulary is not exported.
+        classes, use = "AutoModelForCausalLM", ""
     return f"""# {config.pattern}, {format_count(num_params(config))} parameters
 
 A language model on {tokens}, trained with elman: width {config.dim}, depth {config.depth}.
@@ -169,10 +181,11 @@ A language model on {tokens}, trained with elman: width {config.dim}, depth {con
 {equations}
 
 ```python
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import {classes}
 
-model = AutoModelForCausalLM.from_pretrained(FOLDER, trust_remote_code=True)
-```
+folder = "."  # the one that this file lies in
+model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)
+{use}```
 
 With the package elman installed its GPU kernels are used; without it, plain PyTorch that lies in this folder.
 """

@@ -66,7 +66,8 @@ def compare_runs(a: Path, b: Path, console: Console) -> int:
         values = [_value(of, record) for record in records]
         if any(value is not None for value in values):
             shown = ["–" if value is None else show(value) for value in values]
-            table.add_row(name, *shown, _relation(name, values))
+            # What shows no difference is not told to have one: a start-up of microseconds has no ratio worth a look.
+            table.add_row(name, *shown, "" if shown[0] == shown[1] else _relation(name, values))
     for name, settings_of in _settings(records):
         table.add_row(name, *settings_of, "")
     console.print(table)

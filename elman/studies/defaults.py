@@ -13,8 +13,8 @@ def defaults(scale: Scale, **more: Any) -> dict[str, Any]:
     ``train`` is added to the options that all share; anything else in ``more`` takes the place of what is here.
     """
     train = {
-        "batch_size": scale(128, 16), "seq_len": scale(512, 64), "warmup": 0.05,
-        "eval_bytes": scale("5m", "50k"), **more.pop("train", {}),
+        "batch_size": scale(128, 16), "seq_len": scale(512, 64), "eval_bytes": scale("5m", "50k"),
+        **more.pop("train", {}),
     }  # fmt: skip
     return {
         "params": scale("50m", "200k"),

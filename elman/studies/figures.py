@@ -205,6 +205,10 @@ def long_text(lines: Sequence[Line], styles: Styles) -> tuple[str, bytes]:
     ticks = sorted({context for line in lines for context in line.contexts})
     axes.set_xticks(ticks, [f"{tick // 1024}k" if tick % 1024 == 0 else str(tick) for tick in ticks])
     axes.set_yscale("log")
+    low, high = axes.get_ylim()
+    if (widen := 1.02 / (high / low)) > 1:
+        # Where context does nothing, what is left is rounding: it shall look like nothing.
+        axes.set_ylim(low / widen**0.5, high * widen**0.5)
     axes.yaxis.set_major_formatter("{x:.3g}")
     axes.yaxis.set_minor_formatter("{x:.3g}")
     axes.set_xlabel(f"context, {first.unit}s")

@@ -48,6 +48,9 @@ _SWEPT = frozenset(("weight_init", "optimizer", "schedule", "warmup", "weight_de
 #: The seed of every sweep: the same whatever seeds a study has, which may be more another day, and none of theirs.
 SWEEP_SEED = 1000
 
+#: Warm-up where a study says nothing of it: a part of the budget, since of a number of steps a slow model has few.
+WARMUP = 0.05
+
 T = TypeVar("T")
 
 
@@ -184,10 +187,10 @@ class Study:
         seeds: each run is trained once with each of them.
         learning_rates: each run's is chosen among these by the sweep; where there is one, there is no sweep.
         sweep: options of ``elman train`` that the sweep chooses for each run beside its rate, and the values that it
-            tries, such as ``{"warmup": (0.05, 0.2)}``: every value with every rate, so so many times the runs.
+            tries, such as ``{"warmup": (0.05, 0.2)}``: every value with every rate, which takes so many times the runs.
         sweep_part: the part of the budget that a run of the sweep has. A shorter run is best at a higher rate than a
             whole one, so less than all of it saves time and misleads.
-        train: options of ``elman train`` for all runs.
+        train: options of ``elman train`` for all runs; where it has no ``warmup``, that is ``WARMUP`` of the budget.
         varies: what the study is about: options in which its runs may differ, and ``params``.
         axis: what loss is drawn against, where the study is about that.
         memory: bytes that every run may take; each takes the largest batch that fits. Needs ``batch_size`` among
@@ -329,8 +332,8 @@ class Study:
 
     def config(self, run: Run, setting: Setting, seed: int, **more: Any) -> RunConfig:
         """A run's options, but for its size, which ``model`` tells."""
-        options = {"model": run.model, "lr": setting.lr, "seed": seed, "eval_every": 0, **self.options(run)}
-        options |= {**dict(setting.options), **more}
+        own: dict[str, Any] = {"model": run.model, "lr": setting.lr, "seed": seed, "eval_every": 0, "warmup": WARMUP}
+        options = {**own, **self.options(run), **dict(setting.options), **more}
         return TrainConfig(**options) if run.task is None else TaskConfig(task=run.task, **options)
 
     def budget_of(self, kind: BudgetKind) -> Budget:

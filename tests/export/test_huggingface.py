@@ -116,6 +116,9 @@ def test_a_folder_is_made_once(folder: Path, capsys: pytest.CaptureFixture[str])
         "README.md", "config.json", "configuration_elman.py", "elman_code.py", "generation_config.json",
         "model.safetensors", "modeling_elman.py", "tokenizer.json", "tokenizer_config.json",
     }  # fmt: skip
+    card = Path("run/hf/README.md").read_text()
+    compile(card.split("```")[1].removeprefix("python"), "README.md", "exec")
+    assert "tokenizer = AutoTokenizer.from_pretrained(folder" in card
     config = json.loads(Path("run/hf/config.json").read_text())
     assert config["resets"]
     assert config["auto_map"]["AutoModelForCausalLM"] == "modeling_elman.ElmanForCausalLM"

@@ -32,6 +32,15 @@ def test_two_runs_stand_side_by_side(tmp_path: Path, capsys: pytest.CaptureFixtu
     assert "one sample each" in shown
 
 
+def test_what_looks_the_same_has_no_ratio(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    a, b = make_run(tmp_path / "x", "a"), make_run(tmp_path / "y", "b")
+    change(a, "env.json", start_up_seconds=1e-5)
+    change(b, "env.json", start_up_seconds=3e-5)
+    assert main(["compare", str(a.path), str(b.path)]) == 0
+    (row,) = [line for line in capsys.readouterr().out.splitlines() if "start-up" in line]
+    assert [cell.strip() for cell in row.split("│")[2:5]] == ["0.0", "0.0", ""]
+
+
 def test_what_a_run_lacks_is_left_open_and_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     a, b = make_run(tmp_path / "x", "a"), make_run(tmp_path / "y", "b")
     (b.path / "summary.json").unlink()

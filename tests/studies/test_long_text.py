@@ -4,7 +4,9 @@ import json
 from pathlib import Path
 
 import pytest
+from matplotlib.figure import Figure
 
+from elman.studies import figures
 from elman.studies.pack import pack
 from elman.studies.report import make_report
 from elman.training.run import RunFolder
@@ -47,6 +49,22 @@ def test_the_newest_with_contexts_counts_and_a_damaged_one_is_told(tmp_path: Pat
     assert len(told) == 2
     assert "its eval-20260105-000000/eval.json is not as elman wrote it, and is left out" in told[0]
     assert "its eval-20260104-000000/eval.json" in told[1]
+
+
+def test_what_is_rounding_looks_like_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A picture that zooms in on the last bits shows a model that forgets, where context does nothing at all."""
+    drawn: list[Figure] = []
+    both = figures._both
+    monkeypatch.setattr(figures, "_both", lambda figure: (drawn.append(figure), both(figure))[1])
+    make_evaluation(make_run(tmp_path / "toy" / "runs" / "a", "a"), {64: 2.0, 128: 2.000001})
+    make_report([tmp_path / "toy"])
+    low, high = drawn[-1].axes[0].get_ylim()
+    assert 1.019 < high / low < 1.021
+    assert low < 2.0 < high
+    make_evaluation(make_run(tmp_path / "other" / "runs" / "a", "a"), {64: 2.0, 128: 3.0})
+    make_report([tmp_path / "other"])
+    low, high = drawn[-1].axes[0].get_ylim()
+    assert 1.9 < low < 2.0 < 3.0 < high < 3.1
 
 
 def test_other_budgets_and_other_targets_are_not_compared(tmp_path: Path) -> None:

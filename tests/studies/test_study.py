@@ -47,6 +47,14 @@ def test_the_seeds_own_claims_are_in_the_catalogue() -> None:
     assert low_rank.budget_of(low_rank.budget).end(low_rank.model(run), 512, 128)["steps"] == 2000
 
 
+def test_warm_up_is_a_part_of_the_budget_where_a_study_says_nothing_of_it() -> None:
+    study = toy()
+    assert study.config(TWO[0], study.settings[0], 0, steps=1).warmup == 0.05
+    assert "--warmup 0.05," in "\n".join(study.held_equal(study.budget_of("time")))
+    study = toy(train={"warmup": 10})
+    assert study.config(TWO[0], study.settings[0], 0, steps=1).warmup == 10
+
+
 MISTAKES: dict[str, tuple[dict[str, Any], str]] = {
     "no runs": ({"runs": ()}, "it has no runs"),
     "no question": ({"question": " "}, "question is ' '"),
