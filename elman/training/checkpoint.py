@@ -259,7 +259,13 @@ def _read_manifest(path: Path) -> tuple[str, dict[str, Any]]:
     if manifest["step"] != step_of(path):
         raise DamagedCheckpointError(f"checkpoint {path} is damaged: {_MANIFEST} speaks of step {manifest['step']}")
     files = manifest["files"]
-    return form, files if form == _SHARDED else {name: files[name] for name in (_MODEL, _TRAINER)}
+    if form == _FORMAT:
+        return form, {name: files[name] for name in (_MODEL, _TRAINER)}
+    for shard in path.glob("*.safetensors"):
+        # All are read.
+        if shard.name not in files:
+            raise DamagedCheckpointError(f"checkpoint {path} is damaged: {shard.name} is none of its files")
+    return form, files
 
 
 @contextlib.contextmanager

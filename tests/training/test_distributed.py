@@ -18,6 +18,7 @@ from unittest import mock
 import pytest
 import torch
 from rich.console import Console
+from safetensors.torch import save_file
 from torch.distributed.checkpoint import HuggingFaceStorageWriter
 from torch.distributed.tensor import DTensor
 from torch.utils._pytree import tree_leaves
@@ -374,6 +375,15 @@ def test_each_machine_checks_all_files_and_a_checkpoint_is_not_passed_over_for_o
     results = ranks.run(reads, config, "machine{}")
     finish([(code, output) for code, output, _ in results])
     assert [reading.checked for *_, reading in results] == [names, names]
+
+
+def test_a_file_of_shards_that_the_sums_do_not_know_is_not_read(ranks: Ranks, config: TrainConfig) -> None:
+    finish(ranks.run(start, replace(config, parallel="fsdp")))
+    newest = newest_checkpoint(RunFolder(config.out))  # type: ignore[arg-type]
+    assert newest is not None
+    save_file({"model.norm.weight": torch.ones(16)}, newest / "more.safetensors")
+    with pytest.raises(UsageError, match=r"step-00000007 is damaged: more.safetensors is none of its files"):
+        load_checkpoint(newest)
 
 
 @pytest.mark.parametrize(("kind", "what"), [("ddp", "trainer"), ("fsdp", "trainer"), ("fsdp", "shards")])
