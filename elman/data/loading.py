@@ -101,7 +101,7 @@ class Loader:
         """Go on with a step whose token streams, those of all ranks, are at these places."""
         rows = len(places) // self._world_size
         self.close()
-        self._places = {step: places[self._rank * rows : (self._rank + 1) * rows]}
+        self._places = {step: places[self._rank * rows : (self._rank + 1) * rows].clone()}
 
     def close(self) -> None:
         """End the workers."""

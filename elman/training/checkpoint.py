@@ -14,6 +14,7 @@ import os
 import pickle
 import re
 import shutil
+import socket
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,7 +27,8 @@ from torch import Tensor
 from torch.utils._pytree import tree_map
 
 from elman.errors import UsageError
-from elman.training.distributed import Processes
+from elman.training.distributed import ALONE, Processes
+from elman.training.parallel import Room
 
 _FORMAT, _SHARDED = "elman-checkpoint-1", "elman-checkpoint-sharded-1"
 _MODEL, _TRAINER, _MANIFEST = "model.safetensors", "trainer.pt", "manifest.json"
@@ -207,33 +209,70 @@ def step_of(path: Path) -> int:
     return int(path.name.removeprefix("step-"))
 
 
-def load_checkpoint(path: Path, *, with_trainer: bool = True) -> Checkpoint:
-    """Read a checkpoint, every byte checked first. Its tensors are whole, and on the CPU.
+def load_checkpoint(
+    path: Path, *, with_trainer: bool = True, processes: Processes = ALONE, room: Room | None = None
+) -> Checkpoint:
+    """Read a checkpoint, every byte checked first. Called by all ranks; the outcome is the same on each.
+
+    The ranks of a machine share the checking. Each machine checks all, for it is what itself gets to see of the files
+    that its ranks go by, and what it has checked it need not fetch again.
+
+    Args:
+        path: the checkpoint's folder, which all ranks see.
+        with_trainer: read more than the weights.
+        processes: all ranks that call this.
+        room: of how they share the model: no more is read than goes into it, or than is copied of the other tensors,
+            which lie in the files and are to be copied where they are kept. None: all tensors are whole, on the CPU.
 
     Raises:
         DamagedCheckpointError: missing, truncated, changed or foreign; the message says which file.
-        UsageError: it may not be read.
+        UsageError: it may not be read, or is damaged to some machines and not to others.
     """
-    try:
-        manifest = json.loads((path / _MANIFEST).read_text())
-        form = manifest.get("format") if isinstance(manifest, dict) else None
-        if form not in (_FORMAT, _SHARDED):
-            raise DamagedCheckpointError(f"checkpoint {path} is damaged, or not one of elman's ({_FORMAT})")
-        for name in manifest["files"] if form == _SHARDED else (_MODEL, _TRAINER):
-            if _fingerprint(path / name) != manifest["files"][name]:
+    machines = processes.gather(socket.gethostname())
+    with _alike(path, processes, machines), _reading(path):
+        form, files = _read_manifest(path)
+        here = [rank for rank, machine in enumerate(machines) if machine == machines[processes.rank]]
+        for name in sorted(files)[here.index(processes.rank) :: len(here)]:
+            if _fingerprint(path / name) != files[name]:
                 raise DamagedCheckpointError(f"checkpoint {path} is damaged: {name} was cut short or changed")
-        trainer = torch.load(path / _TRAINER, map_location="cpu", weights_only=True) if with_trainer else None
+    with _alike(path, processes, machines), _reading(path):
+        trainer = None
+        if with_trainer:
+            trainer = torch.load(path / _TRAINER, map_location="cpu", weights_only=True, mmap=room is not None)
         if form == _SHARDED:
             from elman.training.sharded import put_shards, read_shards
 
-            weights = read_shards(path, _MODEL_PREFIX)
+            weights = read_shards(path, _MODEL_PREFIX, room)
             model = {name.removeprefix(_MODEL_PREFIX): tensor for name, tensor in weights.items()}
-            trainer = put_shards(trainer, read_shards(path, _TRAINER_PREFIX) if with_trainer else {})
+            trainer = put_shards(trainer, read_shards(path, _TRAINER_PREFIX, room) if with_trainer else {})
         else:
             model = safetensors.torch.load_file(path / _MODEL)
-        if manifest["step"] != step_of(path):
-            raise DamagedCheckpointError(f"checkpoint {path} is damaged: {_MANIFEST} speaks of step {manifest['step']}")
         return Checkpoint(step_of(path), model, trainer)
+
+
+def _read_manifest(path: Path) -> tuple[str, dict[str, Any]]:
+    """The form of a checkpoint, and the fingerprints of the files that are read of it."""
+    manifest = json.loads((path / _MANIFEST).read_text())
+    form = manifest.get("format") if isinstance(manifest, dict) else None
+    if form not in (_FORMAT, _SHARDED):
+        raise DamagedCheckpointError(f"checkpoint {path} is damaged, or not one of elman's ({_FORMAT})")
+    if manifest["step"] != step_of(path):
+        raise DamagedCheckpointError(f"checkpoint {path} is damaged: {_MANIFEST} speaks of step {manifest['step']}")
+    files = manifest["files"]
+    if form == _FORMAT:
+        return form, {name: files[name] for name in (_MODEL, _TRAINER)}
+    for shard in path.glob("*.safetensors"):
+        # All are read.
+        if shard.name not in files:
+            raise DamagedCheckpointError(f"checkpoint {path} is damaged: {shard.name} is none of its files")
+    return form, files
+
+
+@contextlib.contextmanager
+def _reading(path: Path) -> Iterator[None]:
+    """What reading a checkpoint may raise, as ``load_checkpoint`` tells of it."""
+    try:
+        yield
     except PermissionError as error:
         raise UsageError(f"checkpoint {path} cannot be read: {error.strerror}; check its permissions") from None
     except (FileNotFoundError, NotADirectoryError) as error:
@@ -245,6 +284,24 @@ def load_checkpoint(path: Path, *, with_trainer: bool = True) -> Checkpoint:
         if isinstance(error, UsageError):
             raise
         raise DamagedCheckpointError(f"checkpoint {path} is damaged: it cannot be read ({error})") from None
+
+
+@contextlib.contextmanager
+def _alike(path: Path, processes: Processes, machines: list[str]) -> Iterator[None]:
+    """What is inside has been done by all ranks, whose machines these are, or the checkpoint is damaged to all."""
+    damage: str | None = None
+    with processes.together():
+        try:
+            yield
+        except DamagedCheckpointError as error:
+            damage = str(error)
+    found = {machine: why for machine, why in zip(machines, processes.gather(damage), strict=True) if why is not None}
+    if found and found.keys() == set(machines):
+        raise DamagedCheckpointError(next(iter(found.values())))
+    for machine, why in found.items():
+        # No checkpoint is passed over, and set aside, because some machine does not see the folder.
+        complaint = f"on {machine} {why}, but not on all machines: have the run's folder be the same on each"
+        raise processes.failure(UsageError(complaint))
 
 
 def data_of(path: Path) -> str | None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
@@ -211,13 +212,19 @@ def process_group(config: RunConfig) -> Iterator[Processes]:
             raise
         raise LostRanksError(
             f"rank {processes.rank} of {processes.size} lost the others, which have ended "
-            f"({str(error).splitlines()[0]}): one of them tells why"
+            f"({_reason(error)}): one of them tells why, unless it was killed, as where memory runs out; "
+            f"any checkpoint is whole, to go on from by --resume"
         ) from None
     finally:
         # gloo's threads need Python's lock to let go of a last tensor, and who destroys the group holds it while it
         # waits for them: they hang, if they have not done so yet.
         time.sleep(0.1)
         dist.destroy_process_group()
+
+
+def _reason(error: RuntimeError) -> str:
+    """Its first line, without what gloo says there of its own source and of where to look."""
+    return re.sub(r"^\[\S+\.cc:\d+\] |\. This is typically caused by .*", "", str(error).splitlines()[0])
 
 
 def _is_lost_connection(error: RuntimeError) -> bool:

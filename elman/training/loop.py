@@ -21,7 +21,7 @@ from elman.mixers import State
 from elman.model import LanguageModel, ModelConfig, next_token_loss
 from elman.ops import choosing_for_graphs, record_backends
 from elman.training.carry import Carry
-from elman.training.checkpoint import Checkpoint, load_checkpoint, save_checkpoint, save_sharded
+from elman.training.checkpoint import Checkpoint, save_checkpoint, save_sharded
 from elman.training.checks import check_memory, check_mixers, rows_a_pass
 from elman.training.compiling import compile_training, first_line, ignoring_compiler_warnings
 from elman.training.config import RunConfig
@@ -107,15 +107,12 @@ class Trainer:
             UsageError: every checkpoint is damaged, or another model's or version's, or the data is not what the run
                 began with.
         """
-        found = None
-        with self.processes.together():
-            if self.processes.is_main:
-                found = load_newest(run, lambda line: say(self.console, line), set_aside=True)
-        path = self.processes.of_main(None if found is None else found[0])
-        if path is None:
+        given: dict[str, Any] = {"processes": self.processes, "room": self.parallel.room}
+        found = load_newest(run, lambda line: say(self.console, line), set_aside=run.writes, **given)
+        if found is None:
             return
         with self.processes.together():
-            self._go_back_to(path, load_checkpoint(path) if found is None else found[1])
+            self._go_back_to(*found)
         rows = [row for row in run.read_metrics() if row["step"] <= self.step]
         self.recent_losses.extend(row["loss"] for row in rows if isinstance(row.get("loss"), float))
 

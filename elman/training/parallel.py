@@ -20,6 +20,9 @@ from elman.model import LanguageModel
 from elman.training.distributed import Processes
 
 Wrap = Callable[[Callable[..., Any]], Callable[..., Any]]
+#: From a tensor's name, in the model's state or else in the trainer's, its whole shape and its dtype, to memory of the
+#: host for a rank's share of it.
+Room = Callable[[str, torch.Size, torch.dtype], Tensor]
 
 
 class Whole:
@@ -31,6 +34,8 @@ class Whole:
         self.forward: Callable[..., Any] = model
         #: Whether gradients are to stay where they are, so that no rank waits for another that may have failed.
         self.silent = False
+        #: What ``load_checkpoint`` reads into, so as to read no more than this rank's share; None where that is all.
+        self.room: Room | None = None
 
     def part(self, last: bool) -> AbstractContextManager[None]:
         """Around both passes of a part of the batch; gradients of all parts are summed before ranks share them."""
@@ -49,7 +54,7 @@ class Whole:
         return torch.nn.utils.clip_grad_norm_(self.model.parameters(), limit)
 
     def place(self, tensor: Tensor, like: Tensor) -> Tensor:
-        """A whole tensor to this rank's share of it, if ``like`` is such a share of a tensor of its shape."""
+        """What was read to this rank's share of it, a copy, if ``like`` is such a share of a tensor of its shape."""
         return tensor
 
 

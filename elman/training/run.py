@@ -40,6 +40,8 @@ from elman.model import LanguageModel, ModelConfig
 from elman.sizing import num_params
 from elman.training.checkpoint import Checkpoint, DamagedCheckpointError, list_checkpoints, load_checkpoint, step_of
 from elman.training.config import RunConfig, TaskConfig, TrainConfig
+from elman.training.distributed import ALONE, Processes
+from elman.training.parallel import Room
 
 #: Of the weights, that which every model has.
 _EMBEDDING = "embedding.weight"
@@ -248,23 +250,31 @@ def newest_checkpoint(run: RunFolder) -> Path | None:
 
 
 def load_newest(
-    run: RunFolder, tell: Callable[[str], None], *, with_trainer: bool = True, set_aside: bool = False
+    run: RunFolder,
+    tell: Callable[[str], None],
+    *,
+    with_trainer: bool = True,
+    set_aside: bool = False,
+    processes: Processes = ALONE,
+    room: Room | None = None,
 ) -> tuple[Path, Checkpoint] | None:
-    """The run's latest whole checkpoint and where it lies; None before its first save.
+    """The run's latest whole checkpoint and where it lies, to all ranks the same; None before its first save.
 
     Args:
         run: the run.
         tell: is called with a line for each damaged checkpoint that was passed over.
         with_trainer: as for ``load_checkpoint``.
         set_aside: rename the damaged ones, to save in their place; for who holds the run's lock.
+        processes: as for ``load_checkpoint``.
+        room: as for ``load_checkpoint``.
 
     Raises:
         UsageError: all are damaged, or one cannot be read.
     """
     damaged: list[tuple[Path, DamagedCheckpointError]] = []
-    for path in reversed(list_checkpoints(run.checkpoints)):
+    for path in reversed(processes.of_main(list_checkpoints(run.checkpoints))):
         try:
-            checkpoint = load_checkpoint(path, with_trainer=with_trainer)
+            checkpoint = load_checkpoint(path, with_trainer=with_trainer, processes=processes, room=room)
         except DamagedCheckpointError as error:
             damaged.append((path, error))
             continue
@@ -274,7 +284,8 @@ def load_newest(
                 _set_aside(other)
         return path, checkpoint
     if damaged:
-        raise UsageError(f"{damaged[0][1]}; there is no whole one before it: put it back, or start a new run")
+        complaint = f"{damaged[0][1]}; there is no whole one before it: put it back, or start a new run"
+        raise processes.failure(UsageError(complaint))
     return None
 
 

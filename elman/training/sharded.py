@@ -22,12 +22,12 @@ from torch import Tensor, nn
 from torch.distributed.checkpoint import CheckpointException, HuggingFaceStorageReader, HuggingFaceStorageWriter
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
-from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.distributed.tensor import DTensor, Shard, distribute_tensor, empty
 from torch.utils._pytree import keystr, tree_map, tree_map_with_path
 
 from elman.mixers.base import FollowsWeights
 from elman.model import LanguageModel
-from elman.training.parallel import Whole, Wrap
+from elman.training.parallel import Room, Whole, Wrap
 
 #: What stands in a tree in place of a tensor that lies in the shards, and the tensor's name behind it.
 _MARK = "in the shards: "
@@ -50,6 +50,9 @@ class Shards(Whole):
             fully_shard(layer.mixer, mesh=mesh)  # type: ignore[arg-type]
         # Else the last evaluation's would stay gathered, and the next step run by them.
         fully_shard(model, mesh=mesh, reshard_after_forward=True)
+        self._hosts = init_device_mesh("cpu", (dist.get_world_size(),))
+        self.room = self._room
+        self._unshared = {name for name, tensor in model.state_dict().items() if not isinstance(tensor, DTensor)}
 
     def part(self, last: bool) -> AbstractContextManager[None]:
         assert isinstance(self.model, FSDPModule)
@@ -79,10 +82,23 @@ class Shards(Whole):
         norm = super().clip_gradients(limit)
         return norm.full_tensor() if isinstance(norm, DTensor) else norm
 
+    def _room(self, name: str, shape: torch.Size, dtype: torch.dtype) -> Tensor:
+        if name in self._unshared:
+            return _whole(name, shape, dtype)
+        return empty(shape, dtype=dtype, device_mesh=self._hosts, placements=[Shard(0)])
+
     def place(self, tensor: Tensor, like: Tensor) -> Tensor:
-        if not isinstance(like, DTensor) or isinstance(tensor, DTensor) or tensor.shape != like.shape:
-            return tensor
-        return distribute_tensor(tensor.to(like.device), like.device_mesh, like.placements, src_data_rank=None)
+        if not isinstance(like, DTensor) or tensor.shape != like.shape:
+            return tensor.clone()  # for it may lie in a file
+        if isinstance(tensor, DTensor):
+            share = tensor.to_local().to(like.device)
+        else:
+            # Cut on the host, so that of what lies in a file no more is read, or sent to a GPU, than this rank's share.
+            cut = distribute_tensor(tensor, self._hosts, like.placements, src_data_rank=None)
+            share = cut.to_local().to(like.device, copy=True)
+        return DTensor.from_local(
+            share, like.device_mesh, like.placements, run_check=False, shape=like.shape, stride=like.stride()
+        )
 
 
 def _forward(mixer: nn.Module, *arguments: Any) -> Any:
@@ -145,11 +161,20 @@ def write_shards(shards: dict[str, Tensor], folder: Path, group: dist.ProcessGro
     return finish
 
 
-def read_shards(folder: Path, prefix: str = "") -> dict[str, Tensor]:
-    """The tensors, whole and on the CPU, whose names begin with ``prefix``; each process reads for itself."""
+def _whole(name: str, shape: torch.Size, dtype: torch.dtype) -> Tensor:
+    return torch.empty(shape, dtype=dtype)
+
+
+def read_shards(folder: Path, prefix: str, room: Room | None = None) -> dict[str, Tensor]:
+    """The tensors, on the CPU, whose names begin with ``prefix``; each process reads for itself.
+
+    ``room`` is given the names without it. Of the DTensors that it makes, this rank's share is read, and no more;
+    without it all tensors are whole.
+    """
+    room = room or _whole
     found = HuggingFaceStorageReader(str(folder)).read_metadata().state_dict_metadata
     tensors = {
-        name: torch.empty(about.size, dtype=about.properties.dtype)  # type: ignore[union-attr]
+        name: room(name.removeprefix(prefix), about.size, about.properties.dtype)  # type: ignore[union-attr]
         for name, about in found.items()
         if name.startswith(prefix)
     }
