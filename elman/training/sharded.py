@@ -20,7 +20,7 @@ import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import Tensor, nn
 from torch.distributed.checkpoint import CheckpointException, HuggingFaceStorageReader, HuggingFaceStorageWriter
-from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor, empty
 from torch.utils._pytree import keystr, tree_map, tree_map_with_path
@@ -50,7 +50,6 @@ class Shards(Whole):
             fully_shard(layer.mixer, mesh=mesh)  # type: ignore[arg-type]
         # Else the last evaluation's would stay gathered, and the next step run by them.
         fully_shard(model, mesh=mesh, reshard_after_forward=True)
-        self._hosts = init_device_mesh("cpu", (dist.get_world_size(),))
         self.room = self._room
         self._unshared = {name for name, tensor in model.state_dict().items() if not isinstance(tensor, DTensor)}
 
@@ -81,6 +80,11 @@ class Shards(Whole):
     def clip_gradients(self, limit: float) -> Tensor:
         norm = super().clip_gradients(limit)
         return norm.full_tensor() if isinstance(norm, DTensor) else norm
+
+    @functools.cached_property
+    def _hosts(self) -> DeviceMesh:
+        """The ranks, with their shares in the hosts' memory."""
+        return init_device_mesh("cpu", (dist.get_world_size(),))
 
     def _room(self, name: str, shape: torch.Size, dtype: torch.dtype) -> Tensor:
         if name in self._unshared:
