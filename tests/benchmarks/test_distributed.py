@@ -34,7 +34,7 @@ def test_ranks_are_started_measured_and_written(results: Path, tmp_path: Path) -
 
 
 def test_what_fails_or_comes_too_late_is_a_row_that_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(distributed, "plan", lambda options: [Row("1000000x8x2", 1, "none")])
+    monkeypatch.setattr(distributed, "plan", lambda options: [Row("100000x8x2", 1, "none")])
     (row,) = distributed.main(Options(**TINY))  # type: ignore[arg-type]
     assert "a model of" in row.note
     assert "give a smaller" in row.note

@@ -182,6 +182,9 @@ def test_commands_in_sentences_parse(span: str, workplace: Path) -> None:
     words = shlex.split(span)[1:]
     if tuple(words) in command_names():
         return
+    if words == ["--version"]:
+        assert cli.main(words) == 0
+        return
     stands_for = {"RUN": str(RUN), "RUN...": str(RUN), "my_study.py": "ladder_50m"}
     words = [stands_for.get(word, word) for word in words]
     words = [
