@@ -16,7 +16,6 @@
 namespace short_conv {
 
 constexpr int kThreads = 128;
-[[maybe_unused]] constexpr int kAhead = 2;  // steps whose tensors a thread of the backward pass has on their way
 
 // Of a multiprocessor at least, which leaves each thread the registers that it wants.
 template <int kTaps>
@@ -67,15 +66,13 @@ struct Window {
 
   // A step's own input is x[0].
   __device__ __forceinline__ void push(const T* from, bool reset) {
-    push(from != nullptr ? load<kWidth>(from, 0) : Pack<T, kWidth>{}, reset);
-  }
-
-  __device__ __forceinline__ void push(const Pack<T, kWidth>& given, bool reset) {
     alive = reset ? 0 : min(alive + 1, kTaps - 1);
 #pragma unroll
     for (int j = kTaps - 1; j > 0; --j)
 #pragma unroll
       for (int i = 0; i < kWidth; ++i) x[j][i] = reset ? Real(0) : x[j - 1][i];
+    Pack<T, kWidth> given{};
+    if (from != nullptr) given = load<kWidth>(from, 0);
 #pragma unroll
     for (int i = 0; i < kWidth; ++i) x[0][i] = to_real(given.at[i]);
   }
@@ -155,14 +152,10 @@ __global__ void __launch_bounds__(short_conv::kThreads, short_conv::kBlocks<kTap
     if (t >= place.end || t < (place.first == 0 ? 1 - kTaps : place.first)) return;
     short_conv::write(t >= 0 ? du + where : dlast + place.template edge<kTaps>(t + kTaps - 1), gradient);
   };
-  Pack<T, kWidth> us[short_conv::kAhead], gradients[short_conv::kAhead];
-  auto fetch = [&](int slot, long long t, long long where) {
-    if (t < behind) us[slot] = load<kWidth>(u, where), gradients[slot] = load<kWidth>(dv, where);
-  };
-  auto step = [&](int slot, long long t) {
-    window.push(us[slot], reset != nullptr && reset[t * batch + place.row]);
-    const auto given = gradients[slot];
-    fetch(slot, t + short_conv::kAhead, at + short_conv::kAhead * stride);
+#pragma unroll 2
+  for (long long t = place.first; t < behind; ++t, at += stride) {
+    window.push(u + at, reset != nullptr && reset[t * batch + place.row]);
+    const auto given = load<kWidth>(dv, at);
 #pragma unroll
     for (int i = 0; i < kWidth; ++i) {
       Real g = to_real(given.at[i]);
@@ -178,14 +171,7 @@ __global__ void __launch_bounds__(short_conv::kThreads, short_conv::kBlocks<kTap
       }
     }
     finish(t - (kTaps - 1), at - (kTaps - 1) * stride, dx[kTaps - 1]);
-    at += stride;
-  };
-#pragma unroll
-  for (int slot = 0; slot < short_conv::kAhead; ++slot) fetch(slot, place.first + slot, at + slot * stride);
-  for (long long t = place.first; t < behind; t += short_conv::kAhead)
-#pragma unroll
-    for (int slot = 0; slot < short_conv::kAhead; ++slot)
-      if (t + slot < behind) step(slot, t + slot);
+  }
   if (behind == steps) {
 #pragma unroll
     for (int j = 0; j < kTaps - 1; ++j) {
