@@ -372,7 +372,10 @@ def _result(group: Group, swept: Sequence[str], behind: Difference | None) -> li
         f"{first.summary['params']:,}",
         str(first.summary["batch_size"]),
         ", ".join(_rate(rate) for rate in sorted({record.lr for record in group.records})),
-        *(", ".join(dict.fromkeys(str(getattr(record.config, name)) for record in group.records)) for name in swept),
+        *(
+            ", ".join(dict.fromkeys(str(getattr(record.config, name, "–")) for record in group.records))
+            for name in swept
+        ),
         str(len(group.records)),
         _mean(group, "last_100_loss", lambda value: f"{value:.4f}"),
         f"{group.mean:.4f}" + ("" if spread is None else f" ± {spread:.4f}"),

@@ -143,3 +143,10 @@ def test_of_runs_that_were_picked_nobody_misses_the_others(tmp_path: Path) -> No
     report = make_report(picked)
     assert report.runs[0][1:3] == ["–", "–"]
     assert "no config.json" in dict(report.left_out)["a (a-seed0)"]
+
+
+def test_a_swept_option_that_no_run_has_stops_no_report(tmp_path: Path) -> None:
+    make_study(tmp_path / "toy", LOSSES, sweep={"warmup": [20, 40], "nonsense": [1]})
+    (section,) = make_report([tmp_path / "toy"]).sections
+    assert section.tables[0].columns[5:7] == ["--warmup", "--nonsense"]
+    assert [row[5:7] for row in section.tables[0].rows] == [["20", "–"]] * 2
