@@ -22,7 +22,7 @@ from unittest import mock
 import torch
 
 from benchmarks.compiling import compile_ahead
-from benchmarks.designs import EXCHANGES, LOW_RANK, WIDE, best_plan
+from benchmarks.designs import EXCHANGES, LOW_RANK, SPLIT, WIDE, best_plan
 from elman.errors import UsageError
 from elman.ops import BACKENDS, diagonal, loop, low_rank, persistent
 from elman.ops.cells import CELLS, FUSED_CELLS, Cell
@@ -45,7 +45,7 @@ class Case:
         words: beside its sizes, for the table.
         options: of ``draw``.
         saturated: units at their limits.
-        design: exchange, or one of ``WIDE``, and blocks of batch rows a tile; None leaves the choice to the backend.
+        design: exchange, or one of ``WIDE`` or ``SPLIT``, and blocks of batch rows a tile; None: the backend chooses.
     """
 
     seq_len: int
@@ -117,13 +117,16 @@ def cases(chip: Chip, small: bool) -> list[Case]:
 
 
 def designs(chip: Chip) -> list[Case]:
-    """Those that fit: every exchange with one and two blocks a tile, the wide kernels with the fewest and the most.
+    """Those that fit: every exchange with one and two blocks a tile, the wide and split kernels with few and the most.
 
     All have several tiles a group, the staged exchanges many. With the most blocks, the wide kernels whose warp groups
     have tiles of their own give slots back and keep weights in shared memory.
     """
     wanted = [(cell, 256, design, blocks) for cell in ("tanh", "lstm") for design in EXCHANGES for blocks in (1, 2)]
     wanted += [("tanh", 640, design, blocks) for design in WIDE for blocks in (2, 8)]
+    wanted += [
+        ("tanh", 640, design, blocks) for design, most in zip(SPLIT, (6, 8), strict=True) for blocks in (2, most)
+    ]
     found = []
     for cell, hidden, design, blocks in wanted:
         words = f"{cell}, {design}, {blocks} block{'s' * (blocks > 1)}"

@@ -4,15 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from elman.ops import low_rank, narrow, wide
+from elman.ops import low_rank, narrow, split, wide
 from elman.ops.low_rank import LowRankPlan
 from elman.ops.narrow import Plan
 from elman.ops.planning import Chip, Task
+from elman.ops.split import SplitPlan
 from elman.ops.wide import WidePlan
 
 EXCHANGES = tuple(narrow.EXCHANGES)
 #: The designs of the wide kernels, and their split.
 WIDE = {"wide, own tiles": 1, "wide, shared tiles": 2}
+#: Those that split the depth over a cluster, and its CTAs; the backend does not take them by itself.
+SPLIT = {f"split over {cluster}": cluster for cluster in split.CLUSTERS}
 #: Of a weight of low rank, two thin products a step.
 LOW_RANK = "low rank"
 
@@ -36,6 +39,15 @@ def wide_plans(
             yield plan
 
 
+def split_plans(
+    design: str, blocks: int, chip: Chip, batch: int, hidden: int, task: Task, heads: int = 1
+) -> Iterator[SplitPlan]:
+    """Those of ``SPLIT``; none where the chip or the cell has none."""
+    for plan in split.plans(chip, batch, hidden, task, heads):
+        if (plan.cluster, plan.blocks) == (SPLIT[design], blocks):
+            yield plan
+
+
 def low_rank_plans(blocks: int, chip: Chip, batch: int, hidden: int, task: Task, rank: int) -> Iterator[LowRankPlan]:
     """All of so many blocks a tile."""
     for plan in low_rank.plans(chip, batch, hidden, rank, task):
@@ -45,16 +57,16 @@ def low_rank_plans(blocks: int, chip: Chip, batch: int, hidden: int, task: Task,
 
 def best_plan(
     design: str, blocks: int, chip: Chip, batch: int, hidden: int, task: Task, heads: int = 1, rank: int = 0
-) -> Plan | WidePlan | LowRankPlan:
-    """The one that the model of a step's time likes best, of an exchange, of ``WIDE`` or ``LOW_RANK``.
+) -> Plan | WidePlan | SplitPlan | LowRankPlan:
+    """The one that the model of a step's time likes best, of an exchange, of ``WIDE``, ``SPLIT`` or ``LOW_RANK``.
 
     Raises:
         ValueError: none fits.
     """
-    found: Iterator[Plan | WidePlan | LowRankPlan]
+    found: Iterator[Plan | WidePlan | SplitPlan | LowRankPlan]
     if design == LOW_RANK:
         found = low_rank_plans(blocks, chip, batch, hidden, task, rank)
     else:
-        of_design = wide_plans if design in WIDE else plans
+        of_design = wide_plans if design in WIDE else split_plans if design in SPLIT else plans
         found = of_design(design, blocks, chip, batch, hidden, task, heads)
     return min(found, key=lambda plan: plan.microseconds(task))

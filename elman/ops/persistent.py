@@ -26,6 +26,7 @@ from elman.ops.narrow import Plan
 from elman.ops.operators import Diagonal, LowRank, Operator
 from elman.ops.planning import DIRECTIONS, TYPICAL_CHIPS, Chip, Task
 from elman.ops.registration import constant_when_traced
+from elman.ops.split import SplitPlan
 from elman.ops.wide import WidePlan
 
 if TYPE_CHECKING:
@@ -43,7 +44,7 @@ def _tasks(cell: Cell) -> list[Task]:
     return [Task(direction, cell) for direction in DIRECTIONS]
 
 
-AnyPlan = Plan | WidePlan | LowRankPlan
+AnyPlan = Plan | WidePlan | SplitPlan | LowRankPlan
 
 
 def why_not(problem: Problem) -> str | None:

@@ -6,14 +6,13 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from elman.ops.planning import Chip, Task
+from elman.ops.planning import BLOCK_ROWS, Chip, Task
 
-# What wide.cuh fixes.
+# What wide_layout.cuh fixes.
 _ROWS = 64
-_BLOCK_ROWS = 8
-_CHUNK_DEPTH = 128
-_CHUNK_STEPS = 8
-_STEP_BYTES = _ROWS * 16 * 2
+CHUNK_DEPTH = 128
+CHUNK_STEPS = 8
+STEP_BYTES = _ROWS * 16 * 2
 _GROUPS = 2
 _GROUP_THREADS = 128
 _RING_STEPS = 8
@@ -26,7 +25,7 @@ _BLOCKS = range(2, 9)
 #: Of registers a thread, beside some 16 for addresses: weights take 32 a chunk, sums 4 a block, the cell 8 a block.
 _REGISTERS = 216
 _MAX_REGISTER_CHUNKS = 5
-_CLOCKS_PER_MICROSECOND = 1900
+CLOCKS_PER_MICROSECOND = 1900
 
 
 @dataclass(frozen=True)
@@ -66,29 +65,38 @@ class WidePlan:
 
     def ring_bytes(self, task: Task, hidden: int, heads: int) -> int:
         """The workspace in global memory: the exchanged state of some steps, and its flags."""
-        tiles, chunks = heads * self.groups * self.tiles, math.ceil(hidden / _CHUNK_DEPTH)
-        return tiles * (_RING_STEPS * chunks * _chunk_bytes(self.blocks) + self.columns * _FLAG_BYTES)
+        return ring_bytes(heads * self.groups * self.tiles, hidden, self.blocks, self.columns)
 
     def microseconds(self, task: Task) -> float:
         """About how long a step takes on an H100: all tiles, or one and the exchange's latency if that is longer."""
-        rows = _BLOCK_ROWS * self.blocks
-        from_registers, from_shared = max(13.0, rows / 2), 16 + rows / 4
+        from_registers, from_shared = clocks_per_wgmma(BLOCK_ROWS * self.blocks)
         if self.split == 1:  # alone, a warp group does not get more out of the tensor cores
             from_registers, from_shared = max(22.0, from_registers), max(22.0, from_shared)
         chunks = self.split * (self.register_chunks * from_registers + self.shared_chunks * from_shared)
-        product = _CHUNK_STEPS * chunks
+        product = CHUNK_STEPS * chunks
         cell_blocks = self.blocks // self.split
-        state = self.split * (self.register_chunks + self.shared_chunks) * _chunk_bytes(self.blocks)
+        state = self.split * (self.register_chunks + self.shared_chunks) * chunk_bytes(self.blocks)
         chain = 1450 + product + 350 + 100 * cell_blocks + state / 64
         tile = 1.5 * product + 200 if self.split == 1 else product + 1200 + 450 * cell_blocks
         tile += self.split * 100 * max(0, self.blocks - 3)
         if self.slots < self.register_chunks + self.shared_chunks:
             tile *= 1.1
-        return max(chain, self.tiles * tile) / _CLOCKS_PER_MICROSECOND
+        return max(chain, self.tiles * tile) / CLOCKS_PER_MICROSECOND
 
 
-def _chunk_bytes(blocks: int) -> int:
-    return blocks * _BLOCK_ROWS * _CHUNK_DEPTH * 2
+def clocks_per_wgmma(rows: int) -> tuple[float, float]:
+    """Of 64 rows of W by so many batch rows, 16 deep, W in registers and in shared memory: two warp groups together."""
+    return max(13.0, rows / 2), 16 + rows / 4
+
+
+def chunk_bytes(blocks: int) -> int:
+    """Of the state, for a tile of so many blocks."""
+    return blocks * BLOCK_ROWS * CHUNK_DEPTH * 2
+
+
+def ring_bytes(tiles: int, hidden: int, blocks: int, columns: int) -> int:
+    """The exchanged state of some steps and its flags, of all tiles together."""
+    return tiles * (_RING_STEPS * math.ceil(hidden / CHUNK_DEPTH) * chunk_bytes(blocks) + columns * _FLAG_BYTES)
 
 
 def plans(chip: Chip, batch: int, hidden: int, task: Task, heads: int) -> Iterator[WidePlan]:
@@ -100,7 +108,7 @@ def plans(chip: Chip, batch: int, hidden: int, task: Task, heads: int) -> Iterat
     if room == 0 or columns // _PUBLISHERS > _MAX_CHUNKS:
         return
     for blocks in _BLOCKS:
-        batch_tiles = math.ceil(batch / (_BLOCK_ROWS * blocks))
+        batch_tiles = math.ceil(batch / (BLOCK_ROWS * blocks))
         tiles = math.ceil(batch_tiles / min(room, batch_tiles))
         for split in (1, 2):
             plan = _fit(chip, task, columns, blocks, split, math.ceil(batch_tiles / tiles), tiles)
@@ -115,12 +123,12 @@ def _fit(chip: Chip, task: Task, columns: int, blocks: int, split: int, groups: 
     chunks, cell_blocks = math.ceil(columns / _PUBLISHERS / split), blocks // split
     in_registers = min(chunks, _MAX_REGISTER_CHUNKS, (_REGISTERS - 4 * blocks - 8 * cell_blocks) // 32)
     in_shared = chunks - in_registers
-    shared = split * in_shared * _CHUNK_STEPS * _STEP_BYTES
+    shared = split * in_shared * CHUNK_STEPS * STEP_BYTES
     shared += 2 * _GROUPS * cell_blocks * _GROUP_THREADS * 16 if split == 2 else 0  # sums that are swapped
-    shared += 8 * (task.inputs + 1) * cell_blocks * _BLOCK_ROWS * 32  # inputs and outputs, of eight warps
-    shared += blocks * _BLOCK_ROWS * _ROWS * 2  # empty words
-    slots = min(chunks, (chip.shared_bytes - shared) // (_GROUPS * (_chunk_bytes(blocks) + 16)))
+    shared += 8 * (task.inputs + 1) * cell_blocks * BLOCK_ROWS * 32  # inputs and outputs, of eight warps
+    shared += blocks * BLOCK_ROWS * _ROWS * 2  # empty words
+    slots = min(chunks, (chip.shared_bytes - shared) // (_GROUPS * (chunk_bytes(blocks) + 16)))
     if in_registers < 1 or slots < min(chunks, 3):
         return None
-    shared += _GROUPS * slots * (_chunk_bytes(blocks) + 16)
+    shared += _GROUPS * slots * (chunk_bytes(blocks) + 16)
     return WidePlan(in_registers, in_shared, blocks, slots, split, columns, groups, tiles, shared)

@@ -8,9 +8,10 @@ from torch import Tensor
 
 from benchmarks import correctness
 from benchmarks.correctness import Case, cases, designs, rows
-from benchmarks.designs import LOW_RANK, WIDE
+from benchmarks.designs import LOW_RANK, SPLIT, WIDE
 from elman.ops.cells import FUSED_CELLS
 from elman.ops.low_rank import LowRankPlan
+from elman.ops.split import SplitPlan
 from elman.ops.wide import WidePlan
 from tests.ops.problems import Problem, draw, solve
 from tests.ops.test_persistent import CHIPS, H200
@@ -18,7 +19,7 @@ from tests.ops.test_persistent import CHIPS, H200
 
 def test_every_design_is_there_with_several_tiles() -> None:
     found = designs(H200)
-    assert len(found) == len(set(map(str, found))) == 23
+    assert len(found) == len(set(map(str, found))) == 27
     for case in found:
         plans = case.plans(H200)
         assert {task.direction for task in plans} == {"forward", "backward"}
@@ -29,6 +30,8 @@ def test_every_design_is_there_with_several_tiles() -> None:
                 assert plan.split == WIDE[design]
                 few = blocks == 8 and plan.split == 1
                 assert few == (plan.slots < plan.register_chunks + plan.shared_chunks) == (plan.shared_chunks > 0)
+            elif isinstance(plan, SplitPlan):
+                assert plan.cluster == SPLIT[design]
             elif isinstance(plan, LowRankPlan):
                 assert design == LOW_RANK
             else:
@@ -36,7 +39,7 @@ def test_every_design_is_there_with_several_tiles() -> None:
             assert plan.blocks == blocks
             assert plan.tiles >= 2
             assert plan.columns >= 2
-    assert not any(case.design and case.design[0] in WIDE for case in designs(CHIPS["A100"]))
+    assert not any(case.design and case.design[0] in {**WIDE, **SPLIT} for case in designs(CHIPS["A100"]))
 
 
 @pytest.mark.parametrize("chip", sorted(CHIPS))

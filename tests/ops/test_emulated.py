@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pytest
 import torch
 
-from benchmarks.designs import best_plan
+from benchmarks.designs import SPLIT, WIDE, best_plan
 from elman.ops import low_rank, persistent
 from elman.ops.low_rank import LowRankPlan
 from elman.ops.planning import TYPICAL_CHIPS, Chip, Task
+from elman.ops.split import SplitPlan
+from elman.ops.wide import CHUNK_STEPS, STEP_BYTES, WidePlan
 from tests.ops.cuda import emulator
 from tests.ops.cuda.emulator import emulate, needs_compiler
 from tests.ops.problems import Problem, assert_as_exact_as_reference, draw, solve
@@ -130,6 +132,16 @@ def test_a_nan_stays_in_its_row_until_a_reset(monkeypatch: pytest.MonkeyPatch) -
     assert torch.equal(result["dpre"].isnan().any(-1).any(0), bad.any(0))
 
 
+def break_kernel(patch: pytest.MonkeyPatch, folder: Path, file: str, right: str, wrong: str) -> None:
+    """What is built from now on has the wrong words in this file."""
+    original = emulator._source
+    assert original(file).count(right) == 1
+    patch.setattr(
+        emulator, "_source", lambda name: original(name).replace(right, wrong) if name == file else original(name)
+    )
+    patch.setattr(emulator, "_folder", lambda: str(folder))
+
+
 @pytest.mark.parametrize(
     ("file", "right", "wrong"),
     [
@@ -143,12 +155,7 @@ def test_a_nan_stays_in_its_row_until_a_reset(monkeypatch: pytest.MonkeyPatch) -
 def test_a_broken_kernel_is_found_out(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, file: str, right: str, wrong: str
 ) -> None:
-    original = emulator._source
-    assert right in original(file)
-    monkeypatch.setattr(
-        emulator, "_source", lambda name: original(name).replace(right, wrong) if name == file else original(name)
-    )
-    monkeypatch.setattr(emulator, "_folder", lambda: str(tmp_path))
+    break_kernel(monkeypatch, tmp_path, file, right, wrong)
     case = CASES["two tiles, the second of one row"]
     case.emulate(monkeypatch)
     with pytest.raises(AssertionError):
@@ -163,6 +170,7 @@ def test_a_broken_kernel_is_found_out(
         ("StagedRing2", 1, "gru", 29, 1),
         ("StagedRing2", 2, "lstm", 37, 2),
         ("StagedRing3", 1, "softsign", 43, 2),
+        ("ClusterPush", 1, "softsign", 19, 1),
     ],
 )
 def test_dense_and_heads_err_no_more_than_the_reference(
@@ -176,3 +184,120 @@ def test_dense_and_heads_err_no_more_than_the_reference(
     options = {"operator": operator, "heads": heads, "cell": cell, "with_bias": cell == "gru"}
     assert_as_exact_as_reference(draw(10, batch, 40 * heads, dtype=torch.bfloat16, **options), "persistent")
     assert gpu.kernels == ["persistent_forward", "persistent_backward"]
+
+
+@dataclass(frozen=True)
+class HopperCase:
+    """A problem for one of ``WIDE`` or ``SPLIT`` on a GPU of so many multiprocessors.
+
+    ``slots``: fewer than fit; ``shared_chunks``: of the weights, which would all fit into registers.
+    """
+
+    seq_len: int
+    batch: int
+    hidden: int
+    design: str
+    blocks: int = 2
+    multiprocessors: int = 4
+    slots: int | None = None
+    shared_chunks: int = 0
+    cell: str = "tanh"
+    dtype: torch.dtype = torch.bfloat16
+    with_h0: bool = True
+    reset_rate: float | None = 0.2
+
+    def draw(self) -> Problem:
+        options = {"cell": self.cell, "with_h0": self.with_h0, "reset_rate": self.reset_rate}
+        return draw(self.seq_len, self.batch, self.hidden, dtype=self.dtype, **options)
+
+    def plan(self, task: Task) -> WidePlan | SplitPlan:
+        chip = replace(TYPICAL_CHIPS["sm_90a"], multiprocessors=self.multiprocessors)
+        plan = best_plan(self.design, self.blocks, chip, self.batch, self.hidden, task)
+        assert isinstance(plan, WidePlan | SplitPlan)
+        return replace(
+            plan,
+            slots=self.slots or plan.slots,
+            register_chunks=plan.register_chunks - self.shared_chunks,
+            shared_chunks=plan.shared_chunks + self.shared_chunks,
+            shared_bytes=plan.shared_bytes + 2 * self.shared_chunks * CHUNK_STEPS * STEP_BYTES,
+        )
+
+    def emulate(self, patch: pytest.MonkeyPatch) -> emulator.Emulator:
+        patch.setattr(persistent, "make_plan", lambda chip, batch, hidden, task, heads, rank: self.plan(task))
+        return emulate(patch, TYPICAL_CHIPS["sm_90a"])
+
+
+HOPPER_CASES = {
+    "own tiles": HopperCase(11, 19, 200, "wide, own tiles"),
+    "own tiles, slots given back": HopperCase(
+        3, 33, 400, "wide, own tiles", multiprocessors=8, slots=3, cell="softsign"
+    ),
+    "shared tiles": HopperCase(10, 19, 256, "wide, shared tiles", dtype=torch.float16),
+    "split over 2, one tile": HopperCase(11, 13, 200, "split over 2"),
+    "split over 2, three tiles": HopperCase(4, 61, 256, "split over 2", 3, dtype=torch.float16),
+    "split over 2, two groups": HopperCase(3, 21, 136, "split over 2", multiprocessors=8, cell="softsign"),
+    "split over 2, one step": HopperCase(1, 17, 200, "split over 2", with_h0=False, reset_rate=None),
+    "split over 2, slots given back": HopperCase(2, 17, 776, "split over 2", multiprocessors=14, slots=3),
+    "split over 2, weights in shared memory": HopperCase(
+        3, 19, 392, "split over 2", multiprocessors=8, shared_chunks=1
+    ),
+    "split over 4": HopperCase(3, 19, 392, "split over 4", multiprocessors=20),
+    "split over 4, large tiles": HopperCase(2, 67, 392, "split over 4", 8, multiprocessors=20),
+}
+
+
+@pytest.fixture
+def poisoned() -> Iterator[None]:
+    """Memory is full of NaN until it is written to."""
+    torch.use_deterministic_algorithms(True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+@pytest.mark.parametrize("name", HOPPER_CASES)
+def test_products_by_wgmma_err_no_more_than_the_reference(
+    monkeypatch: pytest.MonkeyPatch, poisoned: None, name: str
+) -> None:
+    case = HOPPER_CASES[name]
+    gpu = case.emulate(monkeypatch)
+    assert_as_exact_as_reference(case.draw(), "persistent")
+    kernel = "wide" if case.design in WIDE else "split"
+    assert gpu.kernels == [f"{kernel}_forward", f"{kernel}_backward"]
+
+
+def test_the_hopper_cases_are_what_their_names_say() -> None:
+    plans = {name: case.plan(Task("backward", persistent.CELLS[case.cell])) for name, case in HOPPER_CASES.items()}
+    assert [plan.tiles for plan in plans.values()] == [2, 3, 2, 1, 3, 1, 2, 2, 2, 2, 2]
+    assert [plan.groups for plan in plans.values()] == [1, 1, 1, 1, 1, 2, 1, 1, 1, 1, 1]
+    for name, plan in plans.items():
+        assert (plan.slots < plan.register_chunks + plan.shared_chunks) == ("slots" in name)
+    assert {case.design for case in HOPPER_CASES.values()} == {*WIDE, *SPLIT}
+
+
+def test_the_order_of_threads_changes_no_bit_of_a_split_sum(monkeypatch: pytest.MonkeyPatch) -> None:
+    case = replace(HOPPER_CASES["split over 2, three tiles"], seq_len=3)
+    gpu, problem = case.emulate(monkeypatch), case.draw()
+    first, *others = (solve(problem, "persistent") for _ in range(3))
+    assert gpu.seed == 6
+    assert all(torch.equal(value, other[name]) for other in others for name, value in first.items())
+
+
+@pytest.mark.parametrize(
+    ("file", "right", "wrong"),
+    [
+        ("split.cuh", "wide::suspect(sum)", "false"),
+        ("split.cuh", "mbarrier_wait_cluster<kSpinLimit>(read, (phase & 1) ^ 1);", ""),
+        ("split.cuh", "from < S::kCluster;", "from < S::kCluster - 1;"),
+        ("wide_products.cuh", "ring.at(step - 2, tile) + wiped", "ring.at(step, tile) + wiped"),
+        ("wide_products.cuh", "mbarrier_wait<kSpinLimit>(slots.empty + place.slot * 8, place.parity ^ 1);", ""),
+        ("wide_layout.cuh", "static constexpr int kSteps = 8", "static constexpr int kSteps = 1"),
+    ],
+)
+def test_a_broken_split_is_found_out(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, file: str, right: str, wrong: str
+) -> None:
+    case = replace(HOPPER_CASES["split over 2, three tiles"], dtype=torch.bfloat16)
+    break_kernel(monkeypatch, tmp_path, file, right, wrong)
+    case.emulate(monkeypatch)
+    with pytest.raises(AssertionError):
+        assert_as_exact_as_reference(case.draw(), "persistent")

@@ -64,3 +64,16 @@ __device__ __forceinline__ u32 matrix_low(u32 address, u32 depth_stride) {
   return (address & 0x3ffff) >> 4 | (depth_stride >> 4) << 16;
 }
 __device__ constexpr u32 matrix_high(u32 row_stride) { return row_stride >> 4; }
+
+__device__ __forceinline__ void wgmma_fence() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
+__device__ __forceinline__ void wgmma_commit() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
+template <int kPending>
+__device__ __forceinline__ void wgmma_wait() {
+  asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(kPending) : "memory");
+}
+// Sums may be used from here on, once they have been waited for.
+template <int kSums>
+__device__ __forceinline__ void wgmma_use(float (&sum)[kSums]) {
+#pragma unroll
+  for (int i = 0; i < kSums; ++i) asm volatile("" : "+f"(sum[i])::"memory");
+}

@@ -1,9 +1,9 @@
-// What the warps of the wide kernels share: sizes, places in registers and shared memory, and the exchanged state. The
-// whole is told in wide.cuh.
+// What the warps of the wide and the split kernels share: sizes, places in registers and shared memory, and the
+// exchanged state. The whole is told in wide.cuh.
 #pragma once
 
+#include "hopper.cuh"
 #include "persistent_layout.cuh"
-#include "wgmma.cuh"
 
 namespace wide {
 
@@ -14,23 +14,23 @@ template <typename T>
 using Problem = persistent::Problem<T, T>;
 
 constexpr int kGroups = 2, kGroupThreads = 128, kGroupWarps = 4,
-              kLoaders = 2;  // warp groups that multiply; loader warps of each
+              kLoaders = 2;  // warp groups that multiply; loader warps of each ring
 constexpr int kThreads = (kGroups + 1) * kGroupThreads;
-constexpr int kRows = 64, kWarpRows = 16;  // of W: a CTA's, a warp's
+constexpr int kRows = 64, kWarpRows = 16;  // of W: a warp group's, a warp's
 constexpr int kCoreBytes = 128;            // a core matrix of wgmma: eight units of eight batch rows
 constexpr int kChunkSteps = 8, kChunkDepth = kChunkSteps * 16;
 constexpr int kStepBytes = kRows * 16 * 2;           // of W, one wgmma deep
 constexpr int kSumsReady = 1, kTurn = 2, kVote = 4;  // named barriers; of the last two one a warp group
 
-// kRegisterChunks + kSharedChunks: chunks of the depth whose weights a warp group holds, in registers and in shared
-// memory; kBlocks: blocks of eight batch rows a tile; kSlots: chunks of the state in the ring of a warp group.
-template <typename Cell, bool kBackward_, int kRegisterChunks_, int kSharedChunks_, int kBlocks_, int kSlots_,
-          int kSplit_>
-struct Shape {
+// Chunks of the depth, of which every kStride-th is one member's: a warp group's or a CTA's of a cluster.
+// kRegisterChunks + kSharedChunks: those whose weights a warp group holds, in registers and in shared memory; kBlocks:
+// blocks of eight batch rows a tile; kSlots: chunks of the state in a ring.
+template <bool kBackward_, int kRegisterChunks_, int kSharedChunks_, int kBlocks_, int kSlots_, int kStride_>
+struct Depth {
   static constexpr bool kBackward = kBackward_;
   static constexpr int kRegisterChunks = kRegisterChunks_, kSharedChunks = kSharedChunks_;
   static constexpr int kChunks = kRegisterChunks + kSharedChunks, kBlocks = kBlocks_, kSlots = kSlots_,
-                       kSplit = kSplit_;
+                       kStride = kStride_;
   static constexpr bool kRelease = kSlots < kChunks;  // slots are given back chunk by chunk
   // Chunks of weights in shared memory and in registers take turns, the former first, until one kind is used up.
   static constexpr int kTurns = kRegisterChunks < kSharedChunks ? kRegisterChunks : kSharedChunks;
@@ -42,101 +42,45 @@ struct Shape {
     return i < kTurns ? 2 * i + 1 : i + kTurns;
   }  // index's inverse
   static __device__ constexpr int of_shared(int i) { return i < kTurns ? 2 * i : i + kTurns; }
-  static constexpr int kColumns = kRows, kTileRows = kBlocks * kBlockRows;
+  // The chunk of the depth that a member's n-th one is, and how many it has of so many.
+  static __device__ __forceinline__ int chunk_of(int n, int member) { return kStride * n + member; }
+  static __device__ __forceinline__ int chunks_of(int chunks, int member) {
+    return (chunks - member + kStride - 1) / kStride;
+  }
+  static constexpr int kTileRows = kBlocks * kBlockRows;
+  static constexpr int kChunkBytes = kBlocks * kChunkDepth * kBlockRows * 2;
+  static constexpr int kGroupWeightBytes = kSharedChunks * kChunkSteps * kStepBytes;  // in shared memory
+  static_assert(kChunks < 32, "loaders keep a bit a chunk");
+  static_assert(kSlots >= 3 || kSlots == kChunks, "parities tell two uses of a slot apart, loaders being two");
+};
+
+// kSplit: among how many warp groups the depth of a tile is split.
+template <typename Cell, bool kBackward, int kRegisterChunks, int kSharedChunks, int kBlocks, int kSlots, int kSplit_>
+struct Shape : Depth<kBackward, kRegisterChunks, kSharedChunks, kBlocks, kSlots, kSplit_> {
+  using Base = Depth<kBackward, kRegisterChunks, kSharedChunks, kBlocks, kSlots, kSplit_>;
+  static constexpr int kSplit = kSplit_, kColumns = kRows;
   static constexpr int kPeerStep = 2;  // CTAs that publish a chunk
   static constexpr int kCellBlocks = kBlocks / kSplit, kCellRows = kCellBlocks * kBlockRows;
   static constexpr int kTileGroups = kGroups / kSplit;  // tiles are dealt to so many in turn
-  static constexpr int kOutputs = kBackward ? Cell::kGates : 1;
+  static constexpr int kFlagQuads = kSplit;             // of words that a CTA's warps raise, one each
+  static constexpr int kRings = kGroups, kRingWarps = kGroupWarps;
   static constexpr int kInputs = kBackward ? 1 + Cell::kSaved : Cell::kGates;  // values a unit that the cell reads
-  static constexpr int kChunkBytes = kBlocks * kChunkDepth * kBlockRows * 2;
   static constexpr int kOwnBytes = kBlocks * kRows * kBlockRows * 2;  // of a tile, what a CTA publishes
+  static constexpr int kEmptyBytes = kOwnBytes;
   static constexpr int kStageBytes = kCellRows * kWarpRows * 2;       // a warp's part of a tile of any tensor
+  static constexpr int kStages = kInputs + 1, kOutStage = kInputs;
   static constexpr int kSwapBytes = kSplit == 2 ? 2 * kGroups * kCellBlocks * kGroupThreads * 16 : 0;
-  static constexpr int kWeightOffset = kGroups * kSlots * kChunkBytes;
-  static constexpr int kSwapOffset = kWeightOffset + kSplit * kSharedChunks * kChunkSteps * kStepBytes;
+  static constexpr int kWeightOffset = kRings * kSlots * Base::kChunkBytes;
+  static constexpr int kSwapOffset = kWeightOffset + kSplit * Base::kGroupWeightBytes;
   static constexpr int kStageOffset = kSwapOffset + kSwapBytes;
-  static constexpr int kEmptyOffset = kStageOffset + kGroups * kGroupWarps * (kInputs + 1) * kStageBytes;
-  static constexpr int kBarrierOffset = kEmptyOffset + kOwnBytes;
-  static constexpr int kSharedBytes = kBarrierOffset + kGroups * kSlots * 16;
+  static constexpr int kEmptyOffset = kStageOffset + kGroups * kGroupWarps * kStages * kStageBytes;
+  static constexpr int kBarrierOffset = kEmptyOffset + kEmptyBytes;
+  static constexpr int kSharedBytes = kBarrierOffset + kRings * kSlots * 16;
   // Registers of a thread that multiplies and of the others; a launch of 384 threads takes 168 each.
   static constexpr int kProductRegisters = 232, kOtherRegisters = 40;
-  static_assert(kChunks < 32 && kBlocks % kSplit == 0, "both warp groups apply the cell to as many rows");
+  static_assert(kBlocks % kSplit == 0, "both warp groups apply the cell to as many rows");
   static_assert(Cell::kProducts == 1 && !Cell::kReadsMemory && Cell::kAdditive, "one product and no memory");
 };
-
-__device__ __forceinline__ u32 load_strong4(const void* address) {
-  u32 v;
-  asm volatile("ld.relaxed.gpu.global.u32 %0, [%1];" : "=r"(v) : "l"(address) : "memory");
-  return v;
-}
-__device__ __forceinline__ u32 load_shared4(u32 address) {
-  u32 v;
-  asm volatile("ld.shared.u32 %0, [%1];" : "=r"(v) : "r"(address) : "memory");
-  return v;
-}
-__device__ __forceinline__ void store_strong4(void* address, u32 v) {
-  asm volatile("st.relaxed.gpu.global.u32 [%0], %1;" ::"l"(address), "r"(v) : "memory");
-}
-__device__ __forceinline__ void store_stream16(void* address, const Words4& v) {
-  asm volatile("st.global.cs.v4.u32 [%0], {%1,%2,%3,%4};" ::"l"(address), "r"(v.x), "r"(v.y), "r"(v.z), "r"(v.w)
-               : "memory");
-}
-// Sixteen zero bytes unless `wanted`.
-__device__ __forceinline__ void copy_async16_if(u32 to, const void* from, bool wanted) {
-  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(to), "l"(from), "r"(wanted ? 16 : 0) : "memory");
-}
-__device__ __forceinline__ void barrier_init(u32 barrier, u32 count) {
-  asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(barrier), "r"(count) : "memory");
-}
-__device__ __forceinline__ void barrier_arrive(u32 barrier) {
-  asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(barrier) : "memory");
-}
-// A named barrier that also tells whether any thread says so.
-__device__ __forceinline__ bool any_of(int barrier, int threads, bool mine) {
-  u32 any;
-  asm volatile("{.reg .pred p; setp.ne.u32 p, %3, 0; barrier.cta.red.or.pred p, %1, %2, p; selp.u32 %0, 1, 0, p;}"
-               : "=r"(any)
-               : "r"(barrier), "r"(threads), "r"(static_cast<u32>(mine))
-               : "memory");
-  return any;
-}
-// In one block of PTX: the compiler would unroll the loop, and code that misses the instruction cache is slow.
-__device__ __forceinline__ void barrier_wait(u32 barrier, u32 parity) {
-  asm volatile(
-      "{.reg .pred p; .reg .u32 polls; mov.u32 polls, 0;\n"
-      "WAIT: mbarrier.try_wait.parity.shared::cta.b64 p, [%0], %1;\n"
-      "@p bra DONE; add.u32 polls, polls, 1; setp.lt.u32 p, polls, %2; @p bra WAIT; trap; DONE:}" ::"r"(barrier),
-      "r"(parity), "n"(kSpinLimit)
-      : "memory");
-}
-__device__ __forceinline__ void copy_bulk(u32 to, const void* from, u32 bytes, u32 barrier) {
-  asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(to),
-               "l"(from), "r"(bytes), "r"(barrier)
-               : "memory");
-}
-__device__ __forceinline__ void store_bulk(void* to, u32 from, u32 bytes) {
-  asm volatile("cp.async.bulk.global.shared::cta.bulk_group [%0], [%1], %2;\n cp.async.bulk.commit_group;" ::"l"(to),
-               "r"(from), "r"(bytes)
-               : "memory");
-}
-// Two 8 x 8 matrices, transposed: a lane gets two neighbouring batch rows of one unit where memory has units of a row.
-__device__ __forceinline__ void load_transposed(u32 address, u32& first, u32& second) {
-  asm volatile("ldmatrix.sync.aligned.m8n8.x2.trans.shared.b16 {%0,%1}, [%2];"
-               : "=r"(first), "=r"(second)
-               : "r"(address)
-               : "memory");
-}
-__device__ __forceinline__ void store_transposed(u32 address, u32 first, u32 second) {
-  asm volatile("stmatrix.sync.aligned.m8n8.x2.trans.shared.b16 [%0], {%1,%2};" ::"r"(address), "r"(first), "r"(second)
-               : "memory");
-}
-__device__ __forceinline__ void wgmma_fence() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
-__device__ __forceinline__ void wgmma_commit() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
-template <int kPending>
-__device__ __forceinline__ void wgmma_wait() {
-  asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(kPending) : "memory");
-}
-__device__ __forceinline__ void fence_async_shared() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
 
 // The exchanged state in global memory; see RingSlots of exchange.cuh for the protocol. A tile is a matrix of core
 // matrices, all batch rows of eight units following each other.
@@ -162,10 +106,7 @@ struct Ring {
   static __device__ u32 core(int eight_units, int block) { return (eight_units * S::kBlocks + block) * kCoreBytes; }
 };
 
-// The same in all lanes, and the compiler is to know it: what wgmma is told of shared matrices must be.
-__device__ __forceinline__ int uniform(int value) { return __shfl_sync(~0u, value, 0); }
-
-// Where the chunks of one warp group lie, numbered through all its tiles and steps. Where the ring has room for a whole
+// Where the chunks of one ring lie, numbered through all its tiles and steps. Where the ring has room for a whole
 // tile every chunk has its own slot, known to the compiler.
 template <typename S>
 struct Place {
@@ -181,22 +122,21 @@ struct Place {
   }
 };
 
-// The ring of a warp group in shared memory.
+// A ring in shared memory, of the warp groups that multiply by what it brings.
 template <typename S>
 struct Slots {
   u32 data, full, empty;
-  __device__ Slots(char* shared, int group) {
-    data = shared_address(shared) + group * (S::kSlots * S::kChunkBytes);
-    full = shared_address(shared) + S::kBarrierOffset + group * (S::kSlots * 16), empty = full + S::kSlots * 8;
+  __device__ Slots(char* shared, int ring) {
+    data = shared_address(shared) + ring * (S::kSlots * S::kChunkBytes);
+    full = shared_address(shared) + S::kBarrierOffset + ring * (S::kSlots * 16), empty = full + S::kSlots * 8;
   }
 };
 
-// Two consecutive k of one row of W, zero outside the matrix.
+// Two consecutive k of one unit's row of W, zero outside the matrix.
 template <typename S, typename T>
-__device__ __forceinline__ u32 load_weights(const Problem<T>& p, const Part& part, int row, int k) {
-  const int unit = part.first_unit + row;
+__device__ __forceinline__ u32 load_weights(const Problem<T>& p, int head, int unit, int k) {
   if (unit >= p.hidden || k >= p.hidden) return 0;
-  const T* matrix = p.weight + static_cast<size_t>(part.head) * p.hidden * p.hidden;
+  const T* matrix = p.weight + static_cast<size_t>(head) * p.hidden * p.hidden;
   if constexpr (!S::kBackward) {
     return *reinterpret_cast<const u32*>(matrix + static_cast<size_t>(unit) * p.hidden + k);
   } else {
@@ -205,24 +145,45 @@ __device__ __forceinline__ u32 load_weights(const Problem<T>& p, const Part& par
   }
 }
 
-// The chunk of the depth that a warp group's n-th one is.
-template <typename S>
-__device__ __forceinline__ int chunk_of(int n, int group) {
-  return S::kSplit == 2 ? 2 * n + group : n;
+// The chunks that a thread of a member's warp group holds in registers, of the rows from this unit on.
+template <typename S, typename T>
+__device__ __forceinline__ void fill_register_weights(const Problem<T>& p, int head, int first_unit, int member,
+                                                      u32 (&weights)[S::kRegisterChunks * kChunkSteps][4]) {
+  const int lane = threadIdx.x & 31, row = uniform(threadIdx.x / 32 % kGroupWarps) * kWarpRows + lane / 4;
+#pragma unroll
+  for (int s = 0; s < S::kRegisterChunks * kChunkSteps; ++s)
+#pragma unroll
+    for (int i = 0; i < 4; ++i)
+      weights[s][i] = load_weights<S>(p, head, first_unit + row + i % 2 * 8,
+                                      S::chunk_of(S::of_registers(s / kChunkSteps), member) * kChunkDepth +
+                                          s % kChunkSteps * 16 + i / 2 * 8 + lane % 4 * 2);
 }
 
-template <typename S, typename T>
-__device__ __forceinline__ void fill_shared_weights(const Problem<T>& p, const Part& part, char* shared) {
-  constexpr int kPairs = S::kSplit * S::kSharedChunks * kChunkDepth / 2;
-#pragma unroll 8
-  for (int i = threadIdx.x; i < kRows * kPairs; i += kThreads) {
+// And those that it reads from shared memory, by all threads of a CTA.
+template <typename S, int kThreads, typename T>
+__device__ __forceinline__ void fill_shared_weights(const Problem<T>& p, int head, int first_unit, int member,
+                                                    char* to) {
+  constexpr int kLoads = kThreads > 384 ? 4 : 8;  // on the way at a time: what the registers of a launch hold
+#pragma unroll kLoads
+  for (int i = threadIdx.x; i < kRows * S::kSharedChunks * kChunkDepth / 2; i += kThreads) {
     const int row = i % kRows, step = i / kRows / 8, inner = i / kRows % 8 * 2;
-    const int group = step / (S::kSharedChunks * kChunkSteps), own = step % (S::kSharedChunks * kChunkSteps);
-    const int chunk = chunk_of<S>(S::of_shared(own / kChunkSteps), group);
-    *reinterpret_cast<u32*>(shared + S::kWeightOffset + step * kStepBytes + inner / 8 * (kStepBytes / 2) + row * 16 +
-                            inner % 8 * 2) =
-        load_weights<S>(p, part, row, chunk * kChunkDepth + own % kChunkSteps * 16 + inner);
+    const int chunk = S::chunk_of(S::of_shared(step / kChunkSteps), member);
+    *reinterpret_cast<u32*>(to + step * kStepBytes + inner / 8 * (kStepBytes / 2) + row * 16 + inner % 8 * 2) =
+        load_weights<S>(p, head, first_unit + row, chunk * kChunkDepth + step % kChunkSteps * 16 + inner);
   }
+}
+
+// Before the first step: the barriers of all rings, and the empty words that wipes copy.
+template <typename S, int kThreads>
+__device__ __forceinline__ void prepare_rings(char* shared) {
+  if (threadIdx.x < S::kRings * S::kSlots) {
+    const Slots<S> slots(shared, threadIdx.x / S::kSlots);
+    const u32 slot = threadIdx.x % S::kSlots * 8;
+    mbarrier_init(slots.full + slot, 1), mbarrier_init(slots.empty + slot, S::kRingWarps);
+    fence_mbarrier_init();
+  }
+  for (int i = threadIdx.x * 16; i < S::kEmptyBytes; i += kThreads * 16)
+    store_shared(shared_address(shared) + S::kEmptyOffset + i, {~0u, ~0u, ~0u, ~0u});
 }
 
 }  // namespace wide

@@ -1,6 +1,8 @@
 // primitives.cuh for a host compiler, and a GPU of fibers to run the persistent kernels on: threads take turns in random
 // order, warps multiply together, and what a CTA stores for others becomes visible as late as the memory model allows:
-// stores to one word in their order, all before a fence before it ends. No clusters.
+// stores to one word in their order, all before a fence before it ends. What the hardware copies by itself comes piece
+// by piece, at any time. A shared address has the CTA of the cluster that is meant, and one more, from bit 20 on: 0 is
+// one's own.
 #pragma once
 
 #include <cmath>
@@ -8,7 +10,10 @@
 #include <cstdio>
 #include <cstring>
 #include <functional>
+#include <list>
+#include <map>
 #include <random>
+#include <unordered_set>
 #include <vector>
 
 #include <sys/mman.h>
@@ -61,6 +66,12 @@ namespace emulator {
 struct Barrier {
   int arrived = 0, threads = 0;
   u32 generation = 0;
+  bool any = false, any_before = false;  // of those that arrive says so, or did
+};
+struct Mbarrier {
+  u32 count = 0, pending = 0;
+  long long bytes = 0;  // that have not come yet
+  u32 phase = 0;
 };
 struct Lane {
   u32 a[4], b[2];
@@ -76,7 +87,8 @@ struct Copy {
 };
 struct Store {
   char* to;
-  Words2 words;
+  char bytes[8];
+  int size;
 };
 struct Index {
   u32 x;
@@ -85,6 +97,9 @@ struct Cta {
   Index block;
   vector<char> shared;
   Barrier barriers[16];
+  map<u32, Mbarrier> mbarriers;
+  Barrier* cluster_barrier;
+  Cta* cluster;  // the first one of it
   vector<Warp> warps;
   vector<Store> stores;  // that nobody sees yet
   u64 stored = 0, seen = 0;
@@ -94,6 +109,8 @@ struct Fiber {
   Cta* cta;
   Index thread;
   vector<vector<Copy>> copies = vector<vector<Copy>>(1);  // by groups; one happens when it is waited for, and not before
+  vector<vector<function<void()>>> wgmmas = vector<vector<function<void()>>>(1);  // likewise
+  int bulk_stores = 0;              // on their way
   const u32* generation = nullptr;  // what it waits for to change
   u32 awaited = 0;
   bool done = false;
@@ -101,7 +118,7 @@ struct Fiber {
 
 inline Fiber* current;
 inline ucontext_t scheduler;
-inline Index grid, block_size;
+inline Index grid, block_size, cluster_size;
 inline mt19937 generator;
 inline u64 progress;
 inline char error[256];
@@ -114,39 +131,95 @@ inline void fail(const char* format, ...) {
   va_end(list);
   for (;;) yield();
 }
-inline void arrive(Barrier& barrier, int threads) {
+inline void arrive(Barrier& barrier, int threads, bool mine = false) {
   if (barrier.arrived && barrier.threads != threads)
     fail("a barrier of %d threads is used for %d", barrier.threads, threads);
-  barrier.threads = threads, ++progress;
-  if (++barrier.arrived == threads) barrier.arrived = 0, ++barrier.generation;
+  barrier.threads = threads, barrier.any = barrier.any || mine, ++progress;
+  if (++barrier.arrived == threads)
+    barrier.arrived = 0, ++barrier.generation, barrier.any_before = barrier.any, barrier.any = false;
 }
-inline void wait(Barrier& barrier, int threads) {
+// Whether any of them says `mine`: nobody can be at the barrier again before all have left it.
+inline bool wait(Barrier& barrier, int threads, bool mine = false) {
   const u32 generation = barrier.generation;
-  arrive(barrier, threads);
+  arrive(barrier, threads, mine);
   while (barrier.generation == generation) {
     current->generation = &barrier.generation, current->awaited = generation;
     yield();
   }
   current->generation = nullptr;
+  return barrier.any_before;
 }
 inline Warp& warp() { return current->cta->warps[current->thread.x / 32]; }
 inline Lane* all_lanes() { return warp().lanes; }
 inline void sync_warp() { wait(warp().barrier, 32); }
 inline char* shared_memory() { return current->cta->shared.data(); }
 
-// One of those that may come next, or with `all` every one.
+constexpr u32 kPeerBit = 20;
+inline Cta& cta_of(u32 address) {
+  return address >> kPeerBit ? current->cta->cluster[(address >> kPeerBit) - 1] : *current->cta;
+}
+inline u32 offset_of(u32 address) { return address & (1u << kPeerBit) - 1; }
+inline char* shared_at(u32 address) { return cta_of(address).shared.data() + offset_of(address); }
+inline Mbarrier& mbarrier(u32 address) { return cta_of(address).mbarriers[offset_of(address)]; }
+inline void arrive_at(Mbarrier& barrier, u32 arrivals, long long bytes) {
+  if (barrier.pending < arrivals) fail("more arrive at an mbarrier than it counts");
+  barrier.pending -= arrivals, barrier.bytes += bytes, ++progress;
+  if (barrier.pending == 0 && barrier.bytes == 0) barrier.pending = barrier.count, ++barrier.phase;
+}
+
+// What the hardware copies: from where, or what was given with it.
+struct LateCopy {
+  char* to;
+  const char* from;
+  u32 bytes;
+  Mbarrier* counts;
+  Fiber* waits;
+  Words4 given;
+  u32 done = 0;
+};
+inline list<LateCopy> late_copies;
+
+inline void copy_late(void* to, const void* from, u32 bytes, Mbarrier* counts, Fiber* waits) {
+  late_copies.push_back({static_cast<char*>(to), static_cast<const char*>(from), bytes, counts, waits, {}});
+  ++progress;
+  if (waits) ++waits->bulk_stores;
+}
+inline void go_on_copying() {
+  for (auto copy = late_copies.begin(); copy != late_copies.end();) {
+    const u32 pieces = generator() % 4 ? 0 : 1 + generator() % 32;
+    for (u32 i = 0; i < pieces && copy->done < copy->bytes; ++i, copy->done += 16)
+      memcpy(copy->to + copy->done, copy->from ? copy->from + copy->done : reinterpret_cast<const char*>(&copy->given), 16);
+    progress += pieces;
+    if (copy->done < copy->bytes) {
+      ++copy;
+      continue;
+    }
+    if (copy->counts) arrive_at(*copy->counts, 0, -static_cast<long long>(copy->bytes));
+    if (copy->waits) --copy->waits->bulk_stores;
+    copy = late_copies.erase(copy);
+  }
+}
+inline void store_late(void* to, const void* from, int size) {
+  Cta& cta = *current->cta;
+  Store store{static_cast<char*>(to), {}, size};
+  memcpy(store.bytes, from, size);
+  cta.stores.push_back(store);
+  ++cta.stored, ++progress;
+}
+
+// Some of those that may come next, or with `all` every one.
 inline void show_stores(Cta& cta, bool all) {
-  for (size_t i = 0; i < cta.stores.size();) {
-    bool first = true;
-    for (size_t j = 0; j < i; ++j) first = first && cta.stores[j].to != cta.stores[i].to;
-    if (first && (all || generator() % 8 == 0)) {
-      memcpy(cta.stores[i].to, &cta.stores[i].words, 8);
-      cta.stores.erase(cta.stores.begin() + i);
+  unordered_set<char*> waiting;
+  size_t left = 0;
+  for (const Store& store : cta.stores)
+    if (!waiting.count(store.to) && (all || generator() % 8 == 0)) {
+      memcpy(store.to, store.bytes, store.size);
       ++cta.seen, ++progress;
     } else {
-      ++i;
+      waiting.insert(store.to);
+      cta.stores[left++] = store;
     }
-  }
+  cta.stores.resize(left);
 }
 
 inline const function<void()>* kernel;
@@ -157,17 +230,20 @@ inline void start() {
 }
 
 // Runs all threads of all blocks; what went wrong, or null.
-inline const char* run(int blocks, int threads, int shared_bytes, u32 seed, const function<void()>& work) {
+inline const char* run(int blocks, int threads, int shared_bytes, int cluster, u32 seed, const function<void()>& work) {
   constexpr size_t kStack = 128 << 10;
   const size_t bytes = kStack * blocks * threads;
   char* stacks = static_cast<char*>(
       mmap(nullptr, bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0));
   if (stacks == MAP_FAILED) return "no memory for the stacks";
   kernel = &work, error[0] = 0, generator.seed(seed), grid.x = blocks, block_size.x = threads;
+  cluster_size.x = cluster, late_copies.clear();
   vector<Cta> ctas(blocks);
+  vector<Barrier> cluster_barriers(blocks / cluster);
   vector<Fiber> fibers(static_cast<size_t>(blocks) * threads);
   for (int block = 0; block < blocks; ++block) {
     Cta& cta = ctas[block];
+    cta.cluster = &ctas[block / cluster * cluster], cta.cluster_barrier = &cluster_barriers[block / cluster];
     cta.block.x = block, cta.warps.resize(threads / 32), cta.shared.resize(shared_bytes + 128);
     for (char& byte : cta.shared) byte = static_cast<char>(0x7f);  // NaN in every type, but an empty word in none
     for (int thread = 0; thread < threads; ++thread) {
@@ -193,6 +269,7 @@ inline const char* run(int blocks, int threads, int shared_bytes, u32 seed, cons
         swapcontext(&scheduler, &fiber.context);
       }
     for (Cta& cta : ctas) show_stores(cta, false);
+    go_on_copying();
     idle = progress == before ? idle + 1 : 0, before = progress;
     if (idle > 200 && !error[0]) {
       snprintf(error, sizeof error, "%llu threads wait for ever", static_cast<u64>(left));
@@ -206,6 +283,7 @@ inline const char* run(int blocks, int threads, int shared_bytes, u32 seed, cons
     }
   }
   for (Cta& cta : ctas) show_stores(cta, true);
+  if (!late_copies.empty() && !error[0]) snprintf(error, sizeof error, "all threads are done before their copies are");
   munmap(stacks, bytes);
   return error[0] ? error : nullptr;
 }
@@ -227,6 +305,26 @@ inline Word __shfl_xor_sync(u32, Word value, int mask) {
   memcpy(&value, lanes[threadIdx.x % 32 ^ mask].a, 4);
   emulator::sync_warp();
   return value;
+}
+
+template <typename Word>
+inline Word __shfl_sync(u32, Word value, int lane) {
+  static_assert(sizeof(Word) == 4, "one word a lane");
+  emulator::Lane* lanes = emulator::all_lanes();
+  memcpy(lanes[threadIdx.x % 32].a, &value, 4);
+  emulator::sync_warp();
+  memcpy(&value, lanes[lane].a, 4);
+  emulator::sync_warp();
+  return value;
+}
+inline u32 __ballot_sync(u32, bool mine) {
+  emulator::Lane* lanes = emulator::all_lanes();
+  lanes[threadIdx.x % 32].a[0] = mine;
+  emulator::sync_warp();
+  u32 votes = 0;
+  for (int lane = 0; lane < 32; ++lane) votes |= lanes[lane].a[0] << lane;
+  emulator::sync_warp();
+  return votes;
 }
 
 struct bf16 {
@@ -289,17 +387,13 @@ inline Words2 pack(const float (&values)[4]) {
 inline Words4 load_strong(const void* address) {
   Words4 words;
   memcpy(&words, address, 16);
-  if (max(words.x, words.z) == 0xffffffffu) {
+  if (max(max(words.x, words.y), max(words.z, words.w)) == 0xffffffffu) {
     emulator::yield();
     memcpy(&words, address, 16);
   }
   return words;
 }
-inline void store_strong(void* address, const Words2& words) {
-  emulator::Cta& cta = *emulator::current->cta;
-  cta.stores.push_back({static_cast<char*>(address), words});
-  ++cta.stored, ++emulator::progress;
-}
+inline void store_strong(void* address, const Words2& words) { emulator::store_late(address, &words, 8); }
 inline void fence_gpu() {
   emulator::Cta& cta = *emulator::current->cta;
   // Those after it may come first, so that it may wait for longer than it has to.
@@ -346,9 +440,18 @@ inline void give_registers() {}
 template <int kCount>
 inline void take_registers() {}
 
-inline void cluster_barrier() {}
-inline void mbarrier_init(u32) {}
-inline void mbarrier_expect(u32, u32) {}
-inline bool mbarrier_done(u32, u32) { return true; }
-inline u32 peer_address(u32 address, int) { return address; }
-inline void push(u32, const Words4&, u32) {}
+inline void cluster_barrier() {
+  emulator::wait(*emulator::current->cta->cluster_barrier, emulator::cluster_size.x * emulator::block_size.x);
+}
+inline void mbarrier_init(u32 barrier) { emulator::mbarrier(barrier) = {1, 1}; }
+inline void mbarrier_expect(u32 barrier, u32 bytes) { emulator::arrive_at(emulator::mbarrier(barrier), 1, bytes); }
+inline bool mbarrier_done(u32 barrier, u32 parity) {
+  const emulator::Mbarrier& counts = emulator::mbarrier(barrier);
+  if ((counts.phase & 1) == parity) emulator::yield();
+  return (counts.phase & 1) != parity;
+}
+inline u32 peer_address(u32 address, int rank) { return address | (rank + 1) << emulator::kPeerBit; }
+inline void push(u32 address, const Words4& words, u32 barrier) {
+  emulator::copy_late(emulator::shared_at(address), nullptr, 16, &emulator::mbarrier(barrier), nullptr);
+  emulator::late_copies.back().given = words;
+}

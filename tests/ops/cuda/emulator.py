@@ -23,6 +23,7 @@ from elman.ops.cuda.compiler import Module
 from elman.ops.planning import Chip
 
 PRIMITIVES = Path(__file__).with_name("emulated_primitives.cuh")
+HOPPER = Path(__file__).with_name("emulated_hopper.cuh")
 
 needs_compiler = pytest.mark.skipif(shutil.which("g++") is None, reason="no g++")
 
@@ -50,11 +51,12 @@ def _standard_headers() -> str:
 
 @functools.cache
 def _build(source: str, kernel: str, folder: str) -> ctypes.CDLL:
-    """A library whose ``emulate(blocks, threads, shared_bytes, seed, arguments)`` runs the kernel."""
+    """A library whose ``emulate(blocks, threads, shared_bytes, cluster, seed, arguments)`` runs the kernel."""
     where = Path(folder)
     for path in Path(compiler.__file__).parent.glob("*.cuh"):
         (where / path.name).write_text(_source(path.name))
     shutil.copy(PRIMITIVES, where / "primitives.cuh")
+    shutil.copy(HOPPER, where / "hopper.cuh")
     number = len(list(where.glob("*.cpp")))
     file = where / f"kernel{number}.cpp"
     file.write_text(f"""
@@ -68,8 +70,9 @@ template <typename... Parameters>
 void call(void (*kernel)(Parameters...), const long long* given) {{
   call(kernel, given, index_sequence_for<Parameters...>());
 }}
-extern "C" const char* emulate(int blocks, int threads, int shared_bytes, unsigned seed, const long long* given) {{
-  return emulator::run(blocks, threads, shared_bytes, seed, [=]() {{ call({kernel}, given); }});
+extern "C" const char* emulate(int blocks, int threads, int shared_bytes, int cluster, unsigned seed,
+                               const long long* given) {{
+  return emulator::run(blocks, threads, shared_bytes, cluster, seed, [=]() {{ call({kernel}, given); }});
 }}
 """)
     library = file.with_suffix(".so")
@@ -105,13 +108,14 @@ class Emulator:
         cluster: int | None,
         cooperative: bool,
     ) -> None:
-        assert cluster is None
-        assert cooperative
+        assert cooperative or cluster is not None
+        assert blocks % (cluster or 1) == 0
         given = [x.data_ptr() if isinstance(x, Tensor) else x or 0 for x in arguments]
         library = _build(module.source, name, _folder())
         self.kernels.append(re.split("<", name)[0])
         self.blocks, self.seed = blocks, self.seed + 1
-        error = library.emulate(blocks, threads, shared_bytes, self.seed, (ctypes.c_longlong * len(given))(*given))
+        sizes = blocks, threads, shared_bytes, cluster or 1, self.seed
+        error = library.emulate(*sizes, (ctypes.c_longlong * len(given))(*given))
         assert error is None, error.decode()
 
 

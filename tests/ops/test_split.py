@@ -1,0 +1,243 @@
+"""The kernels that split the depth over a cluster: their plans, and on a GPU each of their designs, by name."""
+
+import re
+from collections.abc import Callable
+from dataclasses import replace
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from benchmarks.split import SHAPES, best_plans
+from elman.ops import persistent, split
+from elman.ops.cells import CELLS
+from elman.ops.cuda import compiler
+from elman.ops.cuda.compiler import flatten
+from elman.ops.planning import Chip, Task
+from elman.ops.split import SplitPlan
+from tests.ops.cuda.test_compiler import assert_compiles, check_static_claims, needs_nvrtc
+from tests.ops.problems import assert_as_exact_as_reference, assert_chunks_equal_one_piece, draw, solve
+
+H200 = Chip((9, 0), 132, 227 * 1024)
+TASKS = [Task(direction, CELLS[cell]) for cell in ("tanh", "softsign") for direction in ("forward", "backward")]
+#: By name: the CTAs of a cluster; a width; the multiprocessors and the shared memory that the GPU is made out to have.
+DESIGNS = {
+    "two": (2, 640, 132, 227 * 1024),
+    "two, several tiles": (2, 640, 10, 227 * 1024),
+    "two, slots given back": (2, 2048, 132, 227 * 1024),
+    "four": (4, 640, 132, 227 * 1024),
+    "four, several tiles": (4, 640, 24, 227 * 1024),
+    "four, slots given back": (4, 3584, 132, 227 * 1024),
+}
+
+
+def plans_of(design: str, batch: int, hidden: int, task: Task, heads: int = 1) -> list[SplitPlan]:
+    cluster, _, multiprocessors, shared_bytes = DESIGNS[design]
+    chip = Chip((9, 0), multiprocessors, shared_bytes)
+    return [plan for plan in split.plans(chip, batch, hidden, task, heads) if plan.cluster == cluster]
+
+
+@settings(deadline=None, derandomize=True)
+@given(
+    task=st.sampled_from(TASKS),
+    batch=st.integers(1, 2000),
+    hidden=st.integers(1, 500).map(lambda n: 8 * n),
+    heads=st.sampled_from([1, 1, 2, 8]),
+)
+def test_a_plan_covers_the_problem(task: Task, batch: int, hidden: int, heads: int) -> None:
+    for plan in split.plans(H200, batch, hidden, task, heads):
+        clusters, rest = divmod(plan.columns, plan.cluster)
+        assert rest == 0
+        assert clusters * 128 >= hidden > (clusters - 1) * 128
+        rows = 8 * plan.blocks * plan.tiles
+        assert rows * plan.groups >= batch > rows * (plan.groups - 1)
+        assert heads * plan.groups * clusters <= H200.clusters(plan.cluster)
+        chunks = plan.register_chunks + plan.shared_chunks
+        assert plan.cluster * chunks >= clusters > plan.cluster * (chunks - 1)
+        assert clusters >= plan.cluster, "every CTA has a chunk"
+        assert plan.slots == chunks or 3 <= plan.slots < chunks
+        assert plan.shared_bytes <= H200.shared_bytes
+
+
+def test_only_cells_of_one_product_without_memory_on_hopper() -> None:
+    def found(chip: Chip = H200, hidden: int = 1280, cell: str = "tanh") -> bool:
+        return any(split.plans(chip, 256, hidden, Task("forward", CELLS[cell]), 1))
+
+    assert found()
+    assert not found(replace(H200, capability=(8, 0)))
+    assert not found(replace(H200, capability=(10, 0)))
+    assert not found(hidden=128)
+    assert not any(found(cell=cell) for cell in ("delta", "triple_r", "lstm", "gru", "polynomial"))
+
+
+@pytest.mark.parametrize("task", TASKS)
+@pytest.mark.parametrize(("batch", "hidden"), [(128, 3584), (256, 2048), (512, 1280), (64, 640)])
+def test_nobody_takes_it_unless_asked(batch: int, hidden: int, task: Task) -> None:
+    """It has not been timed."""
+    assert any(split.plans(H200, batch, hidden, task, 1))
+    assert not any(isinstance(plan, SplitPlan) for plan in persistent._plans(H200, batch, hidden, task, 1))
+
+
+@pytest.mark.parametrize("design", DESIGNS)
+@pytest.mark.parametrize("direction", ["forward", "backward"])
+def test_each_design_is_what_its_name_says(design: str, direction: str) -> None:
+    found = plans_of(design, 100, DESIGNS[design][1], Task(direction, CELLS["tanh"]))
+    assert any((plan.slots < plan.register_chunks + plan.shared_chunks) == ("slots" in design) for plan in found)
+    assert any((plan.tiles > 1) == ("several" in design) for plan in found) or "slots" in design
+
+
+@needs_nvrtc
+def test_the_shared_memory_is_what_the_kernels_use(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The host's sum against the sources' own, for every design, by the compiler."""
+    claims = []
+    for task in TASKS:
+        for design, (_, hidden, *_) in DESIGNS.items():
+            for plan in plans_of(design, 100, hidden, task):
+                backward = str(task.direction == "backward").lower()
+                sizes = re.search(r", (\d.*)>", plan.kernel(task, "bf16"))
+                assert sizes is not None
+                shape = f"split::Shape<{task.cell.functor}, {backward}, {sizes[1]}>"
+                claims.append(f'static_assert({shape}::kSharedBytes == {plan.shared_bytes}, "{plan}");')
+    check_static_claims(monkeypatch, "split.cuh", claims, "kSharedBytes ==")
+
+
+@needs_nvrtc
+@pytest.mark.parametrize("direction", ["forward", "backward"])
+@pytest.mark.parametrize(("batch", "hidden"), SHAPES)
+@pytest.mark.parametrize(("cell", "dtype", "most"), [("tanh", torch.bfloat16, 2), ("softsign", torch.float16, 1)])
+def test_the_plans_to_be_timed_compile_without_spills(
+    batch: int, hidden: int, cell: str, dtype: torch.dtype, most: int, direction: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """But for three words a thread at most, which leave registers before the first step: ptxas lacks uniform ones."""
+    monkeypatch.setenv("ELMAN_CACHE", "off")
+    task = Task(direction, CELLS[cell])
+    for plans in best_plans(H200, batch, hidden, most, {direction: task}):
+        module = persistent._module(task, dtype, plans[direction])
+        assert_compiles(replace(module, spill_limit=12), "sm_90a")
+
+
+@needs_nvrtc
+@pytest.mark.parametrize("direction", ["forward", "backward"])
+@pytest.mark.parametrize("design", DESIGNS)
+def test_every_tile_compiles(design: str, direction: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ELMAN_CACHE", "off")
+    task = Task(direction, CELLS["tanh"])
+    for plan in plans_of(design, 100, DESIGNS[design][1], task):
+        assert_compiles(persistent._module(task, torch.bfloat16, plan), "sm_90a")
+
+
+@needs_nvrtc
+def test_a_serialised_wgmma_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With too few registers ptxas makes wgmma wait for each other, and says so."""
+    text = flatten("split.cuh")
+    few = text.replace("kCellBlocks > 4 ? 184 : 192", "168")
+    assert few != text
+    monkeypatch.setenv("ELMAN_CACHE", "off")
+    monkeypatch.setattr(compiler, "flatten", lambda source: few)
+    task = Task("forward", CELLS["tanh"])
+    (plans,) = best_plans(H200, 128, 3584, 1, {"forward": task})
+    module = persistent._module(task, torch.bfloat16, plans["forward"])
+    with pytest.raises(AssertionError, match="C75"):
+        assert_compiles(replace(module, spill_limit=1000), "sm_90a")
+
+
+def test_arguments_are_in_the_order_of_the_wide_kernels() -> None:
+    split_text, wide_text = flatten("split.cuh"), flatten("wide.cuh")
+    for direction in ("forward", "backward"):
+        ours, theirs = (
+            re.search(rf"{kind}_{direction}\(([^)]*)\)", text)
+            for kind, text in (("split", split_text), ("wide", wide_text))
+        )
+        assert ours is not None
+        assert theirs is not None
+        assert ours[1].split() == theirs[1].split()
+
+
+@pytest.fixture(params=list(DESIGNS))
+def design(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """The persistent backend takes this design, where it fits."""
+
+    def make_plan(chip: Chip, batch: int, hidden: int, task: Task, heads: int = 1, rank: int = 0) -> SplitPlan:
+        found = plans_of(request.param, batch, hidden, task, heads) or list(
+            split.plans(chip, batch, hidden, task, heads)
+        )
+        return min(found, key=lambda plan: (plan.slots >= plan.register_chunks + plan.shared_chunks, plan.blocks))
+
+    monkeypatch.setattr(persistent, "make_plan", make_plan)
+    name: str = request.param
+    return name
+
+
+on_hopper = pytest.mark.skipif(
+    not torch.cuda.is_available() or torch.cuda.get_device_capability() != (9, 0), reason="needs Hopper"
+)
+gpu: Callable[..., object] = lambda test: pytest.mark.gpu(on_hopper(test))  # noqa: E731
+
+
+@gpu
+@settings(max_examples=12, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    seq_len=st.integers(1, 20),
+    batch=st.integers(1, 70),
+    hidden=st.sampled_from([200, 256, 392, 640, 704, 1024, 1280]),
+    dtype=st.sampled_from([torch.bfloat16, torch.float16]),
+    cell=st.sampled_from(["tanh", "softsign"]),
+    with_h0=st.booleans(),
+    reset_rate=st.sampled_from([None, 0.0, 0.3, 1.0]),
+    seed=st.integers(0, 2**16),
+)
+def test_errs_no_more_than_the_reference(
+    design: str,
+    seq_len: int,
+    batch: int,
+    hidden: int,
+    dtype: torch.dtype,
+    cell: str,
+    with_h0: bool,
+    reset_rate: float | None,
+    seed: int,
+) -> None:
+    options = {"with_h0": with_h0, "reset_rate": reset_rate, "cell": cell, "seed": seed}
+    assert_as_exact_as_reference(draw(seq_len, batch, hidden, dtype=dtype, device="cuda", **options), "persistent")
+
+
+@gpu
+def test_heads(design: str) -> None:
+    p = draw(5, 9, 512, dtype=torch.bfloat16, device="cuda", operator="block_diagonal", heads=2)
+    assert_as_exact_as_reference(p, "persistent")
+
+
+@gpu
+def test_every_run_gives_the_same_bits(design: str) -> None:
+    p = draw(200, 60, DESIGNS[design][1], dtype=torch.bfloat16, device="cuda")
+    first, *others = (solve(p, "persistent") for _ in range(4))
+    assert all(torch.equal(value, other[name]) for other in others for name, value in first.items())
+
+
+@gpu
+def test_chunks_with_carried_state_equal_one_piece(design: str) -> None:
+    p = draw(30, 33, DESIGNS[design][1], dtype=torch.bfloat16, device="cuda")
+    assert_chunks_equal_one_piece(p, "persistent", 11)
+
+
+@gpu
+def test_a_nan_stays_in_its_row_until_a_reset(design: str) -> None:
+    p = draw(12, 20, 256, dtype=torch.bfloat16, device="cuda", reset_rate=0.0)
+    assert p.reset is not None
+    p.pre[2, 1, 3] = torch.nan
+    p.reset[9, 1] = True
+    result = solve(p, "persistent")
+    bad = torch.zeros(12, 20, dtype=torch.bool, device="cuda")
+    bad[3:9, 1] = True
+    assert torch.equal(result["h"].isnan().all(-1), bad)
+    bad[2, 1] = True
+    assert torch.equal(result["h"].isnan().any(-1), bad)
+
+
+@gpu
+def test_a_nan_in_the_weights_ends(design: str) -> None:
+    p = draw(6, 20, 256, dtype=torch.bfloat16, device="cuda")
+    assert isinstance(p.weight, torch.Tensor)
+    p.weight[3, 5] = torch.nan
+    assert solve(p, "persistent")["h"][-1].isnan().any()
