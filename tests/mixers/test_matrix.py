@@ -24,6 +24,8 @@ def build(**options: object) -> Matrix:
         ({"beta_max": 2.1}, "--beta-max 2.1 is out of range"),
         ({"beta_max": float("nan")}, "--beta-max nan is out of range"),
         ({"beta": "none", "beta_max": 2.0}, "--beta-max 2.0 is of no use to --beta none"),
+        ({"value_scale": 0.0}, "--value-scale 0.0 is out of range: give a number above 0 and up to 1000"),
+        ({"value_scale": float("inf")}, "--value-scale inf is out of range"),
         ({"conv": 1}, "--conv 1 is out of range"),
     ],
     ids=str,
@@ -51,6 +53,18 @@ def test_beta_max_lets_a_step_turn_round_what_is_read(monkeypatch: pytest.Monkey
         mixer(x, None, None)
     torch.testing.assert_close(seen[1], 2 * seen[0])
     assert float(seen[0].detach().max()) <= 1 < float(seen[1].detach().min())
+
+
+def test_value_scale_is_that_of_what_the_first_product_makes_of_v() -> None:
+    plain, scaled = build().double(), build(value_scale=0.25).double()
+    x = torch.randn(5, 2, 8, dtype=torch.float64)
+    scaled.load_state_dict(plain.state_dict())
+    one, _ = scaled(x, None, None)
+    other, _ = plain(x, None, None)
+    assert not torch.allclose(one, other)
+    keys, values = plain.sizes["q"] + plain.sizes["k"], plain.sizes["v"]
+    plain.in_proj.weight.data[keys : keys + values] *= 0.25
+    torch.testing.assert_close(one, plain(x, None, None)[0])
 
 
 def test_products_apart_and_in_one_are_the_same() -> None:
