@@ -14,7 +14,10 @@ from elman.options import flag
 from elman.sizing import size_model
 
 #: Options beside the defaults that are worth a measurement of their own.
-_OPTIONS: dict[str, list[dict[str, Any]]] = {"e4": [{"expansion": 1.0}, {"expansion": 4.0}]}
+_OPTIONS: dict[str, list[dict[str, Any]]] = {
+    "e4": [{"expansion": 1.0}, {"expansion": 4.0}],
+    "matrix": [{"key_size": 16, "value_size": 64}, {"key_size": 16}],
+}
 #: Who runs the steps changes no value: of interest to speed alone.
 _KERNELS = ("rnn", "gru", "lstm")
 #: As these are commonly shaped at 50M parameters, beside the depth that all others have.
