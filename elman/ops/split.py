@@ -44,7 +44,7 @@ class SplitPlan:
     Attributes:
         register_chunks, shared_chunks: chunks of 128 columns of the weight that a CTA holds, by where they lie.
         blocks: of 8 batch rows a tile.
-        slots: chunks of the state in the ring of a CTA.
+        slots: chunks of the state in the ring of a CTA; where there is room, those of two tiles.
         cluster: CTAs that split the depth, and own 128 hidden units together.
         columns: CTAs of a group, which share its batch rows.
         groups: of batch rows of every head, independent of each other.
@@ -135,12 +135,15 @@ def _fit(
     in_registers = min(chunks, _MAX_REGISTER_CHUNKS)
     in_shared = chunks - in_registers
     shared = 2 * in_shared * CHUNK_STEPS * STEP_BYTES
-    shared += (2 * _PRODUCT_WARPS - own_warps) * blocks * _PART_BYTES  # parts of sums, to send and to add up
-    stages = task.inputs + (blocks < _LARGE)  # for outputs; of large tiles they go where inputs were
+    large = blocks >= _LARGE
+    rooms = 1 if large else 2  # for the parts of sums
+    shared += rooms * (_PRODUCT_WARPS * blocks * _PART_BYTES + 8 + 8 * cluster)
+    stages = task.inputs + (not large)  # for outputs; of large tiles they go where inputs were
     shared += _CELL_WARPS * stages * cell_blocks * BLOCK_ROWS * _WARP_UNITS * 2
     shared += blocks * BLOCK_ROWS * _WARP_UNITS  # empty words
-    shared += 8 + 8 * cluster
-    slots = min(chunks, (chip.shared_bytes - shared) // (chunk_bytes(blocks) + 16))
+    shared += 16  # two barriers
+    room = (chip.shared_bytes - shared) // (chunk_bytes(blocks) + 16)
+    slots = 2 * chunks if room >= 2 * chunks else min(chunks, room)
     if slots < min(chunks, _MIN_SLOTS):
         return None
     shared += slots * (chunk_bytes(blocks) + 16)

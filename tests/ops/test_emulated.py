@@ -283,20 +283,26 @@ def test_the_order_of_threads_changes_no_bit_of_a_split_sum(monkeypatch: pytest.
 
 
 @pytest.mark.parametrize(
-    ("file", "right", "wrong"),
+    ("name", "file", "right", "wrong"),
     [
-        ("split.cuh", "wide::suspect(sum)", "false"),
-        ("split.cuh", "mbarrier_wait_cluster<kSpinLimit>(read, (phase & 1) ^ 1);", ""),
-        ("split.cuh", "from < S::kCluster;", "from < S::kCluster - 1;"),
-        ("wide_products.cuh", "ring.at(step - 2, tile) + wiped", "ring.at(step, tile) + wiped"),
-        ("wide_products.cuh", "mbarrier_wait<kSpinLimit>(slots.empty + place.slot * 8, place.parity ^ 1);", ""),
-        ("wide_layout.cuh", "static constexpr int kSteps = 8", "static constexpr int kSteps = 1"),
+        ("three", "split.cuh", "wide::suspect(sum)", "false"),
+        ("large", "split.cuh", "mbarrier_wait<kSpinLimit>(read_of_room, (phase / S::kRooms & 1) ^ 1);", ""),
+        ("three", "split.cuh", "from < S::kCluster;", "from < S::kCluster - 1;"),
+        ("three", "wide_products.cuh", "ring.at(step - 2, tile) + wiped", "ring.at(step, tile) + wiped"),
+        ("three", "wide_products.cuh", "mbarrier_wait<kSpinLimit>(seen, phase & 1);", ""),
+        ("three", "wide_products.cuh", "data + Place<S>(phase, 0, all).slot * S::kChunkBytes, state", "data, state"),
+        ("three", "wide_products.cuh", "Place<S>(phase, threadIdx.x & 31, all).slot * 8", "(threadIdx.x & 31) * 8"),
+        ("three", "wide_layout.cuh", "parity = phase / S::kSets & 1", "parity = phase & 1"),
+        ("three", "wide_products.cuh", "mbarrier_wait<kSpinLimit>(empty, place.parity ^ 1);", ""),
+        ("three", "wide_layout.cuh", "static constexpr int kSteps = 8", "static constexpr int kSteps = 1"),
     ],
 )
 def test_a_broken_split_is_found_out(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, file: str, right: str, wrong: str
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, name: str, file: str, right: str, wrong: str
 ) -> None:
-    case = replace(HOPPER_CASES["split over 2, three tiles"], dtype=torch.bfloat16)
+    """With three tiles, whose parts have two rooms, or with large ones."""
+    cases = {"three": "split over 2, three tiles", "large": "split over 4, large tiles"}
+    case = replace(HOPPER_CASES[cases[name]], dtype=torch.bfloat16)
     break_kernel(monkeypatch, tmp_path, file, right, wrong)
     case.emulate(monkeypatch)
     with pytest.raises(AssertionError):

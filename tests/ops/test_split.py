@@ -56,7 +56,7 @@ def test_a_plan_covers_the_problem(task: Task, batch: int, hidden: int, heads: i
         chunks = plan.register_chunks + plan.shared_chunks
         assert plan.cluster * chunks >= clusters > plan.cluster * (chunks - 1)
         assert clusters >= plan.cluster, "every CTA has a chunk"
-        assert plan.slots == chunks or 3 <= plan.slots < chunks
+        assert plan.slots in (chunks, 2 * chunks) or 3 <= plan.slots < chunks
         assert plan.shared_bytes <= H200.shared_bytes
 
 
@@ -109,12 +109,12 @@ def test_the_shared_memory_is_what_the_kernels_use(monkeypatch: pytest.MonkeyPat
 def test_the_plans_to_be_timed_compile_without_spills(
     batch: int, hidden: int, cell: str, dtype: torch.dtype, most: int, direction: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """But for three words a thread at most, which leave registers before the first step: ptxas lacks uniform ones."""
+    """But for four words a thread at most, which leave registers before the first step: ptxas lacks uniform ones."""
     monkeypatch.setenv("ELMAN_CACHE", "off")
     task = Task(direction, CELLS[cell])
     for plans in best_plans(H200, batch, hidden, most, {direction: task}):
         module = persistent._module(task, dtype, plans[direction])
-        assert_compiles(replace(module, spill_limit=12), "sm_90a")
+        assert_compiles(replace(module, spill_limit=16), "sm_90a")
 
 
 @needs_nvrtc

@@ -29,9 +29,11 @@ __device__ __forceinline__ void fence_mbarrier_init() {
 __device__ __forceinline__ void mbarrier_arrive(u32 barrier) {
   asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(barrier) : "memory");
 }
-// On a barrier of any CTA of the cluster, by its address there.
+// On a barrier of any CTA of the cluster, by its address there. Neither this nor a wait names the cluster as its scope,
+// which would be a MEMBAR.GPU here, for every store on its way to global memory, and a CCTL.IVALL there: what is handed
+// over so lies in shared memory, which no cache stands before.
 __device__ __forceinline__ void mbarrier_arrive_peer(u32 barrier) {
-  asm volatile("mbarrier.arrive.release.cluster.shared::cluster.b64 _, [%0];" ::"r"(barrier) : "memory");
+  asm volatile("mbarrier.arrive.shared::cluster.b64 _, [%0];" ::"r"(barrier) : "memory");
 }
 // A named barrier that also tells whether any thread says so.
 __device__ __forceinline__ bool any_of(int barrier, int threads, bool mine) {
@@ -43,19 +45,15 @@ __device__ __forceinline__ bool any_of(int barrier, int threads, bool mine) {
   return any;
 }
 // In one block of PTX: the compiler would unroll the loop, and code that misses the instruction cache is slow.
-#define ELMAN_MBARRIER_WAIT(name, SCOPE)                                                                            \
-  template <u32 kPolls>                                                                                             \
-  __device__ __forceinline__ void name(u32 barrier, u32 parity) {                                                   \
-    asm volatile(                                                                                                   \
-        "{.reg .pred p; .reg .u32 polls; mov.u32 polls, 0;\n"                                                       \
-        "WAIT: mbarrier.try_wait.parity" SCOPE ".shared::cta.b64 p, [%0], %1;\n"                                    \
-        "@p bra DONE; add.u32 polls, polls, 1; setp.lt.u32 p, polls, %2; @p bra WAIT; trap; DONE:}" ::"r"(barrier), \
-        "r"(parity), "n"(kPolls)                                                                                    \
-        : "memory");                                                                                                \
-  }
-ELMAN_MBARRIER_WAIT(mbarrier_wait, "")
-ELMAN_MBARRIER_WAIT(mbarrier_wait_cluster, ".acquire.cluster")  // for what other CTAs of the cluster did before
-#undef ELMAN_MBARRIER_WAIT
+template <u32 kPolls>
+__device__ __forceinline__ void mbarrier_wait(u32 barrier, u32 parity) {
+  asm volatile(
+      "{.reg .pred p; .reg .u32 polls; mov.u32 polls, 0;\n"
+      "WAIT: mbarrier.try_wait.parity.shared::cta.b64 p, [%0], %1;\n"
+      "@p bra DONE; add.u32 polls, polls, 1; setp.lt.u32 p, polls, %2; @p bra WAIT; trap; DONE:}" ::"r"(barrier),
+      "r"(parity), "n"(kPolls)
+      : "memory");
+}
 __device__ __forceinline__ void copy_bulk(u32 to, const void* from, u32 bytes, u32 barrier) {
   asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(to),
                "l"(from), "r"(bytes), "r"(barrier)
@@ -68,12 +66,6 @@ __device__ __forceinline__ void store_bulk(void* to, u32 from, u32 bytes) {
 }
 // Until what this thread has stored so is there.
 __device__ __forceinline__ void wait_bulk_stores() { asm volatile("cp.async.bulk.wait_group 0;" ::: "memory"); }
-// Into the shared memory of a peer, counted on its barrier: both by their addresses there.
-__device__ __forceinline__ void push_bulk(u32 to, u32 from, u32 bytes, u32 barrier) {
-  asm volatile("cp.async.bulk.shared::cluster.shared::cta.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(to),
-               "r"(from), "r"(bytes), "r"(barrier)
-               : "memory");
-}
 // Two 8 x 8 matrices, transposed: a lane gets two neighbouring batch rows of one unit where memory has units of a row.
 __device__ __forceinline__ void load_transposed(u32 address, u32& first, u32& second) {
   asm volatile("ldmatrix.sync.aligned.m8n8.x2.trans.shared.b16 {%0,%1}, [%2];"

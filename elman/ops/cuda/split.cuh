@@ -4,15 +4,15 @@
 // A cluster of kCluster CTAs owns 128 units, two wgmma tall. Each CTA holds their rows of W for every kCluster-th chunk
 // of the depth, 64 rows a warp group, and both warp groups multiply by the same chunks of the state, which go through
 // one ring of slots. A product warp has the sums of 16 units over the CTA's part of the depth, and all 16 belong to one
-// CTA of the cluster: the warp leaves them in shared memory as they lie in its registers, and a bulk copy takes them to
-// their owner. There four warps add up the parts, in the order of the CTAs so that results are bitwise repeatable,
-// apply the cell, and publish as the warps of wide.cuh do. Meanwhile the product warps are at the next tile: with two
-// tiles each one's exchange hides behind the other's product.
+// CTA of the cluster, into whose shared memory the warp stores them as they lie in its registers. There four warps add
+// up the parts, in the order of the CTAs so that results are bitwise repeatable, apply the cell, and publish as the
+// warps of wide.cuh do. Meanwhile the product warps are at the next tile: with two tiles each one's exchange hides
+// behind the other's product.
 //
-// A CTA has room for the parts of one tile. Whoever has read them tells the senders, who wait for that before they
-// touch the next tile's: then the copies have also read what they were to send.
+// A CTA has rooms for the parts of two tiles, of large ones for those of one. Whoever has read one tells the senders,
+// who wait for that before they use it again.
 //
-// Roles of the 16 warps: 0-7 products, 8-11 cells, 12 and 13 loaders.
+// Roles of the 16 warps: 0-7 products, 8-11 cells, 12 and 13 loaders, 14 wipes.
 #pragma once
 
 #include "wide_cells.cuh"
@@ -44,6 +44,7 @@ struct Shape : wide::Depth<kBackward, kRegisterChunks, kSharedChunks, kBlocks, k
   static constexpr int kCellBlocks = kBlocks * kOwnWarps / kCellWarps, kCellRows = kCellBlocks * kBlockRows;
   static constexpr int kTileGroups = 1, kFlagQuads = 1;
   static constexpr int kRings = 1, kRingWarps = kProductWarps;
+  static constexpr bool kWiper = true;
   static constexpr int kInputs = kBackward ? 1 + Cell::kSaved : Cell::kGates;  // values a unit that the cell reads
   static constexpr int kOwnBytes = kBlocks * kColumns * kBlockRows * 2;        // of a tile, what a CTA publishes
   static constexpr int kEmptyBytes = kBlocks * wide::kCoreBytes;
@@ -51,17 +52,19 @@ struct Shape : wide::Depth<kBackward, kRegisterChunks, kSharedChunks, kBlocks, k
   // Inputs of the next tile come while the cell is applied to this one, but for large tiles: those leave time enough
   // after that, and what is stored goes where the inputs were.
   static constexpr bool kAhead = kBlocks < 8;
+  static constexpr int kRooms = kAhead ? 2 : 1;
   static constexpr int kStages = kInputs + kAhead, kOutStage = kAhead ? kInputs : 0;
   static constexpr int kPartBytes = kBlocks * 32 * 16;           // the sums of a product warp
   static constexpr int kWeightOffset = kSlots * Base::kChunkBytes;
-  static constexpr int kSentOffset = kWeightOffset + kGroups * Base::kGroupWeightBytes;
-  static constexpr int kPartOffset = kSentOffset + (kProductWarps - kOwnWarps) * kPartBytes;
-  static constexpr int kStageOffset = kPartOffset + kCluster * kOwnWarps * kPartBytes;
+  static constexpr int kPartOffset = kWeightOffset + kGroups * Base::kGroupWeightBytes;
+  static constexpr int kRoomBytes = kProductWarps * kPartBytes;  // of the units a CTA owns, from the whole cluster
+  static constexpr int kStageOffset = kPartOffset + kRooms * kRoomBytes;
   static constexpr int kEmptyOffset = kStageOffset + kCellWarps * kStages * kStageBytes;
   static constexpr int kBarrierOffset = kEmptyOffset + kEmptyBytes;
-  static constexpr int kPartsFull = kBarrierOffset + kSlots * 16;  // one barrier, and one of every CTA that is sent to
-  static constexpr int kPartsRead = kPartsFull + 8;
-  static constexpr int kSharedBytes = kPartsRead + kCluster * 8;
+  static constexpr int kPartsFull = kBarrierOffset + kSlots * 16;  // one a room
+  static constexpr int kPartsRead = kPartsFull + kRooms * 8;       // one a room and CTA that is sent to
+  static constexpr int kSeen = kPartsRead + kRooms * kCluster * 8;  // what a loader tells the warp that wipes, and back
+  static constexpr int kSharedBytes = kSeen + 16;
   // Registers of a thread that multiplies, that applies the cell, and of the others; 512 threads share 65536.
   static constexpr int kProductRegisters = kCellBlocks > 4 ? 184 : 192, kOtherRegisters = 24;
   static constexpr int kCellRegisters = 512 - 2 * kProductRegisters - kOtherRegisters;
@@ -83,9 +86,8 @@ __device__ __forceinline__ void run_products(const Problem<T>& p, const wide::Ri
       matrix_low(base + S::kWeightOffset + group * S::kGroupWeightBytes, wide::kStepBytes / 2);
 
   // Where the sums go: to the owner of the warp's units, in whose memory those of all CTAs follow each other.
-  const int owner = warp / S::kOwnWarps, sent = (warp - (rank + 1) * S::kOwnWarps) & (kProductWarps - 1);
-  const u32 to = base + S::kPartOffset + (rank * S::kOwnWarps + warp % S::kOwnWarps) * S::kPartBytes;
-  const u32 sums = owner == rank ? to : base + S::kSentOffset + sent * S::kPartBytes;
+  const int owner = warp / S::kOwnWarps;
+  const u32 to = base + S::kPartOffset + (rank * S::kOwnWarps + warp % S::kOwnWarps) * S::kPartBytes + lane * 16;
   const u32 full = base + S::kPartsFull, read = base + S::kPartsRead + owner * 8;
 
   u32 turn = 0;
@@ -95,23 +97,26 @@ __device__ __forceinline__ void run_products(const Problem<T>& p, const wide::Ri
       float sum[S::kBlocks * 4];
       const char* state = ring.at(step, tile);
       wide::multiply<S, T, false>(sum, weights, shared_weights, slots, state, phase, all, rank, 0, false);
-      // All product warps have done with the state when it is sent that one has: see wide::run_loader.
+      // All product warps have done with the state when it is sent that one has: see wide::wipe.
       if (__builtin_expect(any_of(wide::kVote, kGroups * kGroupThreads, wide::suspect(sum)), 0))
         wide::multiply<S, T, true>(sum, weights, shared_weights, slots, state, phase, all, rank, 0, false);
       wide::release_tile(slots, phase, all);
-      mbarrier_wait_cluster<kSpinLimit>(read, (phase & 1) ^ 1);
+      const u32 room = phase % S::kRooms, sums = to + room * S::kRoomBytes, parts_full = full + room * 8;
+      const u32 read_of_room = read + room * (S::kCluster * 8);
+      mbarrier_wait<kSpinLimit>(read_of_room, (phase / S::kRooms & 1) ^ 1);
+      auto words = [&](int block) -> Words4 {
+        return {__float_as_uint(sum[block * 4]), __float_as_uint(sum[block * 4 + 1]),
+                __float_as_uint(sum[block * 4 + 2]), __float_as_uint(sum[block * 4 + 3])};
+      };
+      if (owner == rank) {
 #pragma unroll
-      for (int block = 0; block < S::kBlocks; ++block)
-        store_shared(sums + block * 512 + lane * 16,
-                     {__float_as_uint(sum[block * 4]), __float_as_uint(sum[block * 4 + 1]),
-                      __float_as_uint(sum[block * 4 + 2]), __float_as_uint(sum[block * 4 + 3])});
-      fence_async_shared();
-      __syncwarp();
-      if (lane == 0) {
-        if (owner == rank)
-          mbarrier_arrive(full);
-        else
-          push_bulk(peer_address(to, owner), sums, S::kPartBytes, peer_address(full, owner));
+        for (int block = 0; block < S::kBlocks; ++block) store_shared(sums + block * 512, words(block));
+        __syncwarp();
+        if (lane == 0) mbarrier_arrive(parts_full);
+      } else {
+        const u32 theirs = peer_address(sums, owner), counted = peer_address(parts_full, owner);
+#pragma unroll
+        for (int block = 0; block < S::kBlocks; ++block) push(theirs + block * 512, words(block), counted);
       }
       __syncwarp();
     }
@@ -127,12 +132,14 @@ __device__ __forceinline__ void run_cells(const Problem<T>& p, const wide::Ring<
                                       base + S::kStageOffset + warp * (S::kStages * S::kStageBytes));
   for (int tile = 0; tile < part.tiles; ++tile) cells.publish_initial(tile);
 
-  const u32 full = base + S::kPartsFull, read = base + S::kPartsRead + rank * 8;
-  const u32 parts = base + S::kPartOffset + units * S::kPartBytes + first_block * 512 + lane * 16;
+  const u32 first_full = base + S::kPartsFull, first_read = base + S::kPartsRead + rank * 8;
+  const u32 first_parts = base + S::kPartOffset + units * S::kPartBytes + first_block * 512 + lane * 16;
   u32 phase = 0;
   cells.fetch(0, 0);
   for (int step = 0; step < products; ++step)
     for (int tile = 0; tile < part.tiles; ++tile, ++phase) {
+      const u32 room = phase % S::kRooms, parts = first_parts + room * S::kRoomBytes;
+      const u32 full = first_full + room * 8, read = first_read + room * (S::kCluster * 8);
       if (warp == 0 && lane == 0) mbarrier_expect(full, (S::kCluster - 1) * S::kOwnWarps * S::kPartBytes);
       auto fetch_next = [&]() {
         if (tile + 1 < part.tiles)
@@ -144,7 +151,7 @@ __device__ __forceinline__ void run_cells(const Problem<T>& p, const wide::Ring<
       cells.take(given);
       if (S::kAhead) fetch_next();
       cells.prepare(step, tile, given);
-      mbarrier_wait_cluster<kSpinLimit>(full, phase & 1);
+      mbarrier_wait<kSpinLimit>(full, phase / S::kRooms & 1);
       float mine[S::kCellBlocks * 4] = {};
 #pragma unroll
       for (int from = 0; from < S::kCluster; ++from)
@@ -173,9 +180,10 @@ __device__ __forceinline__ void run(const Problem<T>& p) {
   const wide::Ring<S> ring(p.ring, part, gridDim.x / part.peers * p.tiles, chunks);
   wide::prepare_rings<S, kThreads>(shared);
   if (threadIdx.x == 0) {
-    mbarrier_init(shared_address(shared) + S::kPartsFull, 1 + S::kOwnWarps);
-    for (int i = 0; i < S::kCluster; ++i)
-      mbarrier_init(shared_address(shared) + S::kPartsRead + i * 8, kCellWarps);
+    const u32 base = shared_address(shared);
+    for (int i = 0; i < S::kRooms; ++i) mbarrier_init(base + S::kPartsFull + i * 8, 1 + S::kOwnWarps);
+    for (int i = 0; i < S::kRooms * S::kCluster; ++i) mbarrier_init(base + S::kPartsRead + i * 8, kCellWarps);
+    for (int i = 0; i < 2; ++i) mbarrier_init(base + S::kSeen + i * 8, 1);
     fence_mbarrier_init();
   }
   if constexpr (S::kSharedChunks > 0)
@@ -196,7 +204,10 @@ __device__ __forceinline__ void run(const Problem<T>& p) {
   } else {
     give_registers<S::kOtherRegisters>();
     const int loader = warp - kProductWarps - kCellWarps;
-    if (loader < wide::kLoaders) wide::run_loader<S>(ring, shared, part, rank, 0, loader, all, products);
+    if (loader < wide::kLoaders)
+      wide::run_loader<S>(ring, shared, part, rank, 0, loader, all, products);
+    else if (loader == wide::kLoaders)
+      wide::run_wiper<S>(ring, shared, part, products);
   }
   __syncwarp();
   cluster_barrier();  // nobody leaves while a peer may still push to it

@@ -32,6 +32,8 @@ struct Depth {
   static constexpr int kChunks = kRegisterChunks + kSharedChunks, kBlocks = kBlocks_, kSlots = kSlots_,
                        kStride = kStride_;
   static constexpr bool kRelease = kSlots < kChunks;  // slots are given back chunk by chunk
+  static constexpr bool kFixed = kSlots % kChunks == 0;  // every chunk of a tile has a slot of its own
+  static constexpr int kSets = kFixed ? kSlots / kChunks : 1;  // of them, which tiles have by turns
   // Chunks of weights in shared memory and in registers take turns, the former first, until one kind is used up.
   static constexpr int kTurns = kRegisterChunks < kSharedChunks ? kRegisterChunks : kSharedChunks;
   static __device__ constexpr bool in_registers(int n) {
@@ -51,7 +53,8 @@ struct Depth {
   static constexpr int kChunkBytes = kBlocks * kChunkDepth * kBlockRows * 2;
   static constexpr int kGroupWeightBytes = kSharedChunks * kChunkSteps * kStepBytes;  // in shared memory
   static_assert(kChunks < 32, "loaders keep a bit a chunk");
-  static_assert(kSlots >= 3 || kSlots == kChunks, "parities tell two uses of a slot apart, loaders being two");
+  static_assert(kFixed || kRelease, "a tile has slots of its own, or gives them back one by one");
+  static_assert(kSlots >= 3 || kFixed, "parities tell two uses of a slot apart, loaders being two");
 };
 
 // kSplit: among how many warp groups the depth of a tile is split.
@@ -64,6 +67,7 @@ struct Shape : Depth<kBackward, kRegisterChunks, kSharedChunks, kBlocks, kSlots,
   static constexpr int kTileGroups = kGroups / kSplit;  // tiles are dealt to so many in turn
   static constexpr int kFlagQuads = kSplit;             // of words that a CTA's warps raise, one each
   static constexpr int kRings = kGroups, kRingWarps = kGroupWarps;
+  static constexpr bool kWiper = false;
   static constexpr int kInputs = kBackward ? 1 + Cell::kSaved : Cell::kGates;  // values a unit that the cell reads
   static constexpr int kOwnBytes = kBlocks * kRows * kBlockRows * 2;  // of a tile, what a CTA publishes
   static constexpr int kEmptyBytes = kOwnBytes;
@@ -107,14 +111,13 @@ struct Ring {
 };
 
 // Where the chunks of one ring lie, numbered through all its tiles and steps. Where the ring has room for a whole
-// tile every chunk has its own slot, known to the compiler.
+// tile every chunk has its own slot, known to the compiler; with room for two, tiles have them by turns.
 template <typename S>
 struct Place {
   u32 slot, parity;  // of the barrier that tells it full; that of an empty one is the other
-  static constexpr bool kFixed = S::kSlots == S::kChunks;
   __device__ Place(u32 phase, u32 n, u32 all) {
-    if constexpr (kFixed) {
-      slot = n, parity = phase & 1;
+    if constexpr (S::kFixed) {
+      slot = phase % S::kSets * S::kChunks + n, parity = phase / S::kSets & 1;
     } else {
       const u32 number = phase * all + n;
       slot = number % S::kSlots, parity = number / S::kSlots & 1;

@@ -35,7 +35,7 @@ __device__ __forceinline__ void release_tile(const Slots<S>& slots, u32 phase, i
   if constexpr (S::kRelease)
     release(slots, phase, all - 1, all);
   else if (static_cast<int>(threadIdx.x & 31) < all)
-    mbarrier_arrive(slots.empty + (threadIdx.x & 31) * 8);
+    mbarrier_arrive(slots.empty + Place<S>(phase, threadIdx.x & 31, all).slot * 8);
 }
 
 // The sums of a tile, 64 x kTileRows, over the chunks of a member. kAgain: of the state as it is once all of it has
@@ -56,7 +56,8 @@ __device__ __forceinline__ void multiply(float (&sum)[S::kBlocks * 4],
   if constexpr (kAgain) settle(data), settle(shared_weights);
   const u32 last_slot = Place<S>(phase, all - 1, all).slot;
   if constexpr (kAgain && !kFetch)
-    repair<S>(data, state + S::chunk_of(0, member) * S::kChunkBytes, all * S::kChunkBytes, false, kVote + ring);
+    repair<S>(data + Place<S>(phase, 0, all).slot * S::kChunkBytes, state + S::chunk_of(0, member) * S::kChunkBytes,
+              all * S::kChunkBytes, false, kVote + ring);
 #pragma unroll
   for (int n = 0; n < S::kChunks; ++n)
     if (S::kStride == 1 || n < S::kChunks - 1 || n < all) {
@@ -101,14 +102,39 @@ __device__ __forceinline__ bool suspect(const float (&sum)[kSums]) {
   return total[0] != total[0];
 }
 
+// Whoever has published step s has received all of step s - 1, from CTAs that had done with step s - 2: what this CTA
+// has published of that is wiped once a loader has seen step s. Where the depth is split over a cluster, its CTAs have
+// received all of step s - 1 together, and every CTA has published that after it had the sums of all CTAs of its own
+// cluster, which had done with step s - 2. A wipe is over before the third tile after it is copied, steps before this CTA
+// publishes into the same place again.
+template <typename S>
+__device__ __forceinline__ void wipe(const Ring<S>& ring, char* shared, const Part& part, int step, int tile) {
+  wait_bulk_stores();
+  fence_gpu();
+  const u32 wiped = Ring<S>::core(part.first_unit / 8, 0);
+  if (step >= 2)
+#pragma unroll 1
+    for (int i = 0; i < S::kOwnBytes; i += S::kEmptyBytes)
+      store_bulk(ring.at(step - 2, tile) + wiped + i, shared_address(shared) + S::kEmptyOffset, S::kEmptyBytes);
+}
+
+// A warp that does nothing else, because the fence takes longer than a loader has. Neither it nor the loader that it
+// follows is ever more than a tile ahead: parities of mbarriers tell no more apart.
+template <typename S>
+__device__ __forceinline__ void run_wiper(const Ring<S>& ring, char* shared, const Part& part, int products) {
+  const u32 seen = shared_address(shared) + S::kSeen, wiped = seen + 8;
+  u32 phase = 0;
+  for (int step = 0; step < products; ++step)
+    for (int tile = 0; tile < part.tiles; ++tile, ++phase) {
+      mbarrier_wait<kSpinLimit>(seen, phase & 1);
+      if ((threadIdx.x & 31) == 0) wipe(ring, shared, part, step, tile), mbarrier_arrive(wiped);
+      __syncwarp();
+    }
+  if ((threadIdx.x & 31) == 0) wait_bulk_stores();
+}
+
 // Brings every other chunk of a ring's tiles, once the flags of the warps that publish it are up. No fence stands
 // between data and flag: now and then a word is later than its flag, see `multiply`.
-//
-// Whoever has published step s has received all of step s - 1, from CTAs that had done with step s - 2: what this CTA
-// has published of that is wiped then. Where the depth is split over a cluster, its CTAs have received all of step s - 1
-// together, and every CTA has published that after it had the sums of all CTAs of its own cluster, which had done with
-// step s - 2. The wipe is over before anything of step s + 1 is copied, long before this CTA publishes into the same
-// place again.
 template <typename S>
 __device__ __forceinline__ void run_loader(const Ring<S>& ring, char* shared, const Part& part, int member,
                                            int slots_of, int loader, int all, int products) {
@@ -122,9 +148,8 @@ __device__ __forceinline__ void run_loader(const Ring<S>& ring, char* shared, co
   const int publisher =
       S::chunk_of(loader + lane / kLanes * kLoaders, member) * S::kPeerStep + lane % kLanes / S::kFlagQuads;
   const u32 flag = publisher * Ring<S>::kFlagBytes + lane % S::kFlagQuads * 16;
-  const u32 wiped = Ring<S>::core(part.first_unit / 8, 0);
   const int first_tile = slots_of % S::kTileGroups;
-  const bool wipes = loader == 0 && slots_of == first_tile;
+  const bool wipes = loader == 0 && slots_of == first_tile;  // or tells the warp that does
 
   u32 phase = 0;
   for (int step = 0; step < products; ++step)
@@ -134,10 +159,11 @@ __device__ __forceinline__ void run_loader(const Ring<S>& ring, char* shared, co
       auto poll = [&]() { return lane < mine * kLanes ? load_strong(flags) : Words4{}; };
       auto arm = [&](int n) {
         const Place<S> place(phase, loader + n * kLoaders, all);
-        mbarrier_wait<kSpinLimit>(slots.empty + place.slot * 8, place.parity ^ 1);
+        const u32 empty = slots.empty + place.slot * 8;
+        mbarrier_wait<kSpinLimit>(empty, place.parity ^ 1);
         if (lane == 0) mbarrier_expect(slots.full + place.slot * 8, S::kChunkBytes);
       };
-      if constexpr (Place<S>::kFixed)
+      if constexpr (S::kFixed)
 #pragma unroll
         for (int n = 0; n < kMost; ++n)
           if (n < mine) arm(n);
@@ -160,8 +186,8 @@ __device__ __forceinline__ void run_loader(const Ring<S>& ring, char* shared, co
       // Slots that chunks of the same tile share are given to them in order.
 #pragma unroll
         for (int n = 0; n < kMost; ++n)
-          if (fresh >> n & 1 && (Place<S>::kFixed || !(missing & (1u << n) - 1))) {
-            if constexpr (!Place<S>::kFixed) arm(n);
+          if (fresh >> n & 1 && (S::kFixed || !(missing & (1u << n) - 1))) {
+            if constexpr (!S::kFixed) arm(n);
             const u32 slot = Place<S>(phase, loader + n * kLoaders, all).slot;
             if (lane == 0)
               copy_bulk(slots.data + slot * S::kChunkBytes, from + n * kStride, S::kChunkBytes, slots.full + slot * 8);
@@ -172,17 +198,16 @@ __device__ __forceinline__ void run_loader(const Ring<S>& ring, char* shared, co
         for (int i = 0; i + 1 < kPolls; ++i) seen[i] = seen[i + 1];
         if (polls > kSpinLimit) __trap();
       }
-      if (wipes && lane == 0) {
-        wait_bulk_stores();
-        fence_gpu();
-        if (step >= 2)
-#pragma unroll 1
-          for (int i = 0; i < S::kOwnBytes; i += S::kEmptyBytes)
-            store_bulk(ring.at(step - 2, tile) + wiped + i, shared_address(shared) + S::kEmptyOffset, S::kEmptyBytes);
+      if constexpr (S::kWiper) {
+        const u32 seen = shared_address(shared) + S::kSeen, wiped = seen + 8;
+        if (wipes && phase > 0) mbarrier_wait<kSpinLimit>(wiped, (phase & 1) ^ 1);
+        if (wipes && lane == 0) mbarrier_arrive(seen);
+      } else if (wipes && lane == 0) {
+        wipe(ring, shared, part, step, tile);
       }
       __syncwarp();
     }
-  if (wipes && lane == 0) wait_bulk_stores();
+  if (!S::kWiper && wipes && lane == 0) wait_bulk_stores();
 }
 
 }  // namespace wide

@@ -28,15 +28,8 @@ inline void mbarrier_wait(u32 barrier, u32 parity) {
   while (!mbarrier_done(barrier, parity)) {
   }
 }
-template <u32 kPolls>
-inline void mbarrier_wait_cluster(u32 barrier, u32 parity) {
-  mbarrier_wait<kPolls>(barrier, parity);
-}
 inline void copy_bulk(u32 to, const void* from, u32 bytes, u32 barrier) {
   emulator::copy_late(emulator::shared_at(to), from, bytes, &emulator::mbarrier(barrier), nullptr);
-}
-inline void push_bulk(u32 to, u32 from, u32 bytes, u32 barrier) {
-  copy_bulk(to, emulator::shared_at(from), bytes, barrier);
 }
 inline void store_bulk(void* to, u32 from, u32 bytes) {
   emulator::copy_late(to, emulator::shared_at(from), bytes, nullptr, emulator::current);
