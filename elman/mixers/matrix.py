@@ -3,15 +3,14 @@
     q, k, v, z, a, b = W_in x             q, k, v = silu(conv(q, k, v)) if so asked (short_conv.py)
     q, k             = q / |q|, k / |k|   in each head
     a, β             = σ(a + bias), c σ(b + bias)                        c: --beta-max
-    S_t = tanh(a_t S_{t-1} + β_t k_t (v_t − a_t S_{t-1}ᵀ k_t)ᵀ)          one matrix (K, V) a head; v scaled so if asked
+    S_t = tanh(a_t S_{t-1} + β_t k_t (v_t − a_t S_{t-1}ᵀ k_t)ᵀ)          one matrix (K, V) a head; v by --value-scale
     y_t = S_tᵀ q_t
     out = W_out (norm(y) ⊙ silu(z))       the norm over each head
 
 With the identity in place of tanh it is a gated delta rule (Yang, Kautz and Hatamizadeh, "Gated Delta Networks", 2024,
 arXiv 2412.06464), whose projections, norms and gate these are. There are no recurrent weights: what is written depends
-on what is remembered, and tanh bounds it: the smaller the values, the less, and the norm hides their scale from what
-follows. To read S_{t-1}ᵀ k_t, not decayed, would be the same rule with β_t / a_t
-for β_t and a_t v_t for v_t.
+on what is remembered, and tanh bounds it, the less the smaller the values are; their scale itself the norm takes away.
+To read S_{t-1}ᵀ k_t, not decayed, would be the same rule with β_t / a_t for β_t and a_t v_t for v_t.
 """
 
 from __future__ import annotations

@@ -16,6 +16,7 @@ def study(scale: Scale) -> Study:
             Run("Matrix and E1", "matrix,e1", depth=scale(6, 2)),
             Run("Matrix, half, and E1", "matrix,e1", {"matrix.expansion": 0.5}, depth=scale(6, 2)),
             Run("Matrix, convolved, and E1", "matrix,e1", {"matrix.conv": 4}, depth=scale(6, 2)),
+            Run("elman", "elman", depth=scale(6, 2)),
             Run("E5", "e5", {"rank": scale(270, 16)}, dim=scale(1536, None), depth=scale(None, 4)),
             Run("Mamba2", "mamba2", depth=scale(12, 2)),
             Run("Transformer", "transformer", depth=scale(10, 2)),
