@@ -12,7 +12,7 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import tyro
 from rich.console import Console
@@ -24,6 +24,9 @@ from elman.options import OptionalInt, OptionalPath, OptionalStr
 from elman.studies.options import CompareRuns, ReportRuns, Studies
 from elman.text import one_line
 from elman.training.config import RunConfig, TaskConfig, TrainConfig
+
+if TYPE_CHECKING:
+    from elman.model import ModelConfig
 
 
 @dataclass(frozen=True)
@@ -227,16 +230,25 @@ class Data:
 _PLAIN: dict[str, Any] = {"highlight": False, "markup": False, "emoji": False}
 
 
+def _read_config(path: Path, option: str) -> tuple[RunConfig, ModelConfig]:
+    """Of the run folder that an option names."""
+    from elman.training.run import open_run
+
+    return open_run(path, option).read_config()
+
+
 def _run_command(kind: type[RunConfig], argv: list[str]) -> Any:
     """The type of ``train`` or ``task``: a run's options of this kind, and those of the mixers that ``argv`` names.
 
-    Which options a mixer has is known only once it is chosen, so ``--model`` and ``--resume`` are read ahead.
+    Which options a mixer has is known only once it is chosen, so what tells that is read ahead: ``--model``,
+    ``--resume`` and ``--start-from``.
     """
 
     @dataclass
     class Choice:
         model: Annotated[str | None, tyro.conf.arg(aliases=["--level"])] = None
         resume: Path | None = None
+        start_from: Path | None = None
 
     try:
         choice, _ = tyro.cli(Choice, args=argv, return_unknown_args=True, add_help=False, console_outputs=False)
@@ -244,12 +256,12 @@ def _run_command(kind: type[RunConfig], argv: list[str]) -> Any:
         choice = Choice()  # the whole command line is parsed again below, and the mistake shown there
     base: RunConfig | None = None
     if choice.resume is not None:
-        from elman.training.run import open_run
-
-        saved, model = open_run(choice.resume, "--resume").read_config()
+        saved, model = _read_config(choice.resume, "--resume")
         # Either command goes on with a run of either kind.
         base, kind = dataclasses.replace(saved, resume=choice.resume), type(saved)
         mixers: list[MixerConfig] = list(model.mixers)
+    elif choice.start_from is not None and choice.model is None:
+        mixers = list(_read_config(choice.start_from, "--start-from")[1].mixers)
     else:
         mixers = list(pattern_mixers(choice.model if choice.model is not None else "e1"))
     names = tuple(mixer.name for mixer in mixers)

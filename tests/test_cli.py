@@ -166,6 +166,17 @@ def test_a_mistake_in_train_is_one_clear_line(name: str, folder: Path, capsys: p
         (["train", "--resume", "trained", "--gate", "hx"], "--gate cannot change when a run goes on"),
         (["train", "--resume", "trained"], "has reached its end"),
         (["train", "--data", "text", "--steps", "1", *TINY, "--out", "trained"], "holds another run"),
+        (["train", "--start-from", "nowhere", "--steps", "1"], "--start-from nowhere: no such folder"),
+        (
+            ["train", "--start-from", "trained", "--dim", "8", "--steps", "1"],
+            "--dim 8 is of no use beside --start-from",
+        ),
+        (["train", "--start-from", "trained", "--model", "e0", "--steps", "1"], "a run of e1, not e0: drop --model"),
+        (
+            ["train", "--start-from", "trained", "--data", "text", "--seq-len", "8", "--gate", "hx", "--steps", "1"],
+            "--start-from trained: .* is missing but config.json asks for .* or drop what makes this model another",
+        ),
+        (["task", "parity", "--start-from", "trained", "--steps", "1"], "is a run of 256 tokens, where this has"),
         (["data", "info", "nowhere"], "FILE nowhere: no such file"),
         (["data", "info", "empty"], "FILE empty is empty"),
         (["data", "info", "fifo"], "FILE fifo is no regular file"),
@@ -281,10 +292,39 @@ def test_a_hybrid_with_options_of_its_parts_trains_and_says_what_ran(folder: Pat
 
 
 def test_a_named_pattern_trains_with_its_options_or_those_given(folder: Path) -> None:
-    for out, options, width in (("named", [], 4), ("given", ["--matrix.conv", "0"], 0)):
+    given = ["--matrix.conv", "0", "--matrix.value-scale", "1"]
+    for out, options, settings in (("named", [], (4, 0.25)), ("given", given, (0, 1.0))):
         assert run("train", "--model", "elman", *options, "--data", "text", *TINY, "--steps", 1, "--out", out) == 0
         matrix = RunFolder(Path(out)).read_config()[1].mixers[0]
-        assert (matrix.name, matrix.conv) == ("matrix", width)
+        assert (matrix.name, (matrix.conv, matrix.value_scale)) == ("matrix", settings)
+
+
+def test_a_run_starts_from_the_weights_of_another(folder: Path) -> None:
+    """As many steps of next to no learning rate leave the loss where that run had it; resumed, it says so still."""
+    argv = ["--data", "text", "--seq-len", "8", "--batch-size", "2", "--eval-bytes", "100"]
+    assert (
+        run("train", "--model", "elman", *argv, "--dim", 16, "--depth", 2, "--lr", "0.01", "--steps", 5, "--out", "a")
+        == 0
+    )
+    assert run("train", "--start-from", "a", *argv, "--lr", "1e-9", "--steps", 1, "--out", "b") == 0
+    assert run("train", "--resume", "b", "--steps", 2) == 0
+    assert (
+        run("train", "--model", "elman", *argv, "--dim", 16, "--depth", 2, "--lr", "1e-9", "--steps", 1, "--out", "c")
+        == 0
+    )
+    first, then, fresh = (
+        json.loads(Path(name, "summary.json").read_text())["heldout"]["nats_per_byte"] for name in "abc"
+    )
+    assert then == pytest.approx(first, abs=1e-5)
+    assert abs(fresh - first) > 1e-3
+    config, model = RunFolder(Path("b")).read_config()
+    assert config.start_from == Path("a").absolute()
+    assert model == RunFolder(Path("a")).read_config()[1]
+    sessions = json.loads(Path("b/env.json").read_text())
+    assert [session["started_from"] for session in sessions] == [
+        str(Path("a/checkpoints/step-00000005").absolute()),
+        None,
+    ]
 
 
 def test_streams_train_and_resume_and_say_so(folder: Path) -> None:

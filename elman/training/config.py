@@ -95,6 +95,9 @@ class RunConfig(ABC):
     """Show the metrics in this project of Weights & Biases too (package wandb)."""
     out: OptionalPath = None
     """Run folder to make; runs/MODEL-DATE-TIME if absent. An existing run is never overwritten."""
+    start_from: OptionalPath = None
+    """Run folder whose newest weights this run starts from, in place of random ones. Its model is that run's; the
+    optimiser, the schedule and the data begin anew."""
     resume: OptionalPath = None
     """Run folder to go on with, from its newest checkpoint and with its own options. A --steps or --time-limit given
     beside it replaces the run's end."""
@@ -123,6 +126,12 @@ class RunConfig(ABC):
             )
         if self.steps is None and self.time_limit is None:
             raise UsageError("a run needs an end: give --steps N, --time-limit 10m, or both")
+        for name in ("params", "dim", "depth") if self.start_from is not None else ():
+            if (size := getattr(self, name)) is not None:
+                raise UsageError(
+                    f"--{name} {size} is of no use beside --start-from {self.start_from}: "
+                    f"a model that starts from another is as large; drop --{name}"
+                )
         # Parsed here for its errors alone, before anything is made.
         _ = self.time_limit_s, self.param_count
 
@@ -152,7 +161,7 @@ class RunConfig(ABC):
 
     def resolved(self) -> Self:
         """As config.json keeps it: so that it means the same wherever it is read."""
-        return self
+        return self if self.start_from is None else replace(self, start_from=self.start_from.absolute())
 
 
 @dataclass(frozen=True)
@@ -198,7 +207,7 @@ class TrainConfig(RunConfig):
 
     def resolved(self) -> Self:
         assert self.data is not None
-        return replace(self, data=self.data.absolute())
+        return replace(super().resolved(), data=self.data.absolute())
 
 
 @dataclass(frozen=True)

@@ -86,6 +86,8 @@ class Trainer:
         # Steps without an update, and how many of them came last; known as far as losses have been fetched.
         self.skipped, self.skipped_in_row = 0, 0
         self.carry = Carry(config.grad_accum, self._forward_zeros() if self.sampler.carries_state else None, processes)
+        #: The checkpoint whose weights were the first ones, unless random ones were.
+        self.started_from: str | None = None
         self.compiled = False
         self.graph = make_graph(config, self.device)
         self.start_up_seconds = 0.0
@@ -99,6 +101,25 @@ class Trainer:
         self.utilisation = Utilisation(model_config, config.seq_len, self.device, self.precision, processes.size)
         self.fetch_every = 1 if self.device.type == "cpu" else 10
         self._pending = PendingRows()
+
+    def start_from(self, run: RunFolder) -> None:
+        """Take the weights of the newest whole checkpoint of another run, and nothing else of it.
+
+        Raises:
+            UsageError: there is none, every one is damaged, or it does not fit this model.
+        """
+        given: dict[str, Any] = {"processes": self.processes, "room": self.parallel.room, "with_trainer": False}
+        found = load_newest(run, lambda line: say(self.console, line), **given)
+        with self.processes.together():
+            if found is None:
+                raise UsageError(f"--start-from {run.path} has no checkpoint yet: let it train until its first save")
+            path, checkpoint = found
+            try:
+                load_weights(self.model, checkpoint.model, path, self.parallel.place)
+            except UsageError as error:
+                raise UsageError(f"--start-from {run.path}: {error}, or drop what makes this model another") from None
+            self.started_from = str(path.absolute())
+        say(self.console, f"starting from the weights of {path}")
 
     def restore(self, run: RunFolder) -> None:
         """Go back to the run's newest whole checkpoint; to the start, where this already is, if it has none yet.

@@ -104,7 +104,7 @@ class RunFolder:
             values = json.loads((self.path / "config.json").read_text(encoding="utf-8"))
             train = dict(values["train"])
             kind = TaskConfig if "task" in train else TrainConfig
-            for name in ("data", "out", "resume"):
+            for name in ("data", "out", "start_from", "resume"):
                 if train.get(name) is not None:
                     train[name] = Path(train[name])
             return kind(**train), ModelConfig.from_dict(values["model"])

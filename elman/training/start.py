@@ -27,7 +27,7 @@ from elman.training.display import say
 from elman.training.distributed import Processes, process_group
 from elman.training.loop import Trainer
 from elman.training.memory import advice
-from elman.training.run import RunFolder, check_free, create, open_run
+from elman.training.run import RunFolder, check_free, create, newest_checkpoint, open_run
 from elman.units import format_count, format_duration
 
 #: What may be given anew when a run goes on; anything else would make it another run.
@@ -51,9 +51,7 @@ def start_run(
         with processes.together():
             if config.out is not None:
                 check_free(config.out)
-            model_config = size_model(
-                mixers, params=config.param_count, dim=config.dim, depth=config.layers, vocab_size=config.vocab_size
-            )
+            model_config = _model_of(config, mixers)
         if isinstance(config, TrainConfig) and config.data is None:
             with processes.together():
                 # Packed by one process of each machine.
@@ -67,6 +65,27 @@ def start_run(
             if (complaint := slow_option(model_config, trainer.device, trainer.precision)) is not None:
                 say(console, complaint)
             return _train(trainer, run)
+
+
+def _model_of(config: RunConfig, mixers: tuple[MixerConfig, ...]) -> ModelConfig:
+    """The model of a new run: of the size that is asked for, or of that of the run which it starts from.
+
+    Raises:
+        UsageError: no model has that size; or there is no such run, or it has other variants or other tokens.
+    """
+    if config.start_from is None:
+        sizes: dict[str, Any] = {"params": config.param_count, "dim": config.dim, "depth": config.layers}
+        return size_model(mixers, **sizes, vocab_size=config.vocab_size)
+    _, model = open_run(config.start_from, "--start-from").read_config()
+    wanted = ",".join(mixer.name for mixer in mixers)
+    if wanted != (there := ",".join(mixer.name for mixer in model.mixers)):
+        raise UsageError(f"--start-from {config.start_from} is a run of {there}, not {wanted}: drop --model")
+    if model.vocab_size != config.vocab_size:
+        raise UsageError(
+            f"--start-from {config.start_from} is a run of {model.vocab_size} tokens, where this has "
+            f"{config.vocab_size}: give what that run learned, and its --tokenizer"
+        )
+    return replace(model, mixers=mixers)
 
 
 def resume_run(config: RunConfig, mixers: tuple[MixerConfig, ...], console: Console) -> int:
@@ -130,6 +149,8 @@ def _build(
 ) -> Trainer:
     """A trainer that is ready to go on with a run, or to begin one."""
     trainer = Trainer(config, model, console, processes)
+    if config.start_from is not None and (run is None or processes.of_main(newest_checkpoint(run)) is None):
+        trainer.start_from(open_run(config.start_from, "--start-from"))
     if run is not None:
         trainer.restore(run)
         with processes.together():
@@ -201,6 +222,7 @@ def _environment(trainer: Trainer) -> dict[str, Any]:
     return {
         "time": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "from_step": trainer.step,
+        "started_from": trainer.started_from,
         "data": trainer.source.fingerprint,
         "precision": trainer.precision,
         "compiled": trainer.compiled,
