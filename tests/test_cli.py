@@ -292,11 +292,11 @@ def test_a_hybrid_with_options_of_its_parts_trains_and_says_what_ran(folder: Pat
 
 
 def test_a_named_pattern_trains_with_its_options_or_those_given(folder: Path) -> None:
-    given = ["--matrix.conv", "0", "--matrix.value-scale", "1"]
-    for out, options, settings in (("named", [], (4, 0.25)), ("given", given, (0, 1.0))):
+    given = ["--matrix.conv", "0", "--matrix.bound", "1"]
+    for out, options, settings in (("named", [], (4, 4.0)), ("given", given, (0, 1.0))):
         assert run("train", "--model", "elman", *options, "--data", "text", *TINY, "--steps", 1, "--out", out) == 0
         matrix = RunFolder(Path(out)).read_config()[1].mixers[0]
-        assert (matrix.name, (matrix.conv, matrix.value_scale)) == ("matrix", settings)
+        assert (matrix.name, (matrix.conv, matrix.bound)) == ("matrix", settings)
 
 
 def test_a_run_starts_from_the_weights_of_another(folder: Path) -> None:

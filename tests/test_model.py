@@ -45,7 +45,7 @@ OPTIONS = {
     "matrix": [
         {"heads": 3, "key_size": 4, "value_size": 6, "conv": 3, "cell": "softsign"},
         {"key_size": 5, "value_size": 8, "decay": "key", "beta": "none", "cell": "identity"},
-        {"value_size": 8, "decay": "none", "expansion": 1.0, "beta_max": 2.0, "value_scale": 0.5},
+        {"value_size": 8, "decay": "none", "expansion": 1.0, "beta_max": 2.0, "bound": 2.0},
     ],
     "ladder_2": [{"groups": 4, "expansion": 1.5}],
     "ladder_4": [{"groups": 4, "constraint": "scaled_orthogonal"}],

@@ -61,8 +61,8 @@ class Pattern:
 
 
 #: Patterns with a name of their own. ``elman`` is what learns most of the strictly nonlinear ones: by docs/results, and
-#: for the scale of the values by section 24 of benchmarks/NOTES.md.
-PATTERNS = {"elman": Pattern("matrix,e1", {"matrix": {"conv": 4, "value_scale": 0.25}})}
+#: for the bound by section 24 of benchmarks/NOTES.md.
+PATTERNS = {"elman": Pattern("matrix,e1", {"matrix": {"conv": 4, "bound": 4.0}})}
 
 
 def mixer_names() -> list[str]:

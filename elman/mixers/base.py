@@ -1,8 +1,9 @@
 """What a variant is: a config that knows its counts, and the module that it builds.
 
-A module says what its own parameters are by two attributes, each a set of their names, where it is not plain to see:
+A module says what its own parameters are by attributes, each a set of their names, where it is not plain to see:
 ``no_decay`` for what weight decay would spoil though it is no vector and no bias, ``no_matrix`` for what is no map
-between units though it has two axes. Decays are in the first whatever their shape.
+between units though it has two axes, ``recurrent`` for what makes up a recurrent matrix. Decays are in the first
+whatever their shape; True stands for all names.
 """
 
 from __future__ import annotations
@@ -24,8 +25,21 @@ _MULTIPLE = 8
 #: N(0, 0.02²); ``zero_out``, these 0, so that a model starts as its embedding.
 WeightInit = Literal["normal", "fan_in", "zero_out"]
 
+#: The largest ``bound``, beyond which a cell is linear in all but name.
+LARGEST_BOUND = 1000.0
+
 #: What a mixer carries from one chunk to the next: a pytree of tensors whose first axis is the batch. None: at rest.
 State = Any
+
+
+def check_bound(bound: float) -> None:
+    """What ``--bound`` may be.
+
+    Raises:
+        UsageError: it is something else.
+    """
+    if not 0 < bound <= LARGEST_BOUND:
+        raise UsageError(f"--bound {bound} is out of range: give a number above 0 and up to {LARGEST_BOUND:.0f}")
 
 
 def round_width(width: float) -> int:

@@ -53,7 +53,7 @@ class E0(ConvMixer):
         super().__init__(dim, config)
         d = config.inner_size(dim)
         self.in_proj = nn.Linear(dim, d, bias=False)
-        self.recurrence = ElmanRecurrence(config.recurrent_weight(dim), cell="tanh")
+        self.recurrence = ElmanRecurrence(config.recurrent_weight(dim), "tanh", config.bound)
         self.gate_proj = nn.Linear(d, d) if config.gate == "input" else None
         self.out_proj = nn.Linear(d, dim, bias=False)
 

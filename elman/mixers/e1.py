@@ -57,7 +57,7 @@ class E1(ConvMixer):
         d = config.inner_size(dim)
         self.gate = config.gate
         self.in_proj = nn.Linear(dim, d if config.gate == "hx" else 2 * d, bias=False)
-        self.recurrence = ElmanRecurrence(config.recurrent_weight(dim), cell=config.cell)
+        self.recurrence = ElmanRecurrence(config.recurrent_weight(dim), config.cell, config.bound)
         self.gate_proj = nn.Linear(2 * d, d) if config.gate == "hx" else None
         self.out_proj = nn.Linear(d, dim, bias=False)
 

@@ -67,7 +67,7 @@ class E10(ConvMixer):
         super().__init__(dim, config)
         d, k = config.inner_size(dim), config.banks
         self.in_proj = nn.Linear(dim, (2 + k) * d, bias=False)
-        self.recurrence = ElmanRecurrence(config.recurrent_weight(dim), cell="tanh")
+        self.recurrence = ElmanRecurrence(config.recurrent_weight(dim), "tanh", config.bound)
         self.banks = k
         self.decay_logits = nn.Parameter(torch.linspace(0.8, 0.99, k).logit().repeat_interleave(d))
         self.out_proj = nn.Linear(d, dim, bias=False)

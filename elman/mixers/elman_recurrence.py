@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from elman.errors import UsageError
@@ -26,18 +27,24 @@ _DENSITY = 0.1
 class ElmanRecurrence(nn.Module):
     """``h_t = f(W_h h_{t-1} + W_x u_t + b)`` on d units (Elman, 1990), the input's product done for all steps at once.
 
-    W_h starts as ``--init`` says, by default orthogonal, just inside the unit circle.
+    W_h starts as ``--init`` says, by default orthogonal, just inside the unit circle. With a bound R it is ``h_t = R
+    f((W_h h_{t-1} + W_x u_t + b) / R)``; the state is then h / R.
     """
 
-    def __init__(self, weight: WeightConfig, cell: str) -> None:
+    def __init__(self, weight: WeightConfig, cell: str, bound: float = 1.0) -> None:
         super().__init__()
-        self.cell = cell
+        self.cell, self.bound = cell, bound
         self.input = nn.Linear(weight.size, weight.size)
         self.weight_h = weight.build()
 
     def forward(self, u: Tensor, h0: Tensor | None, reset: Tensor | None) -> tuple[Tensor, Tensor]:
         """U (T, B, d), h0 (B, d) or None, reset (T, B) -> h (T, B, d), h_last (B, d)."""
-        return recurrence(self.input(u), self.weight_h(), h0, cell=self.cell, reset=reset)
+        if self.bound == 1.0:
+            return recurrence(self.input(u), self.weight_h(), h0, cell=self.cell, reset=reset)
+        # By the small weights, not by all the steps' sums.
+        pre = F.linear(u, self.input.weight / self.bound, self.input.bias / self.bound)
+        h, h_last = recurrence(pre, self.weight_h(), h0, cell=self.cell, reset=reset)
+        return h * self.bound, h_last
 
     @staticmethod
     def num_params(weight: WeightConfig) -> int:

@@ -3,7 +3,7 @@
     q, k, v, z, a, b = W_in x             q, k, v = silu(conv(q, k, v)) if so asked (short_conv.py)
     q, k             = q / |q|, k / |k|   in each head
     a, β             = σ(a + bias), c σ(b + bias)                        c: --beta-max
-    S_t = tanh(a_t S_{t-1} + β_t k_t (v_t − a_t S_{t-1}ᵀ k_t)ᵀ)          one matrix (K, V) a head; v by --value-scale
+    S_t = tanh(a_t S_{t-1} + β_t k_t (v_t − a_t S_{t-1}ᵀ k_t)ᵀ)          one matrix (K, V) a head; v / --bound
     y_t = S_tᵀ q_t
     out = W_out (norm(y) ⊙ silu(z))       the norm over each head
 
@@ -24,7 +24,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from elman.errors import UsageError
-from elman.mixers.base import ExpandedConfig, Mixer, MixerConfig, State
+from elman.mixers.base import ExpandedConfig, Mixer, MixerConfig, State, check_bound
 from elman.mixers.short_conv import ShortConv
 from elman.ops import matrix_recurrence, note_backend
 from elman.ops.matrix import choose
@@ -36,7 +36,6 @@ _LENGTH_EPS = 1e-6
 _FAST_WIDTH = 8
 #: Beyond it a state without a bound would grow at every step.
 _LARGEST_BETA = 2.0
-_LARGEST_SCALE = 1000
 #: What the heads forget a step at the start, from the slowest to the fastest.
 _FORGOTTEN = (1e-3, 1e-1)
 
@@ -65,8 +64,9 @@ class MatrixConfig(ExpandedConfig):
     beta_max: float = 1.0
     """What that number stays below. Above 1 a step may turn round what is read at k, and so follow a parity, which a
     product of factors in [0, 1] cannot (Grazzi et al., 2024, arXiv 2411.12537)."""
-    value_scale: float = 1.0
-    """What v is multiplied by: the smaller, the nearer the state stays to where tanh is linear."""
+    bound: float = 1.0
+    """What v is divided by, which is as if the cell were bound f(S / bound), since the norm hides any scale of y. The
+    larger, the nearer the cell is to linear."""
     conv: int = 0
     """Width of a short causal depthwise convolution of q, k and v, such as 4, and a silu behind it; 0 for neither."""
 
@@ -77,10 +77,7 @@ class MatrixConfig(ExpandedConfig):
             raise UsageError(f"--conv {self.conv} is out of range: give 0 for none, or a width from 2 to 64")
         if not 0 < self.beta_max <= _LARGEST_BETA:
             raise UsageError(f"--beta-max {self.beta_max} is out of range: give a number above 0 and up to 2")
-        if not 0 < self.value_scale <= _LARGEST_SCALE:
-            raise UsageError(
-                f"--value-scale {self.value_scale} is out of range: give a number above 0 and up to {_LARGEST_SCALE}"
-            )
+        check_bound(self.bound)
         if self.beta == "none" and self.beta_max != 1.0:
             raise UsageError(f"--beta-max {self.beta_max} is of no use to --beta none, where β is 1: drop one of them")
 
@@ -151,8 +148,8 @@ class Matrix(Mixer):
             state, last = (None, None) if state is None else state
             parts, last = self.conv(parts, last, reset)
         q, k, v = (part.reshape(*part.shape[:2], self.heads, -1) for part in parts)
-        if self.config.value_scale != 1.0:
-            v = v * self.config.value_scale
+        if self.config.bound != 1.0:
+            v = v / self.config.bound
         # The kernels read v as it lies: copied here, and not once by each of them.
         q, k, v = _of_length_one(q), _of_length_one(k), v.contiguous()
         note_backend(f"matrix_{choose('auto', q.device, q.dtype, q.shape[-1], v.shape[-1])}")

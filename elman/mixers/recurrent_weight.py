@@ -136,6 +136,8 @@ class WeightConfig:
 class RecurrentWeight(nn.Module, ABC):
     """A module without input whose output is W_h, in the dtype of its parameters under autocast too."""
 
+    recurrent = True
+
     def forward(self) -> Weight:
         with torch.autocast(next(self.parameters()).device.type, enabled=False):
             return self.compose()

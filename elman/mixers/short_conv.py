@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from elman.errors import UsageError
-from elman.mixers.base import Mixer, State
+from elman.mixers.base import Mixer, State, check_bound
 from elman.mixers.elman_recurrence import ElmanConfig
 from elman.ops import short_conv
 from elman.ops.short_conv import Activation
@@ -48,11 +48,14 @@ class ShortConv(nn.Module):
 class ConvElmanConfig(ElmanConfig):
     """Options of an Elman variant whose recurrent input may be convolved first."""
 
+    bound: float = 1.0
+    """What the state stays within: h = bound f((W_h h + W_x u + b) / bound). The larger, the nearer f is to linear."""
     conv: int = 0
     """Width of a short causal depthwise convolution of u, such as 4; 0 for none."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        check_bound(self.bound)
         if self.conv != 0 and not 2 <= self.conv <= 64:
             raise UsageError(f"--conv {self.conv} is out of range: give 0 for none, or a width from 2 to 64")
 

@@ -90,6 +90,7 @@ class TorchRNN(Mixer):
         self.kernels = config.kernels
         self.cell, self.gates = config.cell, config.gates
         self.rnn = config.module(dim, d)
+        self.rnn.recurrent = frozenset({"weight_hh_l0"})
         self.out_proj = nn.Linear(d, dim, bias=False)
 
     @property

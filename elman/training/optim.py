@@ -48,23 +48,38 @@ def _role(module: nn.Module, name: str, parameter: nn.Parameter) -> Role:
     return "weight" if pointwise or parameter.ndim > 2 else "matrix"
 
 
+def recurrent_parameters(model: nn.Module) -> set[str]:
+    """Names of those that make up recurrent matrices, by what their modules declare."""
+    found = set()
+    for prefix, module in model.named_modules():
+        declared = getattr(module, "recurrent", ())
+        for name, _ in module.named_parameters(recurse=False):
+            if declared is True or (declared and name in declared):
+                found.add(f"{prefix}.{name}".lstrip("."))
+    return found
+
+
 class Optimizer:
     """One of PyTorch's optimisers, or several that share the parameters: they step, are saved and are loaded as one."""
 
     def __init__(self, *parts: torch.optim.Optimizer, rate: Tensor | None = None) -> None:
-        """``rate``: a scalar, the rate of all groups, on their device: for steps that a CUDA graph may hold."""
+        """Groups may have a ``multiple``, by which they take the rate.
+
+        ``rate``: a scalar, the rate of all groups, on their device: for steps that a CUDA graph may hold.
+        """
         self.parts = parts
-        self._rate = rate
-        self._share_rate()
+        multiples = {group.get("multiple", 1.0) for group in self.param_groups}
+        self._rates = None if rate is None else {multiple: rate.clone() for multiple in multiples}
+        self._share_rates()
         #: Those that train on other weights than they evaluate; they are in training mode but for ``averaged``.
         self._averaging: list[Any] = [part for part in parts if hasattr(part, "train")]
         for part in self._averaging:
             part.train()
 
-    def _share_rate(self) -> None:
-        if self._rate is not None:
+    def _share_rates(self) -> None:
+        if self._rates is not None:
             for group in self.param_groups:
-                group["lr"] = self._rate
+                group["lr"] = self._rates[group.get("multiple", 1.0)]
 
     @property
     def param_groups(self) -> list[dict[str, Any]]:
@@ -73,11 +88,12 @@ class Optimizer:
 
     def set_rate(self, rate: float) -> None:
         """The rate of the next step."""
-        if self._rate is not None:
-            self._rate.fill_(rate)
+        if self._rates is not None:
+            for multiple, shared in self._rates.items():
+                shared.fill_(multiple * rate)
             return
         for group in self.param_groups:
-            group["lr"] = rate
+            group["lr"] = group.get("multiple", 1.0) * rate
 
     def step(self, skip: Tensor) -> None:
         """Move the weights, or do nothing at all where ``skip`` (), a bool on their device, is true.
@@ -125,10 +141,10 @@ class Optimizer:
         """All that ``load_state_dict`` needs to go on to the bit, training's weights included where they are others."""
         weights = [parameter.detach().clone() for parameter in self._averaged_parameters()]
         parts = [part.state_dict() for part in self.parts]
-        if self._rate is not None:
-            # As if the host kept it, for a run may go on where there is no such device.
+        if self._rates is not None:
+            # As if the host kept them, for a run may go on where there is no such device.
             for part in parts:
-                part["param_groups"] = [{**group, "lr": self._rate.item()} for group in part["param_groups"]]
+                part["param_groups"] = [{**group, "lr": group["lr"].item()} for group in part["param_groups"]]
         return {"parts": parts, "weights": weights}
 
     def load_state_dict(
@@ -145,7 +161,7 @@ class Optimizer:
                 for i, values in saved["state"].items()
             }
             part.load_state_dict({**saved, "state": moments})
-        self._share_rate()
+        self._share_rates()
         with torch.no_grad():
             for parameter, saved in zip(self._averaged_parameters(), state["weights"], strict=True):
                 parameter.copy_(place(saved, parameter))
@@ -171,18 +187,30 @@ def build_optimizer(model: nn.Module, config: RunConfig, roles: dict[str, Role] 
     ``roles`` are those of its parameters before ranks shared them, which leaves no marks on them.
 
     Raises:
-        UsageError: it is not installed.
+        UsageError: it is not installed, or a rate is given for recurrent matrices where there are none.
     """
     roles = parameter_roles(model) if roles is None else roles
+    recurrent = recurrent_parameters(model) if config.recurrent_lr != 1.0 else set()
+    if config.recurrent_lr != 1.0 and not recurrent:
+        raise UsageError(
+            f"--recurrent-lr {config.recurrent_lr} is of no use to a model without recurrent matrices: drop it"
+        )
 
     def having(*wanted: Role) -> list[nn.Parameter]:
         return [parameter for name, parameter in model.named_parameters() if roles[name] in wanted]
 
+    def group(weight_decay: float, *wanted: Role) -> list[dict[str, Any]]:
+        """Those of these roles; recurrent ones, where these have another rate, by themselves."""
+        named = [(name, parameter) for name, parameter in model.named_parameters() if roles[name] in wanted]
+        others = [parameter for name, parameter in named if name not in recurrent]
+        slower = [parameter for name, parameter in named if name in recurrent]
+        found: list[dict[str, Any]] = [{"params": others, "weight_decay": weight_decay}]
+        if slower:
+            found.append({"params": slower, "weight_decay": weight_decay, "multiple": config.recurrent_lr})
+        return found
+
     def groups(*decayed: Role) -> list[dict[str, Any]]:
-        return [
-            {"params": having(*decayed), "weight_decay": config.weight_decay},
-            {"params": having("plain"), "weight_decay": 0.0},
-        ]
+        return [*group(config.weight_decay, *decayed), *group(0.0, "plain")]
 
     if config.optimizer == "schedulefree":
         optimizer = _schedule_free()(groups("matrix", "weight"), lr=config.lr, betas=_BETAS)
@@ -192,9 +220,7 @@ def build_optimizer(model: nn.Module, config: RunConfig, roles: dict[str, Role] 
             optimizer.state[parameter] = {"z": value.clone(), "exp_avg_sq": torch.zeros_like(value)}
         return Optimizer(optimizer)
     if config.optimizer == "muon":
-        muon = torch.optim.Muon(
-            having("matrix"), lr=config.lr, weight_decay=config.weight_decay, adjust_lr_fn="match_rms_adamw"
-        )
+        muon = torch.optim.Muon(group(config.weight_decay, "matrix"), lr=config.lr, adjust_lr_fn="match_rms_adamw")
         for parameter in having("matrix"):
             muon.state[parameter] = {"momentum_buffer": torch.zeros_like(parameter.detach())}
         return Optimizer(muon, torch.optim.AdamW(groups("weight"), lr=config.lr, betas=_BETAS, fused=True))

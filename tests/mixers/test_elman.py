@@ -1,6 +1,7 @@
 """E0, E1, E4 and E5 against a twin: their equations in numpy, one step and one row at a time."""
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -34,6 +35,15 @@ def e0(p: dict[str, Array], x: Array, h: Array, gate: str) -> tuple[Array, Array
     h = np.tanh(weight_h(p) @ h + p["recurrence.input.weight"] @ u + p["recurrence.input.bias"])
     y = h if gate == "none" else h * silu(p["gate_proj.weight"] @ u + p["gate_proj.bias"])
     return p["out_proj.weight"] @ y, h
+
+
+def bounded(by: float, p: dict[str, Array], x: Array, h: Array, gate: str) -> tuple[Array, Array]:
+    """E1 with a state within these bounds, of which it keeps a part of one."""
+    d = len(h)
+    u = silu(p["in_proj.weight"][:d] @ x)
+    sums = weight_h(p) @ (by * h) + p["recurrence.input.weight"] @ u + p["recurrence.input.bias"]
+    h = by * np.tanh(sums / by)
+    return p["out_proj.weight"] @ (h * silu(p["in_proj.weight"][d:] @ x)), h / by
 
 
 def e1(p: dict[str, Array], x: Array, h: Array, gate: str) -> tuple[Array, Array]:
@@ -77,6 +87,8 @@ def build(name: str, **options: Any) -> Mixer:
             )
             for expansion in (1.0, 1.5)
         ),
+        ("e1", partial(bounded, 4.0), {"gate": "split", "bound": 4.0}),
+        ("e1", partial(bounded, 0.5), {"gate": "split", "bound": 0.5, "expansion": 1.5}),
         ("e4", e1, {"gate": "split", "rank": 3}),
         ("e4", e1, {"gate": "hx", "rank": 5, "expansion": 1.0}),
         ("e5", e5, {"gate": "input", "rank": 3}),

@@ -24,8 +24,8 @@ def build(**options: object) -> Matrix:
         ({"beta_max": 2.1}, "--beta-max 2.1 is out of range"),
         ({"beta_max": float("nan")}, "--beta-max nan is out of range"),
         ({"beta": "none", "beta_max": 2.0}, "--beta-max 2.0 is of no use to --beta none"),
-        ({"value_scale": 0.0}, "--value-scale 0.0 is out of range: give a number above 0 and up to 1000"),
-        ({"value_scale": float("inf")}, "--value-scale inf is out of range"),
+        ({"bound": 0.0}, "--bound 0.0 is out of range: give a number above 0 and up to 1000"),
+        ({"bound": float("inf")}, "--bound inf is out of range"),
         ({"conv": 1}, "--conv 1 is out of range"),
     ],
     ids=str,
@@ -55,8 +55,8 @@ def test_beta_max_lets_a_step_turn_round_what_is_read(monkeypatch: pytest.Monkey
     assert float(seen[0].detach().max()) <= 1 < float(seen[1].detach().min())
 
 
-def test_value_scale_is_that_of_what_the_first_product_makes_of_v() -> None:
-    plain, scaled = build().double(), build(value_scale=0.25).double()
+def test_a_bound_is_a_scale_of_what_the_first_product_makes_of_v() -> None:
+    plain, scaled = build().double(), build(bound=4.0).double()
     x = torch.randn(5, 2, 8, dtype=torch.float64)
     scaled.load_state_dict(plain.state_dict())
     one, _ = scaled(x, None, None)

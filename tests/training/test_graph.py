@@ -88,7 +88,7 @@ def test_the_stand_in_would_notice_a_rate_that_the_host_keeps(
     config: TrainConfig, tmp_path: Path, recorders: list[TapeRecorder], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     start(replace(config, graph="off", out=tmp_path / "plain"))
-    monkeypatch.setattr("elman.training.optim.Optimizer._share_rate", lambda optimizer: None)
+    monkeypatch.setattr("elman.training.optim.Optimizer._share_rates", lambda optimizer: None)
     start(replace(config, graph="on"))
     captured, plain = losses(config.out), losses(tmp_path / "plain")
     assert [captured[step] for step in (1, 2, 3)] != [plain[step] for step in (1, 2, 3)]
