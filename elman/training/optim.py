@@ -144,7 +144,8 @@ class Optimizer:
         if self._rates is not None:
             # As if the host kept them, for a run may go on where there is no such device.
             for part in parts:
-                part["param_groups"] = [{**group, "lr": group["lr"].item()} for group in part["param_groups"]]
+                for group in part["param_groups"]:
+                    group["lr"] = self._rates[group.get("multiple", 1.0)].item()
         return {"parts": parts, "weights": weights}
 
     def load_state_dict(
