@@ -1,6 +1,7 @@
 """Plans for the kernels that split the depth over a cluster, ``cuda/split.cuh``: wide states, large batches, Hopper.
 
-None of them has been timed, so the backend does not take them by itself: ``benchmarks.designs`` asks for them by name.
+As they are they have not been timed, so the backend does not take them by itself: ``benchmarks.designs`` asks for them
+by name.
 """
 
 from __future__ import annotations
