@@ -33,7 +33,7 @@ def test_cases_are_chosen_by_pattern() -> None:
     labels = ["e4", "e4 --expansion 1.0", "e4 --expansion 4.0", "e0,e1", "rnn", "rnn --kernels elman"]
     assert [case.label for case in choose_cases(["4", "e0,1", "rnn"])] == labels
     (case,) = choose_cases(["elman"])
-    assert (case.label, case.mixers()[0]) == ("elman", mixer_config("matrix")(conv=4))
+    assert (case.label, case.mixers()[0]) == ("elman", mixer_config("matrix")(conv=4, bound=4.0))
     assert [case.label for case in choose_cases(["matrix,1"])] == ["matrix,e1"]
     with pytest.raises(UsageError, match="e99"):
         choose_cases(["e99"])
