@@ -1,12 +1,11 @@
-"""The kernels that split the depth over a cluster: their plans, and on a GPU each of their designs, by name."""
+"""The kernels that split the depth over a cluster: their plans; tests/ops/test_hopper.py runs them."""
 
 import re
-from collections.abc import Callable
 from dataclasses import replace
 
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from benchmarks.split import SHAPES, best_plans
@@ -17,7 +16,6 @@ from elman.ops.cuda.compiler import flatten
 from elman.ops.planning import Chip, Task
 from elman.ops.split import SplitPlan
 from tests.ops.cuda.test_compiler import assert_compiles, check_static_claims, needs_nvrtc
-from tests.ops.problems import assert_as_exact_as_reference, assert_chunks_equal_one_piece, draw, solve
 
 H200 = Chip((9, 0), 132, 227 * 1024)
 TASKS = [Task(direction, CELLS[cell]) for cell in ("tanh", "softsign") for direction in ("forward", "backward")]
@@ -152,92 +150,3 @@ def test_arguments_are_in_the_order_of_the_wide_kernels() -> None:
         assert ours is not None
         assert theirs is not None
         assert ours[1].split() == theirs[1].split()
-
-
-@pytest.fixture(params=list(DESIGNS))
-def design(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    """The persistent backend takes this design, where it fits."""
-
-    def make_plan(chip: Chip, batch: int, hidden: int, task: Task, heads: int = 1, rank: int = 0) -> SplitPlan:
-        found = plans_of(request.param, batch, hidden, task, heads) or list(
-            split.plans(chip, batch, hidden, task, heads)
-        )
-        return min(found, key=lambda plan: (plan.slots >= plan.register_chunks + plan.shared_chunks, plan.blocks))
-
-    monkeypatch.setattr(persistent, "make_plan", make_plan)
-    name: str = request.param
-    return name
-
-
-on_hopper = pytest.mark.skipif(
-    not torch.cuda.is_available() or torch.cuda.get_device_capability() != (9, 0), reason="needs Hopper"
-)
-gpu: Callable[..., object] = lambda test: pytest.mark.gpu(on_hopper(test))  # noqa: E731
-
-
-@gpu
-@settings(max_examples=12, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(
-    seq_len=st.integers(1, 20),
-    batch=st.integers(1, 70),
-    hidden=st.sampled_from([200, 256, 392, 640, 704, 1024, 1280]),
-    dtype=st.sampled_from([torch.bfloat16, torch.float16]),
-    cell=st.sampled_from(["tanh", "softsign"]),
-    with_h0=st.booleans(),
-    reset_rate=st.sampled_from([None, 0.0, 0.3, 1.0]),
-    seed=st.integers(0, 2**16),
-)
-def test_errs_no_more_than_the_reference(
-    design: str,
-    seq_len: int,
-    batch: int,
-    hidden: int,
-    dtype: torch.dtype,
-    cell: str,
-    with_h0: bool,
-    reset_rate: float | None,
-    seed: int,
-) -> None:
-    options = {"with_h0": with_h0, "reset_rate": reset_rate, "cell": cell, "seed": seed}
-    assert_as_exact_as_reference(draw(seq_len, batch, hidden, dtype=dtype, device="cuda", **options), "persistent")
-
-
-@gpu
-def test_heads(design: str) -> None:
-    p = draw(5, 9, 512, dtype=torch.bfloat16, device="cuda", operator="block_diagonal", heads=2)
-    assert_as_exact_as_reference(p, "persistent")
-
-
-@gpu
-def test_every_run_gives_the_same_bits(design: str) -> None:
-    p = draw(200, 60, DESIGNS[design][1], dtype=torch.bfloat16, device="cuda")
-    first, *others = (solve(p, "persistent") for _ in range(4))
-    assert all(torch.equal(value, other[name]) for other in others for name, value in first.items())
-
-
-@gpu
-def test_chunks_with_carried_state_equal_one_piece(design: str) -> None:
-    p = draw(30, 33, DESIGNS[design][1], dtype=torch.bfloat16, device="cuda")
-    assert_chunks_equal_one_piece(p, "persistent", 11)
-
-
-@gpu
-def test_a_nan_stays_in_its_row_until_a_reset(design: str) -> None:
-    p = draw(12, 20, 256, dtype=torch.bfloat16, device="cuda", reset_rate=0.0)
-    assert p.reset is not None
-    p.pre[2, 1, 3] = torch.nan
-    p.reset[9, 1] = True
-    result = solve(p, "persistent")
-    bad = torch.zeros(12, 20, dtype=torch.bool, device="cuda")
-    bad[3:9, 1] = True
-    assert torch.equal(result["h"].isnan().all(-1), bad)
-    bad[2, 1] = True
-    assert torch.equal(result["h"].isnan().any(-1), bad)
-
-
-@gpu
-def test_a_nan_in_the_weights_ends(design: str) -> None:
-    p = draw(6, 20, 256, dtype=torch.bfloat16, device="cuda")
-    assert isinstance(p.weight, torch.Tensor)
-    p.weight[3, 5] = torch.nan
-    assert solve(p, "persistent")["h"][-1].isnan().any()
