@@ -60,9 +60,10 @@ class Pattern:
         return " ".join((self.layers, *told))
 
 
-#: Patterns with a name of their own. ``elman`` is what learns most of the strictly nonlinear ones: by docs/results, and
-#: for the bound by section 24 of benchmarks/NOTES.md.
-PATTERNS = {"elman": Pattern("matrix,e1", {"matrix": {"conv": 4, "bound": 4.0}})}
+#: Patterns with a name of their own. ``elman`` is what learns most of the strictly nonlinear ones, by docs/results.
+PATTERNS = {
+    "elman": Pattern("matrix,e1", {"matrix": {"conv": 4, "bound": 4.0}, "e1": {"bound": 4.0, "recurrent_lr": 0.1}})
+}
 
 
 def mixer_names() -> list[str]:

@@ -2,8 +2,8 @@
 
 A module says what its own parameters are by attributes, each a set of their names, where it is not plain to see:
 ``no_decay`` for what weight decay would spoil though it is no vector and no bias, ``no_matrix`` for what is no map
-between units though it has two axes, ``recurrent`` for what makes up a recurrent matrix. Decays are in the first
-whatever their shape; True stands for all names.
+between units though it has two axes. Decays are in the first whatever their shape. ``lr_multiples`` maps names to what
+their learning rate is a multiple of the others' by.
 """
 
 from __future__ import annotations
@@ -178,6 +178,19 @@ class MixerConfig(ABC):
     @abstractmethod
     def state_size(self, dim: int, seq_len: int) -> int:
         """Numbers carried from one step to the next, a sequence. ``seq_len``: as for ``flops_per_token``."""
+
+
+@dataclass(frozen=True)
+class RecurrentConfig(MixerConfig):
+    """A variant with a recurrent matrix."""
+
+    recurrent_lr: float = 1.0
+    """Learning rate of W_h as a multiple of --lr. Wide networks learn more with 0.1."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not 0 <= self.recurrent_lr <= 100:
+            raise UsageError(f"--recurrent-lr {self.recurrent_lr} is out of range: give a number from 0 to 100")
 
 
 @dataclass(frozen=True)

@@ -30,7 +30,7 @@ import torch
 from torch import Tensor, nn
 
 from elman.errors import UsageError
-from elman.mixers.base import FollowsWeights, MixerConfig, round_width
+from elman.mixers.base import FollowsWeights, RecurrentConfig, round_width
 
 Structure = Literal[
     "dense", "block_diagonal", "diagonal", "low_rank", "monarch", "sparse_low_rank", "random_projection"
@@ -47,7 +47,7 @@ _ITERATIONS = 4
 
 
 @dataclass(frozen=True)
-class WeightOptions(MixerConfig):
+class WeightOptions(RecurrentConfig):
     """Options of every recurrent matrix, whatever its structure."""
 
     constraint: Literal["free", "spectral_norm", "scaled_orthogonal"] = "free"
@@ -136,8 +136,6 @@ class WeightConfig:
 class RecurrentWeight(nn.Module, ABC):
     """A module without input whose output is W_h, in the dtype of its parameters under autocast too."""
 
-    recurrent = True
-
     def forward(self) -> Weight:
         with torch.autocast(next(self.parameters()).device.type, enabled=False):
             return self.compose()
@@ -152,6 +150,12 @@ class Composed(RecurrentWeight):
 
     def __init__(self, config: WeightConfig) -> None:
         super().__init__()
+        self.recurrent_lr = config.options.recurrent_lr
+
+    @property
+    def lr_multiples(self) -> dict[str, float]:
+        """All that is learned of it takes one rate."""
+        return {name: self.recurrent_lr for name, _ in self.named_parameters(recurse=False)}
 
     @staticmethod
     @abstractmethod

@@ -14,13 +14,13 @@ from typing import ClassVar, Literal
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
-from elman.mixers.base import ExpandedConfig, Mixer, State
+from elman.mixers.base import ExpandedConfig, Mixer, RecurrentConfig, State
 from elman.nn import input_part, run_steps, weights_of
 from elman.ops import note_backend, note_recurrence
 
 
 @dataclass(frozen=True)
-class TorchRNNConfig(ExpandedConfig):
+class TorchRNNConfig(ExpandedConfig, RecurrentConfig):
     """G gates, each with matrices of the input and of the state: G (e + e²) + e weights in units of D²."""
 
     gates: ClassVar[int]
@@ -90,7 +90,7 @@ class TorchRNN(Mixer):
         self.kernels = config.kernels
         self.cell, self.gates = config.cell, config.gates
         self.rnn = config.module(dim, d)
-        self.rnn.recurrent = frozenset({"weight_hh_l0"})
+        self.rnn.lr_multiples = {"weight_hh_l0": config.recurrent_lr}
         self.out_proj = nn.Linear(d, dim, bias=False)
 
     @property

@@ -33,7 +33,7 @@ Axis = Literal["params", "depth", "batch_size", "peak_memory_bytes"]
 #: Options of ``elman train`` that a study may set for all its runs: such as change what is learned, or how fast.
 _SHARED = frozenset(
     ("sampling", "tokenizer", "seq_len", "batch_size", "grad_accum", "weight_init", "optimizer", "warmup", "schedule",
-     "recurrent_lr", "weight_decay", "grad_clip", "max_skipped", "heldout", "eval_bytes", "eval_multiples",
+     "weight_decay", "grad_clip", "max_skipped", "heldout", "eval_bytes", "eval_multiples",
      "eval_examples", "precision", "compile", "graph")
 )  # fmt: skip
 #: Beside them, what a study may be about.

@@ -57,8 +57,6 @@ class RunConfig(ABC):
     """Of weights; biases, norms and decays are not decayed."""
     grad_clip: float = 1.0
     """Largest norm of the gradient; 0 does not clip."""
-    recurrent_lr: float = 1.0
-    """Learning rate of recurrent matrices, W_h, as a multiple of --lr."""
     weight_init: WeightInit = "normal"
     """How matrices start, but for W_h: normal, N(0, 0.02²); fan_in, N(0, 1 / inputs), but such as write to the residual
     stream as before; zero_out, these 0, with which small models learn more."""
@@ -122,8 +120,6 @@ class RunConfig(ABC):
             raise UsageError(f"--warmup {self.warmup} is neither: give whole steps, or a part of the run below 1")
         if not 0 < self.lr < 100:
             raise UsageError(f"--lr {self.lr} is out of range: give a number above 0, such as 1e-3")
-        if not 0 <= self.recurrent_lr <= 100:
-            raise UsageError(f"--recurrent-lr {self.recurrent_lr} is out of range: give a number from 0 to 100")
         if self.batch_size % self.grad_accum:
             raise UsageError(
                 f"--grad-accum {self.grad_accum} does not divide --batch-size {self.batch_size}: give a divisor of it"

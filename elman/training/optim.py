@@ -48,15 +48,13 @@ def _role(module: nn.Module, name: str, parameter: nn.Parameter) -> Role:
     return "weight" if pointwise or parameter.ndim > 2 else "matrix"
 
 
-def recurrent_parameters(model: nn.Module) -> set[str]:
-    """Names of those that make up recurrent matrices, by what their modules declare."""
-    found = set()
-    for prefix, module in model.named_modules():
-        declared = getattr(module, "recurrent", ())
-        for name, _ in module.named_parameters(recurse=False):
-            if declared is True or (declared and name in declared):
-                found.add(f"{prefix}.{name}".lstrip("."))
-    return found
+def rate_multiples(model: nn.Module) -> dict[str, float]:
+    """By what each parameter's learning rate is a multiple of the run's, as its module declares it, or 1."""
+    return {
+        f"{prefix}.{name}".lstrip("."): getattr(module, "lr_multiples", {}).get(name, 1.0)
+        for prefix, module in model.named_modules()
+        for name, _ in module.named_parameters(recurse=False)
+    }
 
 
 class Optimizer:
@@ -188,27 +186,24 @@ def build_optimizer(model: nn.Module, config: RunConfig, roles: dict[str, Role] 
     ``roles`` are those of its parameters before ranks shared them, which leaves no marks on them.
 
     Raises:
-        UsageError: it is not installed, or a rate is given for recurrent matrices where there are none.
+        UsageError: it is not installed.
     """
     roles = parameter_roles(model) if roles is None else roles
-    recurrent = recurrent_parameters(model) if config.recurrent_lr != 1.0 else set()
-    if config.recurrent_lr != 1.0 and not recurrent:
-        raise UsageError(
-            f"--recurrent-lr {config.recurrent_lr} is of no use to a model without recurrent matrices: drop it"
-        )
+    multiples = rate_multiples(model)
 
     def having(*wanted: Role) -> list[nn.Parameter]:
         return [parameter for name, parameter in model.named_parameters() if roles[name] in wanted]
 
     def group(weight_decay: float, *wanted: Role) -> list[dict[str, Any]]:
-        """Those of these roles; recurrent ones, where these have another rate, by themselves."""
-        named = [(name, parameter) for name, parameter in model.named_parameters() if roles[name] in wanted]
-        others = [parameter for name, parameter in named if name not in recurrent]
-        slower = [parameter for name, parameter in named if name in recurrent]
-        found: list[dict[str, Any]] = [{"params": others, "weight_decay": weight_decay}]
-        if slower:
-            found.append({"params": slower, "weight_decay": weight_decay, "multiple": config.recurrent_lr})
-        return found
+        """Those of these roles, those of one rate together."""
+        found: dict[float, list[nn.Parameter]] = {1.0: []}
+        for name, parameter in model.named_parameters():
+            if roles[name] in wanted:
+                found.setdefault(multiples[name], []).append(parameter)
+        return [
+            {"params": parameters, "weight_decay": weight_decay, "multiple": multiple}
+            for multiple, parameters in found.items()
+        ]
 
     def groups(*decayed: Role) -> list[dict[str, Any]]:
         return [*group(config.weight_decay, *decayed), *group(0.0, "plain")]

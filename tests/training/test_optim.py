@@ -12,7 +12,7 @@ from elman.errors import UsageError
 from elman.mixers import MixerConfig, mixer_config
 from elman.model import LanguageModel, ModelConfig
 from elman.training.config import TrainConfig
-from elman.training.optim import Optimizer, build_optimizer, learning_rate, parameter_roles, recurrent_parameters
+from elman.training.optim import Optimizer, build_optimizer, learning_rate, parameter_roles, rate_multiples
 from tests.test_model import VARIANTS
 
 needs_schedulefree = pytest.mark.skipif(importlib.util.find_spec("schedulefree") is None, reason="no schedulefree")
@@ -235,11 +235,13 @@ def test_schedulefree_without_its_package_is_a_users_mistake(monkeypatch: pytest
 @pytest.mark.parametrize("graph", ["auto", "on"])
 def test_recurrent_matrices_take_a_multiple_of_the_rate(name: str, graph: str) -> None:
     """They alone: all others move as without it. With a rate that a graph may hold likewise."""
-    model, optimizer = build(name, recurrent_lr=0.25, weight_decay=0.0, graph=graph)
+    e1 = mixer_config("e1")
+    slow = e1(gate="hx", recurrent_lr=0.25)  # type: ignore[call-arg]
+    model, optimizer = build(name, slow, weight_decay=0.0, graph=graph)
     plain, usual = build(name, weight_decay=0.0, graph=graph)
     before = {key: value.detach().clone() for key, value in model.named_parameters()}
-    recurrent = recurrent_parameters(model)
-    assert recurrent == {key for key in before if "weight_h" in key}
+    multiples = rate_multiples(model)
+    assert multiples == {key: 0.25 if "weight_h" in key else 1.0 for key in before}
     for one, steps in ((model, optimizer), (plain, usual)):
         put_gradients(one, seed=1)
         steps.set_rate(0.01)
@@ -247,20 +249,31 @@ def test_recurrent_matrices_take_a_multiple_of_the_rate(name: str, graph: str) -
     others = dict(plain.named_parameters())
     for key, value in model.named_parameters():
         moved, usually = value.detach() - before[key], others[key].detach() - before[key]
-        torch.testing.assert_close(moved, (0.25 if key in recurrent else 1.0) * usually, rtol=1e-3, atol=1e-6)
+        torch.testing.assert_close(moved, multiples[key] * usually, rtol=1e-3, atol=1e-6)
     # What it saves is loaded by one without a graph, and back.
-    again, other = build(name, recurrent_lr=0.25, weight_decay=0.0)
+    again, other = build(name, slow, weight_decay=0.0)
     again.load_state_dict(model.state_dict())
     other.load_state_dict(optimizer.state_dict())
     rates = [group["lr"] for group in other.param_groups]
-    assert rates == [pytest.approx(0.01 * group.get("multiple", 1.0)) for group in other.param_groups]
+    assert rates == [pytest.approx(0.01 * group["multiple"]) for group in other.param_groups]
 
 
-def test_a_rate_for_recurrent_matrices_needs_some() -> None:
-    with pytest.raises(UsageError, match=r"--recurrent-lr 0.1 is of no use to a model without recurrent matrices"):
-        build("adamw", mixer_config("transformer")(head_dim=8), recurrent_lr=0.1)
-    with pytest.raises(UsageError, match=r"--recurrent-lr nan is out of range"):
-        build("adamw", recurrent_lr=float("nan"))
-    for variant in ("rnn", "gru", "lstm"):
-        model, _ = build("adamw", mixer_config(variant)(), recurrent_lr=0.1)
-        assert recurrent_parameters(model) == {f"layers.{n}.mixer.rnn.weight_hh_l0" for n in range(2)}
+@pytest.mark.parametrize(
+    ("variant", "options", "names"),
+    [
+        *((name, {}, {"rnn.weight_hh_l0"}) for name in ("rnn", "gru", "lstm")),
+        ("e4", {"rank": 4, "constraint": "spectral_norm"}, {f"recurrence.weight_h.unscaled.{x}" for x in "uv"}),
+        ("e5", {"rank": 4}, {"weight_h.u", "weight_h.v"}),
+        ("ladder_4", {}, {"weight_h.unscaled.weight"}),
+    ],
+)
+def test_what_makes_up_a_recurrent_matrix(variant: str, options: dict[str, object], names: set[str]) -> None:
+    model, _ = build("adamw", mixer_config(variant)(recurrent_lr=0.1, **options))
+    slow = {name for name, multiple in rate_multiples(model).items() if multiple == 0.1}
+    assert slow == {f"layers.{n}.mixer.{name}" for n in range(2) for name in names}
+
+
+def test_rates_out_of_range_are_refused() -> None:
+    for variant in ("e1", "gru"):
+        with pytest.raises(UsageError, match=r"--recurrent-lr nan is out of range: give a number from 0 to 100"):
+            mixer_config(variant)(recurrent_lr=float("nan"))  # type: ignore[call-arg]

@@ -10,6 +10,7 @@ def study(scale: Scale) -> Study:
         question="Which learns most in the same time at 50M parameters: an Elman network, Mamba2 or a Transformer?",
         runs=(
             Run("E1 wide", "e1", depth=scale(6, 2)),
+            Run("E1 wide, tamed", "e1", {"bound": 4.0, "recurrent_lr": 0.1}, depth=scale(6, 2)),
             Run("E1 deep", "e1", depth=scale(10, 4)),
             Run("E10", "e10", depth=scale(6, 2)),
             Run("Matrix", "matrix", depth=scale(6, 2)),
@@ -24,6 +25,7 @@ def study(scale: Scale) -> Study:
         notes=scale(
             (
                 "E1 wide is 1280 × 6. E1 deep is 992 × 10: at 1024 × 10 it would have 52.7M parameters, 5% too many.",
+                "E1 tamed has tanh bend at 4 (--bound 4) and a tenth of the others' learning rate for W_h, as E1 has in elman.",
                 "E5 is 1536 × 20 of rank 270.",
             ),
             (),
