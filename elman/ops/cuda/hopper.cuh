@@ -32,8 +32,15 @@ __device__ __forceinline__ void mbarrier_arrive(u32 barrier) {
 // On a barrier of any CTA of the cluster, by its address there. Neither this nor a wait names the cluster as its scope,
 // which would be a MEMBAR.GPU here, for every store on its way to global memory, and a CCTL.IVALL there: what is handed
 // over so lies in shared memory, which no cache stands before.
-__device__ __forceinline__ void mbarrier_arrive_peer(u32 barrier) {
-  asm volatile("mbarrier.arrive.shared::cluster.b64 _, [%0];" ::"r"(barrier) : "memory");
+//
+// Of this scope an arrival may overtake loads that are on their way, whose place the peer then writes to while they have
+// not read it yet. So what has been made of all that was loaded comes here, and the arrival waits until it is known:
+// unless all its bits are set, which no sum of floats has.
+__device__ __forceinline__ void mbarrier_arrive_peer(u32 barrier, u32 loaded) {
+  asm volatile("{.reg .pred p; setp.ne.u32 p, %1, 0xffffffff;\n @p mbarrier.arrive.shared::cluster.b64 _, [%0];}" ::"r"(
+                   barrier),
+               "r"(loaded)
+               : "memory");
 }
 // A named barrier that also tells whether any thread says so.
 __device__ __forceinline__ bool any_of(int barrier, int threads, bool mine) {

@@ -161,8 +161,11 @@ __device__ __forceinline__ void run_cells(const Problem<T>& p, const wide::Ring<
           mine[block * 4] += __uint_as_float(theirs.x), mine[block * 4 + 1] += __uint_as_float(theirs.y);
           mine[block * 4 + 2] += __uint_as_float(theirs.z), mine[block * 4 + 3] += __uint_as_float(theirs.w);
         }
+      u32 loaded = 0;
+#pragma unroll
+      for (int i = 0; i < S::kCellBlocks * 4; ++i) loaded = max(loaded, __float_as_uint(mine[i]));
       __syncwarp();
-      if (lane < S::kCluster) mbarrier_arrive_peer(peer_address(read, lane));
+      if (lane < S::kCluster) mbarrier_arrive_peer(peer_address(read, lane), loaded);
       cells.finish(step, tile, products, given, mine);
       __syncwarp();
       if (!S::kAhead) fetch_next();

@@ -1,12 +1,14 @@
 """How far the units of a nonlinear recurrence reach into what its cell bends, and how fast its matrix may move."""
 
+from typing import Any
+
 from elman.studies import Run, Scale, Study
 from elman.studies.defaults import defaults
 
 
 def study(scale: Scale) -> Study:
     convolved = {"matrix.conv": 4, "matrix.bound": 4.0}
-    models = (
+    models: tuple[tuple[str, str, str, dict[str, Any], tuple[float, ...]], ...] = (
         ("e1", "E1", "", {}, (1.0, 4.0, 16.0)),
         ("e10", "E10", "", {}, (1.0, 4.0, 16.0)),
         ("matrix,e1", "elman", "e1.", convolved, (1.0, 4.0)),

@@ -19,7 +19,7 @@ inline void copy_async16_if(u32 to, const void* from, bool wanted) {
 inline void mbarrier_init(u32 barrier, u32 count) { emulator::mbarrier(barrier) = {count, count}; }
 inline void fence_mbarrier_init() {}
 inline void mbarrier_arrive(u32 barrier) { emulator::arrive_at(emulator::mbarrier(barrier), 1, 0); }
-inline void mbarrier_arrive_peer(u32 barrier) { mbarrier_arrive(barrier); }
+inline void mbarrier_arrive_peer(u32 barrier, u32) { mbarrier_arrive(barrier); }
 inline bool any_of(int barrier, int threads, bool mine) {
   return emulator::wait(emulator::current->cta->barriers[barrier], threads, mine);
 }

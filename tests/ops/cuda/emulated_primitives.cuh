@@ -5,6 +5,7 @@
 // one's own.
 #pragma once
 
+#include <algorithm>
 #include <cmath>
 #include <cstdarg>
 #include <cstdio>
@@ -89,6 +90,7 @@ struct Store {
   char* to;
   char bytes[8];
   int size;
+  u64 number;  // among those of its CTA
 };
 struct Index {
   u32 x;
@@ -102,7 +104,7 @@ struct Cta {
   Cta* cluster;  // the first one of it
   vector<Warp> warps;
   vector<Store> stores;  // that nobody sees yet
-  u64 stored = 0, seen = 0;
+  u64 stored = 0;
 };
 struct Fiber {
   ucontext_t context;
@@ -201,10 +203,10 @@ inline void go_on_copying() {
 }
 inline void store_late(void* to, const void* from, int size) {
   Cta& cta = *current->cta;
-  Store store{static_cast<char*>(to), {}, size};
+  Store store{static_cast<char*>(to), {}, size, ++cta.stored};
   memcpy(store.bytes, from, size);
   cta.stores.push_back(store);
-  ++cta.stored, ++progress;
+  ++progress;
 }
 
 // Some of those that may come next, or with `all` every one.
@@ -214,7 +216,7 @@ inline void show_stores(Cta& cta, bool all) {
   for (const Store& store : cta.stores)
     if (!waiting.count(store.to) && (all || generator() % 8 == 0)) {
       memcpy(store.to, store.bytes, store.size);
-      ++cta.seen, ++progress;
+      ++progress;
     } else {
       waiting.insert(store.to);
       cta.stores[left++] = store;
@@ -396,8 +398,9 @@ inline Words4 load_strong(const void* address) {
 inline void store_strong(void* address, const Words2& words) { emulator::store_late(address, &words, 8); }
 inline void fence_gpu() {
   emulator::Cta& cta = *emulator::current->cta;
-  // Those after it may come first, so that it may wait for longer than it has to.
-  for (const u64 all = cta.stored; cta.seen < all;) emulator::yield();
+  const u64 last = cta.stored;
+  while (any_of(cta.stores.begin(), cta.stores.end(), [=](const emulator::Store& store) { return store.number <= last; }))
+    emulator::yield();
 }
 
 inline u32 shared_address(const void* pointer) {
