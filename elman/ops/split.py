@@ -24,6 +24,7 @@ from elman.ops.wide import (
 # What split.cuh fixes.
 _CLUSTER_UNITS = 128
 _PRODUCT_WARPS = 8
+_GROUP_WARPS = 4
 _WARP_UNITS = 16
 _CELL_WARPS = 4
 _PART_BYTES = 32 * 16  # the sums of a product warp, a block of batch rows
@@ -45,7 +46,8 @@ class SplitPlan:
     Attributes:
         register_chunks, shared_chunks: chunks of 128 columns of the weight that a CTA holds, by where they lie.
         blocks: of 8 batch rows a tile.
-        slots: chunks of the state in the ring of a CTA; where there is room, those of two tiles.
+        slots: chunks of the state in the ring of a CTA; where there is room, those of two tiles. Never those of one:
+            then the next tile could not come before this one is done with.
         cluster: CTAs that split the depth, and own 128 hidden units together.
         columns: CTAs of a group, which share its batch rows.
         groups: of batch rows of every head, independent of each other.
@@ -142,10 +144,10 @@ def _fit(
     stages = task.inputs + (not large)  # for outputs; of large tiles they go where inputs were
     shared += _CELL_WARPS * stages * cell_blocks * BLOCK_ROWS * _WARP_UNITS * 2
     shared += blocks * BLOCK_ROWS * _WARP_UNITS  # empty words
-    shared += 16  # two barriers
+    shared += 16 + (_PRODUCT_WARPS + _GROUP_WARPS) * 4  # two barriers, and what the warps have done
     room = (chip.shared_bytes - shared) // (chunk_bytes(blocks) + 16)
-    slots = 2 * chunks if room >= 2 * chunks else min(chunks, room)
-    if slots < min(chunks, _MIN_SLOTS):
+    slots = min(room - (room == chunks), 2 * chunks)
+    if slots < min(2 * chunks, _MIN_SLOTS):
         return None
     shared += slots * (chunk_bytes(blocks) + 16)
     return SplitPlan(in_registers, in_shared, blocks, slots, cluster, columns, groups, tiles, shared)

@@ -286,6 +286,13 @@ def test_the_order_of_threads_changes_no_bit_of_a_split_sum(monkeypatch: pytest.
     ("name", "file", "right", "wrong"),
     [
         ("three", "split.cuh", "wide::suspect(sum)", "false"),
+        ("back", "split.cuh", "if (S::kRelease) wait_for_four", "if (false) wait_for_four"),
+        (
+            "back",
+            "split.cuh",
+            "group == 0 ? multiplied + kGroupWarps * 4 : done",
+            "multiplied + (group ^ 1) * kGroupWarps * 4",
+        ),
         ("large", "split.cuh", "mbarrier_wait<kSpinLimit>(read_of_room, (phase / S::kRooms & 1) ^ 1);", ""),
         ("three", "split.cuh", "from < S::kCluster;", "from < S::kCluster - 1;"),
         ("three", "wide_products.cuh", "ring.at(step - 2, tile) + wiped", "ring.at(step, tile) + wiped"),
@@ -301,7 +308,11 @@ def test_a_broken_split_is_found_out(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, name: str, file: str, right: str, wrong: str
 ) -> None:
     """With three tiles, whose parts have two rooms, or with large ones."""
-    cases = {"three": "split over 2, three tiles", "large": "split over 4, large tiles"}
+    cases = {
+        "three": "split over 2, three tiles",
+        "large": "split over 4, large tiles",
+        "back": "split over 2, slots given back",
+    }
     case = replace(HOPPER_CASES[cases[name]], dtype=torch.bfloat16)
     break_kernel(monkeypatch, tmp_path, file, right, wrong)
     case.emulate(monkeypatch)

@@ -42,6 +42,18 @@ __device__ __forceinline__ void mbarrier_arrive_peer(u32 barrier, u32 loaded) {
                "r"(loaded)
                : "memory");
 }
+__device__ __forceinline__ void store_shared4(u32 address, u32 v) {
+  asm volatile("st.shared.u32 [%0], %1;" ::"r"(address), "r"(v) : "memory");
+}
+// Until four words, of four warps, are that much.
+template <u32 kPolls>
+__device__ __forceinline__ void wait_for_four(u32 address, u32 least) {
+  for (u32 polls = 0;; ++polls) {
+    const Words4 words = load_shared(address);
+    if (min(min(words.x, words.y), min(words.z, words.w)) >= least) return;
+    if (polls > kPolls) __trap();
+  }
+}
 // A named barrier that also tells whether any thread says so.
 __device__ __forceinline__ bool any_of(int barrier, int threads, bool mine) {
   u32 any;

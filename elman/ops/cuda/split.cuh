@@ -7,7 +7,8 @@
 // CTA of the cluster, into whose shared memory the warp stores them as they lie in its registers. There four warps add
 // up the parts, in the order of the CTAs so that results are bitwise repeatable, apply the cell, and publish as the
 // warps of wide.cuh do. Meanwhile the product warps are at the next tile: with two tiles each one's exchange hides
-// behind the other's product.
+// behind the other's product. The warp groups take turns at the tensor cores, and nobody waits for both: while one sends
+// its sums, the other multiplies.
 //
 // A CTA has rooms for the parts of two tiles, of large ones for those of one. Whoever has read one tells the senders,
 // who wait for that before they use it again.
@@ -43,6 +44,8 @@ struct Shape : wide::Depth<kBackward, kRegisterChunks, kSharedChunks, kBlocks, k
   static constexpr int kOwnWarps = kColumns / kWarpRows;  // product warps whose sums a CTA keeps, 16 units each
   static constexpr int kCellBlocks = kBlocks * kOwnWarps / kCellWarps, kCellRows = kCellBlocks * kBlockRows;
   static constexpr int kTileGroups = 1, kFlagQuads = 1;
+  // With its chunk of this number a warp group passes its turn on: some CTAs have one chunk less than others.
+  static constexpr int kPass = Base::kChunks > 3 ? Base::kChunks - 3 : 0;
   static constexpr int kRings = 1, kRingWarps = kProductWarps;
   static constexpr bool kWiper = true;
   static constexpr int kInputs = kBackward ? 1 + Cell::kSaved : Cell::kGates;  // values a unit that the cell reads
@@ -61,7 +64,9 @@ struct Shape : wide::Depth<kBackward, kRegisterChunks, kSharedChunks, kBlocks, k
   static constexpr int kStageOffset = kPartOffset + kRooms * kRoomBytes;
   static constexpr int kEmptyOffset = kStageOffset + kCellWarps * kStages * kStageBytes;
   static constexpr int kBarrierOffset = kEmptyOffset + kEmptyBytes;
-  static constexpr int kPartsFull = kBarrierOffset + kSlots * 16;  // one a room
+  // The last turn that each warp has multiplied in, of both groups; that each of the first has done with.
+  static constexpr int kMultiplied = kBarrierOffset + kSlots * 16, kDone = kMultiplied + kProductWarps * 4;
+  static constexpr int kPartsFull = kDone + kGroupWarps * 4;       // one a room
   static constexpr int kPartsRead = kPartsFull + kRooms * 8;       // one a room and CTA that is sent to
   static constexpr int kSeen = kPartsRead + kRooms * kCluster * 8;  // what a loader tells the warp that wipes, and back
   static constexpr int kSharedBytes = kSeen + 16;
@@ -89,6 +94,7 @@ __device__ __forceinline__ void run_products(const Problem<T>& p, const wide::Ri
   const int owner = warp / S::kOwnWarps;
   const u32 to = base + S::kPartOffset + (rank * S::kOwnWarps + warp % S::kOwnWarps) * S::kPartBytes + lane * 16;
   const u32 full = base + S::kPartsFull, read = base + S::kPartsRead + owner * 8;
+  const u32 multiplied = base + S::kMultiplied, done = base + S::kDone;
 
   u32 turn = 0;
   for (int step = 0; step < products; ++step)
@@ -96,10 +102,18 @@ __device__ __forceinline__ void run_products(const Problem<T>& p, const wide::Ri
       const u32 phase = uniform(turn);  // else slots are addressed by each thread anew
       float sum[S::kBlocks * 4];
       const char* state = ring.at(step, tile);
-      wide::multiply<S, T, false>(sum, weights, shared_weights, slots, state, phase, all, rank, 0, false);
-      // All product warps have done with the state when it is sent that one has: see wide::wipe.
-      if (__builtin_expect(any_of(wide::kVote, kGroups * kGroupThreads, wide::suspect(sum)), 0))
-        wide::multiply<S, T, true>(sum, weights, shared_weights, slots, state, phase, all, rank, 0, false);
+      if (group == 1 || phase > 0) barrier_sync(wide::kTurn + group, kGroups * kGroupThreads);
+      const bool passes = group == 0 || tile + 1 < part.tiles || step + 1 < products;
+      wide::multiply<S, T, false>(sum, weights, shared_weights, slots, state, phase, all, rank, group, passes);
+      if (S::kRelease && lane == 0) store_shared4(multiplied + warp * 4, phase + 1);
+      // All warps of the group have done with the state when it is sent that one has: see wide::wipe.
+      if (__builtin_expect(any_of(wide::kVote + group, kGroupThreads, wide::suspect(sum)), 0)) {
+        // The last slot is then this group's alone: the other one does not multiply by what is there, and the second
+        // waits for the first, which may want it too.
+        if (S::kRelease) wait_for_four<kSpinLimit>(group == 0 ? multiplied + kGroupWarps * 4 : done, phase + 1);
+        wide::multiply<S, T, true>(sum, weights, shared_weights, slots, state, phase, all, rank, group, false);
+      }
+      if (S::kRelease && group == 0 && lane == 0) store_shared4(done + warp * 4, phase + 1);
       wide::release_tile(slots, phase, all);
       const u32 room = phase % S::kRooms, sums = to + room * S::kRoomBytes, parts_full = full + room * 8;
       const u32 read_of_room = read + room * (S::kCluster * 8);
@@ -187,6 +201,7 @@ __device__ __forceinline__ void run(const Problem<T>& p) {
     for (int i = 0; i < S::kRooms; ++i) mbarrier_init(base + S::kPartsFull + i * 8, 1 + S::kOwnWarps);
     for (int i = 0; i < S::kRooms * S::kCluster; ++i) mbarrier_init(base + S::kPartsRead + i * 8, kCellWarps);
     for (int i = 0; i < 2; ++i) mbarrier_init(base + S::kSeen + i * 8, 1);
+    for (int i = 0; i < kProductWarps + kGroupWarps; ++i) store_shared4(base + S::kMultiplied + i * 4, 0);
     fence_mbarrier_init();
   }
   if constexpr (S::kSharedChunks > 0)

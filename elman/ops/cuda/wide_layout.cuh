@@ -31,8 +31,8 @@ struct Depth {
   static constexpr int kRegisterChunks = kRegisterChunks_, kSharedChunks = kSharedChunks_;
   static constexpr int kChunks = kRegisterChunks + kSharedChunks, kBlocks = kBlocks_, kSlots = kSlots_,
                        kStride = kStride_;
-  static constexpr bool kRelease = kSlots < kChunks;  // slots are given back chunk by chunk
   static constexpr bool kFixed = kSlots % kChunks == 0;  // every chunk of a tile has a slot of its own
+  static constexpr bool kRelease = !kFixed;              // or slots are given back chunk by chunk
   static constexpr int kSets = kFixed ? kSlots / kChunks : 1;  // of them, which tiles have by turns
   // Chunks of weights in shared memory and in registers take turns, the former first, until one kind is used up.
   static constexpr int kTurns = kRegisterChunks < kSharedChunks ? kRegisterChunks : kSharedChunks;
@@ -53,7 +53,6 @@ struct Depth {
   static constexpr int kChunkBytes = kBlocks * kChunkDepth * kBlockRows * 2;
   static constexpr int kGroupWeightBytes = kSharedChunks * kChunkSteps * kStepBytes;  // in shared memory
   static_assert(kChunks < 32, "loaders keep a bit a chunk");
-  static_assert(kFixed || kRelease, "a tile has slots of its own, or gives them back one by one");
   static_assert(kSlots >= 3 || kFixed, "parities tell two uses of a slot apart, loaders being two");
 };
 
@@ -64,6 +63,7 @@ struct Shape : Depth<kBackward, kRegisterChunks, kSharedChunks, kBlocks, kSlots,
   static constexpr int kSplit = kSplit_, kColumns = kRows;
   static constexpr int kPeerStep = 2;  // CTAs that publish a chunk
   static constexpr int kCellBlocks = kBlocks / kSplit, kCellRows = kCellBlocks * kBlockRows;
+  static constexpr int kPass = Base::kChunks / 2;       // with its chunk of this number a warp group passes its turn on
   static constexpr int kTileGroups = kGroups / kSplit;  // tiles are dealt to so many in turn
   static constexpr int kFlagQuads = kSplit;             // of words that a CTA's warps raise, one each
   static constexpr int kRings = kGroups, kRingWarps = kGroupWarps;

@@ -5,14 +5,14 @@
 
 namespace wide {
 
-// Words of the state that a copy came too early for, polled for until they are there, by the warp groups of a ring, all
-// of which have done with what is at `to`. All of them, where `to` is not the place that the copy went to.
+// Words of the state that a copy came too early for, polled for until they are there, by a warp group. All of them, where
+// `to` is not the place that the copy went to: then nobody else has anything to do with that. Where it is, the other
+// warp group may read it meanwhile, or do the same: it finds what is missing, or what it is.
 template <typename S>
 __device__ __forceinline__ void repair(u32 to, const char* from, int bytes, bool all, int barrier) {
-  constexpr int kRingThreads = S::kRingWarps * 32;
-  barrier_sync(barrier, kRingThreads);
+  barrier_sync(barrier, kGroupThreads);
 #pragma unroll 1
-  for (int i = threadIdx.x % kRingThreads * 16; i < bytes; i += kRingThreads * 16) {
+  for (int i = threadIdx.x % kGroupThreads * 16; i < bytes; i += kGroupThreads * 16) {
     Words4 words = all ? Words4{Ring<S>::kEmpty, 0, 0, 0} : load_shared(to + i);
     for (u32 polls = 0; max(max(words.x, words.y), max(words.z, words.w)) == Ring<S>::kEmpty; ++polls) {
       words = load_strong(from + i / S::kChunkBytes * ((S::kStride - 1) * S::kChunkBytes) + i);
@@ -21,7 +21,7 @@ __device__ __forceinline__ void repair(u32 to, const char* from, int bytes, bool
     store_shared(to + i, words);
   }
   fence_async_shared();
-  barrier_sync(barrier, kRingThreads);
+  barrier_sync(barrier, kGroupThreads);
 }
 
 template <typename S>
@@ -48,7 +48,7 @@ template <typename S, typename T, bool kAgain>
 __device__ __forceinline__ void multiply(float (&sum)[S::kBlocks * 4],
                                          const u32 (&weights)[S::kRegisterChunks * kChunkSteps][4], u32 shared_weights,
                                          const Slots<S>& slots, const char* state, u32 phase, int all, int member,
-                                         int ring, bool passes) {
+                                         int group, bool passes) {
   constexpr u32 kHigh = matrix_high(kCoreBytes), kStepStride = 2 * S::kBlocks * kCoreBytes >> 4;
   constexpr bool kFetch = kAgain && S::kRelease;  // other slots are in use again
   u32 data = slots.data;
@@ -57,14 +57,14 @@ __device__ __forceinline__ void multiply(float (&sum)[S::kBlocks * 4],
   const u32 last_slot = Place<S>(phase, all - 1, all).slot;
   if constexpr (kAgain && !kFetch)
     repair<S>(data + Place<S>(phase, 0, all).slot * S::kChunkBytes, state + S::chunk_of(0, member) * S::kChunkBytes,
-              all * S::kChunkBytes, false, kVote + ring);
+              all * S::kChunkBytes, false, kVote + group);
 #pragma unroll
   for (int n = 0; n < S::kChunks; ++n)
     if (S::kStride == 1 || n < S::kChunks - 1 || n < all) {
       const Place<S> place(phase, n, all);
       const u32 slot = data + (kFetch ? last_slot : place.slot) * S::kChunkBytes;
       if constexpr (kFetch)
-        repair<S>(slot, state + S::chunk_of(n, member) * S::kChunkBytes, S::kChunkBytes, true, kVote + ring);
+        repair<S>(slot, state + S::chunk_of(n, member) * S::kChunkBytes, S::kChunkBytes, true, kVote + group);
       else if constexpr (!kAgain)
         mbarrier_wait<kSpinLimit>(slots.full + place.slot * 8, place.parity);
       const u32 low = matrix_low(slot, S::kBlocks * kCoreBytes);
@@ -86,7 +86,7 @@ __device__ __forceinline__ void multiply(float (&sum)[S::kBlocks * 4],
         wgmma_wait<1>();
         release(slots, phase, n - 1, all);
       }
-      if (n == S::kChunks / 2 && passes) barrier_arrive(kTurn + (ring ^ 1), kGroups * kGroupThreads);
+      if (n == S::kPass && passes) barrier_arrive(kTurn + (group ^ 1), kGroups * kGroupThreads);
     }
   wgmma_wait<0>();
   wgmma_use(sum);
@@ -103,9 +103,10 @@ __device__ __forceinline__ bool suspect(const float (&sum)[kSums]) {
 }
 
 // Whoever has published step s has received all of step s - 1, from CTAs that had done with step s - 2: what this CTA
-// has published of that is wiped once a loader has seen step s. Where the depth is split over a cluster, its CTAs have
-// received all of step s - 1 together, and every CTA has published that after it had the sums of all CTAs of its own
-// cluster, which had done with step s - 2. A wipe is over before the third tile after it is copied, steps before this CTA
+// has published of that is wiped once a loader has seen step s. Where the depth is split over a cluster, the warps whose
+// sums a CTA has published step s of have received all of step s - 1 together; so every CTA has published that, and had
+// the sums of its own warps in all CTAs of its cluster, which are all warps there are: they had done with step s - 2. A
+// wipe is over before the third tile after it is copied, steps before this CTA
 // publishes into the same place again.
 template <typename S>
 __device__ __forceinline__ void wipe(const Ring<S>& ring, char* shared, const Part& part, int step, int tile) {

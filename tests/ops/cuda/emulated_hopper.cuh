@@ -20,6 +20,15 @@ inline void mbarrier_init(u32 barrier, u32 count) { emulator::mbarrier(barrier) 
 inline void fence_mbarrier_init() {}
 inline void mbarrier_arrive(u32 barrier) { emulator::arrive_at(emulator::mbarrier(barrier), 1, 0); }
 inline void mbarrier_arrive_peer(u32 barrier, u32) { mbarrier_arrive(barrier); }
+inline void store_shared4(u32 address, u32 v) { memcpy(emulator::aligned(address, 4), &v, 4); }
+template <u32 kPolls>
+inline void wait_for_four(u32 address, u32 least) {
+  for (;; emulator::yield()) {
+    u32 words[4];
+    memcpy(words, emulator::aligned(address, 16), 16);
+    if (*min_element(words, words + 4) >= least) return;
+  }
+}
 inline bool any_of(int barrier, int threads, bool mine) {
   return emulator::wait(emulator::current->cta->barriers[barrier], threads, mine);
 }

@@ -162,6 +162,11 @@ inline Cta& cta_of(u32 address) {
 }
 inline u32 offset_of(u32 address) { return address & (1u << kPeerBit) - 1; }
 inline char* shared_at(u32 address) { return cta_of(address).shared.data() + offset_of(address); }
+// What is read or written at once.
+inline char* aligned(u32 address, u32 bytes) {
+  if (address % bytes) fail("%u bytes of shared memory at %u", bytes, address);
+  return shared_at(address);
+}
 inline Mbarrier& mbarrier(u32 address) { return cta_of(address).mbarriers[offset_of(address)]; }
 inline void arrive_at(Mbarrier& barrier, u32 arrivals, long long bytes) {
   if (barrier.pending < arrivals) fail("more arrive at an mbarrier than it counts");
@@ -425,13 +430,13 @@ inline void wait_copies() {
 }
 inline Words4 load_shared(u32 address) {
   Words4 words;
-  memcpy(&words, emulator::shared_memory() + address, 16);
+  memcpy(&words, emulator::aligned(address, 16), 16);
   return words;
 }
-inline void store_shared(u32 address, const Words4& words) { memcpy(emulator::shared_memory() + address, &words, 16); }
+inline void store_shared(u32 address, const Words4& words) { memcpy(emulator::aligned(address, 16), &words, 16); }
 inline Words2 load_shared8(u32 address) {
   Words2 words;
-  memcpy(&words, emulator::shared_memory() + address, 8);
+  memcpy(&words, emulator::aligned(address, 8), 8);
   return words;
 }
 inline void settle(float&) {}
