@@ -54,7 +54,7 @@ def test_a_plan_covers_the_problem(task: Task, batch: int, hidden: int, heads: i
         chunks = plan.register_chunks + plan.shared_chunks
         assert plan.cluster * chunks >= clusters > plan.cluster * (chunks - 1)
         assert clusters >= plan.cluster, "every CTA has a chunk"
-        assert plan.slots == 2 * chunks or 3 <= plan.slots < 2 * chunks and plan.slots != chunks
+        assert plan.slots == 2 * chunks or (3 <= plan.slots < 2 * chunks and plan.slots != chunks)
         assert plan.shared_bytes <= H200.shared_bytes
 
 

@@ -25,7 +25,7 @@ def study(scale: Scale) -> Study:
         notes=scale(
             (
                 "E1 wide is 1280 × 6. E1 deep is 992 × 10: at 1024 × 10 it would have 52.7M parameters, 5% too many.",
-                "E1 tamed: tanh bends at 4, and W_h takes a tenth of the learning rate, as in the layers of E1 in elman.",
+                "E1 tamed: tanh bends at 4, and W_h takes a tenth of the learning rate, as in elman's layers of E1.",
                 "E5 is 1536 × 20 of rank 270.",
             ),
             (),
