@@ -40,7 +40,8 @@ from tests.training.runs import CAPPED, E1, losses, resume, start
 from tests.training.test_optim import OPTIMIZERS, needs_schedulefree
 
 KINDS = ("ddp", "fsdp")
-HYBRID = (mixer_config("e10")(), mixer_config("gru")(kernels="elman"))
+# One with a rate of its own for W_h.
+HYBRID = (mixer_config("e10")(recurrent_lr=0.5), mixer_config("gru")(kernels="elman"))
 
 
 @pytest.fixture(scope="module")
@@ -199,6 +200,27 @@ def test_a_run_goes_on_by_another_number_of_ranks(
     go_on(after, False)
     assert losses(config.out) == pytest.approx(losses(tmp_path / "one"), rel=1e-4)
     assert max(losses(config.out)) == 7
+
+
+@pytest.mark.parametrize(("before", "after"), [("none", "ddp"), ("none", "fsdp"), ("fsdp", "none")])
+def test_a_new_run_starts_from_the_weights_of_other_ranks(
+    ranks: Ranks, config: TrainConfig, tmp_path: Path, before: Any, after: Any
+) -> None:
+    config = replace(config, grad_clip=0.0)
+
+    def train(kind: str, out: str, **changes: Any) -> None:
+        given = replace(config, parallel=kind, out=tmp_path / out, **changes)  # type: ignore[arg-type]
+        if kind == "none":
+            assert start(replace(given, grad_accum=2))[0] == 0
+        else:
+            finish(ranks.run(start, given))
+
+    train(before, "first")
+    new: dict[str, Any] = {"start_from": tmp_path / "first", "dim": None, "depth": None, "steps": 2}
+    train(after, "second", **new)
+    train("none", "expected", **new)
+    assert losses(tmp_path / "second") == pytest.approx(losses(tmp_path / "expected"), rel=1e-6)
+    assert losses(tmp_path / "second")[1] < losses(tmp_path / "first")[1] - 0.1
 
 
 @pytest.mark.parametrize("kind", KINDS)
