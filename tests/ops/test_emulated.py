@@ -287,12 +287,6 @@ def test_the_order_of_threads_changes_no_bit_of_a_split_sum(monkeypatch: pytest.
     [
         ("three", "split.cuh", "wide::suspect(sum)", "false"),
         ("back", "split.cuh", "if (S::kRelease) wait_for_four", "if (false) wait_for_four"),
-        (
-            "back",
-            "split.cuh",
-            "group == 0 ? multiplied + kGroupWarps * 4 : done",
-            "multiplied + (group ^ 1) * kGroupWarps * 4",
-        ),
         ("large", "split.cuh", "mbarrier_wait<kSpinLimit>(read_of_room, (phase / S::kRooms & 1) ^ 1);", ""),
         ("three", "split.cuh", "from < S::kCluster;", "from < S::kCluster - 1;"),
         ("three", "wide_products.cuh", "ring.at(step - 2, tile) + wiped", "ring.at(step, tile) + wiped"),

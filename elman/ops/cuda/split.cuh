@@ -44,8 +44,11 @@ struct Shape : wide::Depth<kBackward, kRegisterChunks, kSharedChunks, kBlocks, k
   static constexpr int kOwnWarps = kColumns / kWarpRows;  // product warps whose sums a CTA keeps, 16 units each
   static constexpr int kCellBlocks = kBlocks * kOwnWarps / kCellWarps, kCellRows = kCellBlocks * kBlockRows;
   static constexpr int kTileGroups = 1, kFlagQuads = 1;
-  // With its chunk of this number a warp group passes its turn on: some CTAs have one chunk less than others.
-  static constexpr int kPass = Base::kChunks > 3 ? Base::kChunks - 3 : 0;
+  // With its chunk of this number a warp group passes its turn on: late, but so that three chunks more can come while the
+  // other one has yet to give back the first. Some CTAs have one chunk less than others.
+  static constexpr int kLate = Base::kChunks < kSlots - 1 ? Base::kChunks - 3 : kSlots - 4;
+  static constexpr int kPass = kLate > 0 ? kLate : 0;
+  static_assert(kPass < kSlots, "or the first group would wait for slots that the other holds, and that for its turn");
   static constexpr int kRings = 1, kRingWarps = kProductWarps;
   static constexpr bool kWiper = true;
   static constexpr int kInputs = kBackward ? 1 + Cell::kSaved : Cell::kGates;  // values a unit that the cell reads

@@ -104,10 +104,10 @@ __device__ __forceinline__ bool suspect(const float (&sum)[kSums]) {
 
 // Whoever has published step s has received all of step s - 1, from CTAs that had done with step s - 2: what this CTA
 // has published of that is wiped once a loader has seen step s. Where the depth is split over a cluster, the warps whose
-// sums a CTA has published step s of have received all of step s - 1 together; so every CTA has published that, and had
-// the sums of its own warps in all CTAs of its cluster, which are all warps there are: they had done with step s - 2. A
-// wipe is over before the third tile after it is copied, steps before this CTA
-// publishes into the same place again.
+// sums a CTA publishes step s of have received all of step s - 1 together; so every CTA has published that, having had
+// the sums of step s - 2 of its own warps in all CTAs of its cluster. A chunk comes from a whole cluster, whose CTAs own
+// all of its warps: both groups of each had done with step s - 2. A wipe is over before the third tile after it is
+// copied, steps before this CTA publishes into the same place again.
 template <typename S>
 __device__ __forceinline__ void wipe(const Ring<S>& ring, char* shared, const Part& part, int step, int tile) {
   wait_bulk_stores();
