@@ -81,6 +81,7 @@ def test_what_a_width_rounds_is_pinned_where_no_width_would_do() -> None:
 
 def test_a_named_pattern_has_options() -> None:
     matrix, e1 = pattern_mixers("Elman")
-    assert (matrix, e1) == (mixer_config("matrix")(conv=4, bound=4.0), mixer_config("e1")())
+    assert matrix == mixer_config("matrix")(conv=4, bound=4.0)
+    assert e1 == mixer_config("e1")(bound=4.0, recurrent_lr=0.1)
     assert pattern_mixers("e0, elman") == (mixer_config("e0")(), matrix, e1)
-    assert pattern_mixers("matrix,e1") == (mixer_config("matrix")(), e1)
+    assert pattern_mixers("matrix,e1") == (mixer_config("matrix")(), mixer_config("e1")())
