@@ -60,7 +60,8 @@ class Pattern:
         return " ".join((self.layers, *told))
 
 
-#: Patterns with a name of their own. ``elman`` is what learns most of the strictly nonlinear ones, by docs/results.
+#: Patterns with a name of their own. ``elman`` is what learns most of the strictly nonlinear ones: by docs/results, and
+#: for bounds and the rate of W_h by sections 24 and 26 of benchmarks/NOTES.md.
 PATTERNS = {
     "elman": Pattern("matrix,e1", {"matrix": {"conv": 4, "bound": 4.0}, "e1": {"bound": 4.0, "recurrent_lr": 0.1}})
 }

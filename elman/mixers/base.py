@@ -185,7 +185,7 @@ class RecurrentConfig(MixerConfig):
     """A variant with a recurrent matrix."""
 
     recurrent_lr: float = 1.0
-    """Learning rate of W_h as a multiple of --lr. Wide networks learn more with 0.1."""
+    """Learning rate of W_h as a multiple of --lr. E1, E5 and E10 have learned more with 0.1, gated cells with 1."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
