@@ -25,7 +25,7 @@ def study(scale: Scale) -> Study:
             )
             for model, name, layer, options, bounds in models
             for bound in bounds
-            for rate in (1.0, 0.1, 0.03)
+            for rate in (1.0, 0.3, 0.1, 0.03)
         ),
         notes=(
             "bound R: h = R tanh((W_h h + W_x u + b) / R), in elman of its layers of E1, whose others have 4.",
