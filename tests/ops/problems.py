@@ -224,6 +224,20 @@ def assert_as_exact_as_reference(problem: Problem, backend: str) -> None:
         assert error.ours <= error.allowed, f"{name}: {error}"
 
 
+def assert_a_nan_stays_in_its_row(problem: Problem, backend: str) -> None:
+    """From the step that it comes with until a reset; the problem, of ten steps and two rows at least, has none yet."""
+    assert problem.reset is not None
+    problem.pre[2, 1, 3] = torch.nan
+    problem.reset[9, 1] = True
+    result = solve(problem, backend)
+    bad = torch.zeros_like(problem.reset)
+    bad[3:9, 1] = True
+    assert torch.equal(result["h"].isnan().all(-1), bad)
+    bad[2, 1] = True
+    assert torch.equal(result["h"].isnan().any(-1), bad)
+    assert torch.equal(result["dpre"].isnan().any(-1).any(0), bad.any(0))
+
+
 def assert_chunks_equal_one_piece(problem: Problem, backend: str, cut: int) -> None:
     """Bit for bit, states carried over from ``cut``."""
     h, *last = problem.run(backend)

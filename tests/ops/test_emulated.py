@@ -18,7 +18,7 @@ from elman.ops.split import SplitPlan
 from elman.ops.wide import CHUNK_STEPS, STEP_BYTES, WidePlan
 from tests.ops.cuda import emulator
 from tests.ops.cuda.emulator import emulate, needs_compiler
-from tests.ops.problems import Problem, assert_as_exact_as_reference, draw, solve
+from tests.ops.problems import Problem, assert_a_nan_stays_in_its_row, assert_as_exact_as_reference, draw, solve
 
 pytestmark = needs_compiler
 
@@ -119,17 +119,7 @@ def test_the_order_of_threads_changes_no_bit(monkeypatch: pytest.MonkeyPatch) ->
 def test_a_nan_stays_in_its_row_until_a_reset(monkeypatch: pytest.MonkeyPatch) -> None:
     case = replace(CASES["two tiles, the second of one row"], reset_rate=0.0)
     case.emulate(monkeypatch)
-    p = case.draw()
-    assert p.reset is not None
-    p.pre[2, 1, 3] = torch.nan
-    p.reset[9, 1] = True
-    bad = torch.zeros(11, 9, dtype=torch.bool)
-    bad[3:9, 1] = True
-    result = solve(p, "persistent")
-    assert torch.equal(result["h"].isnan().all(-1), bad)
-    bad[2, 1] = True
-    assert torch.equal(result["h"].isnan().any(-1), bad)
-    assert torch.equal(result["dpre"].isnan().any(-1).any(0), bad.any(0))
+    assert_a_nan_stays_in_its_row(case.draw(), "persistent")
 
 
 def break_kernel(patch: pytest.MonkeyPatch, folder: Path, file: str, right: str, wrong: str) -> None:

@@ -13,7 +13,13 @@ from elman.ops import persistent, split, wide
 from elman.ops.persistent import AnyPlan
 from elman.ops.planning import Chip, Task
 from tests.ops import test_split, test_wide
-from tests.ops.problems import assert_as_exact_as_reference, assert_chunks_equal_one_piece, draw, solve
+from tests.ops.problems import (
+    assert_a_nan_stays_in_its_row,
+    assert_as_exact_as_reference,
+    assert_chunks_equal_one_piece,
+    draw,
+    solve,
+)
 
 
 @dataclass(frozen=True)
@@ -113,16 +119,7 @@ def test_chunks_with_carried_state_equal_one_piece(design: Design) -> None:
 @gpu
 def test_a_nan_stays_in_its_row_until_a_reset(design: Design) -> None:
     p = draw(12, 20, 256, dtype=torch.bfloat16, device="cuda", reset_rate=0.0)
-    assert p.reset is not None
-    p.pre[2, 1, 3] = torch.nan
-    p.reset[9, 1] = True
-    result = solve(p, "persistent")
-    bad = torch.zeros(12, 20, dtype=torch.bool, device="cuda")
-    bad[3:9, 1] = True
-    assert torch.equal(result["h"].isnan().all(-1), bad)
-    bad[2, 1] = True
-    assert torch.equal(result["h"].isnan().any(-1), bad)
-    assert torch.equal(result["dpre"].isnan().any(-1).any(0), bad.any(0))
+    assert_a_nan_stays_in_its_row(p, "persistent")
 
 
 @gpu

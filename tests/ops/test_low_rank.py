@@ -19,7 +19,14 @@ from elman.ops.operators import Dense, LowRank
 from elman.ops.planning import BLOCK_ROWS, TYPICAL_CHIPS, Chip, Task
 from elman.ops.wide import WidePlan
 from tests.ops.cuda.test_compiler import check_static_claims, needs_nvrtc
-from tests.ops.problems import assert_as_exact_as_reference, assert_chunks_equal_one_piece, draw, parts, solve
+from tests.ops.problems import (
+    assert_a_nan_stays_in_its_row,
+    assert_as_exact_as_reference,
+    assert_chunks_equal_one_piece,
+    draw,
+    parts,
+    solve,
+)
 
 H200 = TYPICAL_CHIPS["sm_90a"]
 CELLS_OF_ONE_PRODUCT = [cell for cell in FUSED_CELLS.values() if cell.products == 1]
@@ -307,12 +314,4 @@ def test_chunks_with_carried_state_equal_one_piece(design: str) -> None:
 @gpu
 def test_a_nan_stays_in_its_row_until_a_reset(design: str) -> None:
     p = draw(12, 20, 256, dtype=torch.bfloat16, device="cuda", operator="low_rank", reset_rate=0.0)
-    assert p.reset is not None
-    p.pre[2, 1, 3] = torch.nan
-    p.reset[9, 1] = True
-    result = solve(p, "persistent")
-    bad = torch.zeros(12, 20, dtype=torch.bool, device="cuda")
-    bad[3:9, 1] = True
-    assert torch.equal(result["h"].isnan().all(-1), bad)
-    bad[2, 1] = True
-    assert torch.equal(result["h"].isnan().any(-1), bad)
+    assert_a_nan_stays_in_its_row(p, "persistent")
