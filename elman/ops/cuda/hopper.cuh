@@ -42,17 +42,22 @@ __device__ __forceinline__ void mbarrier_arrive_peer(u32 barrier, u32 loaded) {
                "r"(loaded)
                : "memory");
 }
+__device__ __forceinline__ u32 load_shared4(u32 address) {
+  u32 v;
+  asm volatile("ld.shared.u32 %0, [%1];" : "=r"(v) : "r"(address) : "memory");
+  return v;
+}
 __device__ __forceinline__ void store_shared4(u32 address, u32 v) {
   asm volatile("st.shared.u32 [%0], %1;" ::"r"(address), "r"(v) : "memory");
 }
-// Until four words, of four warps, are that much.
+// Until four words, of four warps, are that much. The lanes leave together, and no two neighbours read the same word:
+// ptxas takes what a warp reads from one address to be the same in all lanes, and keeps what follows in registers that
+// they share, but of a load of 16 bytes each half of a warp has its own moment.
 template <u32 kPolls>
 __device__ __forceinline__ void wait_for_four(u32 address, u32 least) {
-  for (u32 polls = 0;; ++polls) {
-    const Words4 words = load_shared(address);
-    if (min(min(words.x, words.y), min(words.z, words.w)) >= least) return;
+  const u32 word = address + threadIdx.x % 4 * 4;
+  for (u32 polls = 0; !__all_sync(~0u, load_shared4(word) >= least); ++polls)
     if (polls > kPolls) __trap();
-  }
 }
 // A named barrier that also tells whether any thread says so.
 __device__ __forceinline__ bool any_of(int barrier, int threads, bool mine) {
