@@ -72,15 +72,15 @@ class WidePlan:
         from_registers, from_shared = clocks_per_wgmma(BLOCK_ROWS * self.blocks)
         if self.split == 1:  # alone, a warp group does not get more out of the tensor cores
             from_registers, from_shared = max(22.0, from_registers), max(22.0, from_shared)
-        chunks = self.split * (self.register_chunks * from_registers + self.shared_chunks * from_shared)
-        product = CHUNK_STEPS * chunks
+        product = CHUNK_STEPS * self.split * (self.register_chunks * from_registers + self.shared_chunks * from_shared)
         cell_blocks = self.blocks // self.split
         state = self.split * (self.register_chunks + self.shared_chunks) * chunk_bytes(self.blocks)
         chain = 1450 + product + 350 + 100 * cell_blocks + state / 64
         tile = 1.5 * product + 200 if self.split == 1 else product + 1200 + 450 * cell_blocks
         tile += self.split * 100 * max(0, self.blocks - 3)
-        if self.slots < self.register_chunks + self.shared_chunks:
-            tile *= 1.1
+        chunks = self.register_chunks + self.shared_chunks
+        if self.slots < chunks:  # from 512 x 1280 and 256 x 2048 on an H200
+            tile *= 1.4 - 0.4 * self.slots / chunks if self.split == 1 else 0.9
         return max(chain, self.tiles * tile) / CLOCKS_PER_MICROSECOND
 
 

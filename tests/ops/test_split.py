@@ -2,6 +2,7 @@
 
 import re
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -70,11 +71,33 @@ def test_only_cells_of_one_product_without_memory_on_hopper() -> None:
 
 
 @pytest.mark.parametrize("task", TASKS)
-@pytest.mark.parametrize(("batch", "hidden"), [(128, 3584), (256, 2048), (512, 1280), (64, 640)])
-def test_nobody_takes_it_unless_asked(batch: int, hidden: int, task: Task) -> None:
-    """It has not been timed."""
+@pytest.mark.parametrize(
+    ("batch", "hidden", "taken"),
+    [(128, 3584, True), (512, 1280, True), (256, 2048, False), (256, 1280, False), (64, 640, False)],
+)
+def test_it_is_taken_where_it_was_faster(batch: int, hidden: int, taken: bool, task: Task) -> None:
+    """Than the other kernels, on a GPU: benchmarks/results/split-nvidia-h200.txt."""
     assert any(split.plans(H200, batch, hidden, task, 1))
-    assert not any(isinstance(plan, SplitPlan) for plan in persistent._plans(H200, batch, hidden, task, 1))
+    assert isinstance(persistent.make_plan(H200, batch, hidden, task), SplitPlan) == taken
+
+
+def test_the_model_of_a_steps_time_against_what_was_measured() -> None:
+    """Of every row of the table, the mean of both directions."""
+    rows = (Path(__file__).parents[2] / "benchmarks/results/split-nvidia-h200.txt").read_text()
+    found = re.findall(
+        r"^\| (\d+) × (\d+) \| ([\d, ]+) on (\d+)×(\d+)×(\d+) \|.*?\| ([\d.]+) / ([\d.]+) \|", rows, re.M
+    )
+    assert len(found) == 16
+    for batch, hidden, shape, *_, forward, backward in found:
+        blocks, cluster = (int(number) for number in shape.split(", ")[2::2])
+        modelled = [
+            plan.microseconds(task)
+            for task in TASKS[:2]
+            for plan in split.plans(H200, int(batch), int(hidden), task, 1)
+            if (plan.blocks, plan.cluster) == (blocks, cluster)
+        ]
+        measured = (float(forward) + float(backward)) / 2
+        assert sum(modelled) / len(modelled) == pytest.approx(measured, rel=0.13), (batch, hidden, shape)
 
 
 @pytest.mark.parametrize("design", DESIGNS)
