@@ -46,10 +46,11 @@ class RunConfig(ABC):
     """AdamW; AdamW that averages its weights in place of a schedule (package schedulefree); or Muon for matrices and
     AdamW for the rest."""
     lr: float = 1e-3
-    """Peak learning rate, which means the same to AdamW and Muon."""
+    """Learning rate, which means the same to AdamW and Muon: what the warm-up rises to and the cosine falls from, both
+    from the first step on."""
     warmup: Annotated[int | float, tyro.conf.arg(metavar="INT|FLOAT")] = 100
     """Steps of linear warm-up; or, below 1, the part of the run that it takes, as long for a slow model as for a fast
-    one."""
+    one. The cosine falls meanwhile: with 0.3 the rate is never above 0.79 of --lr, with 0.1 0.98."""
     schedule: Literal["cosine", "constant"] = "cosine"
     """What the learning rate does after the warm-up: falls to zero at the end, or stays, as it always does for
     schedulefree."""
@@ -227,7 +228,8 @@ class TaskConfig(RunConfig):
     steps: OptionalInt = None
     """Stop after this many steps; 2000 if absent, and no --time-limit is given."""
     lr: float = 3e-3
-    """Peak learning rate, which means the same to AdamW and Muon."""
+    """Learning rate, which means the same to AdamW and Muon: what the warm-up rises to and the cosine falls from, both
+    from the first step on."""
     weight_decay: float = 0.01
     """Of weights; biases, norms and decays are not decayed."""
     compile: Literal["auto", "on", "off"] = "off"

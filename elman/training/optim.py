@@ -239,10 +239,12 @@ def _schedule_free() -> Any:
 
 
 def learning_rate(config: RunConfig, step: int, progress: float) -> float:
-    """The rate of a step.
+    """The rate of a step: a linear warm-up times a cosine, which falls from the first step on.
+
+    So a run that ends by time, whose length in steps nobody knows, needs no memory of where its warm-up ended.
 
     Args:
-        config: peak rate, warm-up and schedule.
+        config: rate, warm-up and schedule.
         step: steps done before this one.
         progress: the part of the run that is done, 0 to 1, by steps or by time.
     """
