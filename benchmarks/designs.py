@@ -48,6 +48,14 @@ def split_plans(
             yield plan
 
 
+def hopper_plans(
+    design: str, blocks: int, chip: Chip, batch: int, hidden: int, task: Task, heads: int = 1
+) -> Iterator[WidePlan | SplitPlan]:
+    """Those of ``WIDE`` or ``SPLIT``; none where the chip or the cell has none."""
+    of_design = wide_plans if design in WIDE else split_plans
+    yield from of_design(design, blocks, chip, batch, hidden, task, heads)
+
+
 def low_rank_plans(blocks: int, chip: Chip, batch: int, hidden: int, task: Task, rank: int) -> Iterator[LowRankPlan]:
     """All of so many blocks a tile."""
     for plan in low_rank.plans(chip, batch, hidden, rank, task):
@@ -67,6 +75,6 @@ def best_plan(
     if design == LOW_RANK:
         found = low_rank_plans(blocks, chip, batch, hidden, task, rank)
     else:
-        of_design = wide_plans if design in WIDE else split_plans if design in SPLIT else plans
+        of_design = plans if design in EXCHANGES else hopper_plans
         found = of_design(design, blocks, chip, batch, hidden, task, heads)
     return min(found, key=lambda plan: plan.microseconds(task))

@@ -42,9 +42,13 @@ _FAMILIES = {
     **{f"control_{name[9:].replace(' ', '_')}": name for name in CONTROLS},
     "low_rank": "low_rank",  # whose messages may name an exchange, too
     **{name: f"persistent {name}" for name in ("PolledRing", "StagedRing2", "StagedRing3", "ClusterPush")},
+    # A message may name an inlined function instead; those that the split kernels share with the wide ones name both.
+    **{f"{name}::": name for name in ("split", "wide")},
     **{
         f"{name}_{way}": name
-        for name in ("wide", "diagonal", "step", "banks", "norm", "scan", "gated_softmax", "short_conv", "matrix")
+        for name in (
+            *("split", "wide", "diagonal", "step", "banks", "norm", "scan", "gated_softmax", "short_conv", "matrix"),
+        )
         for way in ("forward", "backward")
     },
 }

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import importlib
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from typing import Any
 from unittest import mock
@@ -13,7 +13,7 @@ from unittest import mock
 import torch
 from torch import Tensor
 
-from benchmarks.designs import EXCHANGES, WIDE, low_rank_plans, plans, wide_plans
+from benchmarks.designs import EXCHANGES, SPLIT, WIDE, hopper_plans, low_rank_plans, plans
 from benchmarks.sanitize import control
 from elman.ops import gated_softmax, loop, matrix_kernels, norm, persistent, scan
 from elman.ops.cells import CELLS, FUSED_CELLS
@@ -22,6 +22,7 @@ from elman.ops.narrow import Plan
 from elman.ops.operators import OPERATORS
 from elman.ops.persistent import AnyPlan
 from elman.ops.planning import BLOCK_ROWS, Chip, Task
+from elman.ops.split import SplitPlan
 from elman.ops.wide import WidePlan
 from tests.ops.problems import Problem, draw, parts
 from tests.ops.test_matrix import draw as draw_matrix
@@ -33,8 +34,6 @@ HALVES = (torch.bfloat16, torch.float16)
 DTYPES = (*HALVES, torch.float32, torch.float64)
 #: Tiles of a group with which each exchange is run: enough for its buffers to come round again.
 _TILES = {"PolledRing": 2, "StagedRing2": 3, "StagedRing3": 5, "ClusterPush": 2}
-#: Shared memory in which a wide kernel of two blocks and four chunks has three slots a warp group.
-_FEW_SLOTS_BYTES = 42 * 1024
 
 
 @dataclass(frozen=True)
@@ -57,7 +56,8 @@ def cases(chip: Chip) -> list[Case]:
     families = [_control_cases("handed over"), _control_cases("racing")]
     families += [_persistent_cases(exchange, chip) for exchange in EXCHANGES]
     families += [
-        _wide_cases(chip),
+        _hopper_cases("wide", WIDE, chip),
+        _hopper_cases("split", SPLIT, chip),
         _low_rank_cases(),
         _diagonal_cases(),
         _loop_cases(),
@@ -91,7 +91,10 @@ def _walk(walk: Any, problem: Problem, operator: str) -> None:
 
 @dataclass(frozen=True)
 class _Shape:
-    """Of a problem for the persistent and the wide kernels; ``tiles`` None is what the exchange needs to come round."""
+    """Of a problem for the persistent kernels and those for Hopper.
+
+    ``tiles`` None is what the exchange needs to come round, ``shared_bytes`` None all that the GPU has.
+    """
 
     words: str
     seq_len: int = 3
@@ -101,7 +104,7 @@ class _Shape:
     tiles: int | None = None
     blocks: int = 1
     in_shared: bool = False
-    few_slots: bool = False
+    shared_bytes: int | None = None
     bare: bool = False
     rank: int | None = None
 
@@ -189,40 +192,80 @@ def small_plan(
     return min(found, key=dislike)
 
 
-def _wide_shapes(design: str) -> tuple[_Shape, ...]:
-    """Of as few CTAs as the design can do with; the first two of them for every cell and dtype.
+@dataclass(frozen=True)
+class _Sizes:
+    """With which a design of the wide or the split kernels has few CTAs.
 
-    To give slots back takes four chunks a warp group, and weights in shared memory more than fit into registers: of
-    shared tiles these are 14 and 18 CTAs.
+    Attributes:
+        hidden: of as few chunks as it can do with.
+        given_back: of enough to give slots back, and shared memory in which two blocks then have three slots.
+        odd: of a number of chunks that two warp groups, or the CTAs of a cluster, do not share evenly.
+        heads: of two heads together.
+        blocks: more than two; with eight, tiles of the split kernels are large.
+        in_shared: of more chunks than registers hold, and blocks; None where that takes too many CTAs.
+        fewer: of more chunks than registers hold and than there are slots in so much shared memory; None likewise, and
+            where ``given_back`` has fewer slots than chunks.
     """
-    own = WIDE[design] == 1
-    shape = functools.partial(_Shape, hidden=72 if own else 200, tiles=3, blocks=2)
-    return (
+
+    hidden: int
+    given_back: tuple[int, int]
+    odd: int
+    heads: int
+    blocks: int
+    in_shared: tuple[int, int] | None = None
+    fewer: tuple[int, int] | None = None
+
+
+_SIZES = {
+    "wide, own tiles": _Sizes(72, (456, 42 * 1024), 328, 136, blocks=3, in_shared=(456, 8)),
+    "wide, shared tiles": _Sizes(200, (840, 42 * 1024), 328, 392, blocks=4, in_shared=(1096, 8)),
+    "split over 2": _Sizes(200, (456, 36 * 1024), 328, 392, blocks=5, in_shared=(1096, 6), fewer=(1416, 110 * 1024)),
+    "split over 4": _Sizes(400, (584, 34 * 1024), 584, 776, blocks=8),
+}
+
+
+def _hopper_shapes(design: str) -> list[_Shape]:
+    """The first two of them for every cell and dtype."""
+    of = _SIZES[design]
+    shape = functools.partial(_Shape, hidden=of.hidden, tiles=3, blocks=2)
+
+    def few_slots(words: str, sizes: tuple[int, int], **options: Any) -> _Shape:
+        hidden, shared_bytes = sizes
+        return shape(words, hidden=hidden, shared_bytes=shared_bytes, **options)
+
+    shapes = [
         shape("h0 and resets"),
-        shape("slots given back", hidden=456 if own else 840, few_slots=True),
+        few_slots("slots given back", of.given_back),
         shape("neither h0 nor resets", seq_len=4, bare=True),
         shape("one tile", seq_len=5, tiles=1),
+        shape(f"{of.blocks} blocks", blocks=of.blocks, tiles=2),
         shape("one step", seq_len=1),
         shape("one step, neither h0 nor resets", seq_len=1, tiles=1, bare=True),
-        shape("slots given back, neither h0 nor resets", hidden=456 if own else 840, few_slots=True, bare=True),
-        shape("three chunks", hidden=328),  # of shared tiles, two for one warp group and one for the other
-        shape("more blocks", blocks=3 if own else 4, tiles=2),
-        shape("two heads of 68 or 196 units", hidden=136 if own else 392, heads=2, tiles=2),
-        shape("weights in shared memory", hidden=456 if own else 1096, blocks=8, tiles=2),
-    )
+        few_slots("slots given back, neither h0 nor resets", of.given_back, bare=True),
+        shape("an odd number of chunks", hidden=of.odd),
+        shape(f"two heads of {of.heads // 2} units", hidden=of.heads, heads=2, tiles=2),
+    ]
+    if of.in_shared is not None:
+        hidden, blocks = of.in_shared
+        shapes.append(shape("weights in shared memory", hidden=hidden, blocks=blocks, tiles=2))
+    if of.fewer is not None:
+        shapes.append(few_slots("slots given back, fewer than chunks, weights in shared memory", of.fewer))
+    return shapes
 
 
-def _wide_cases(chip: Chip) -> list[Case]:
+def _hopper_cases(family: str, designs: Iterable[str], chip: Chip) -> list[Case]:
+    """Of the wide kernels, or of those that split the depth over a cluster."""
     if chip.capability != (9, 0):
         return []
 
     def case(cell: str, dtype: torch.dtype, design: str, shape: _Shape) -> Case:
         tiles = shape.tiles or 1
-        plan = functools.partial(small_wide_plan, design, tiles, shape.blocks, shape.few_slots)
-        shape = replace(shape, words=f"{design[6:]}, {shape.words}")
-        return shape.case("wide", cell, dtype, shape.batch(tiles), plan)
+        plan = functools.partial(small_hopper_plan, design, tiles, shape.blocks, shape.shared_bytes)
+        shape = replace(shape, words=f"{design.partition(' ')[2]}, {shape.words}")
+        return shape.case(family, cell, dtype, shape.batch(tiles), plan)
 
-    by_turns = list(zip(*([(design, shape) for shape in _wide_shapes(design)] for design in WIDE), strict=True))
+    turns = itertools.zip_longest(*([(design, shape) for shape in _hopper_shapes(design)] for design in designs))
+    by_turns = [[one for one in turn if one is not None] for turn in turns]
     others = [("softsign", torch.float16), ("tanh", torch.float16), ("softsign", torch.bfloat16)]
     wanted = [("tanh", torch.bfloat16, *one) for turn in by_turns[:2] for one in turn]
     wanted += [(*other, *one) for other in others for turn in by_turns[:2] for one in turn]
@@ -230,22 +273,21 @@ def _wide_cases(chip: Chip) -> list[Case]:
     return [case(*one) for one in wanted]
 
 
-def small_wide_plan(
+def small_hopper_plan(
     design: str,
     tiles: int,
     blocks: int,
-    few_slots: bool,
+    shared_bytes: int | None,
     chip: Chip,
     batch: int,
     hidden: int,
     task: Task,
     heads: int = 1,
     rank: int = 0,
-) -> WidePlan:
-    """A plan of this design with few CTAs, as if the GPU were a small one, and had little memory if slots are few."""
-    if few_slots:
-        chip = replace(chip, shared_bytes=_FEW_SLOTS_BYTES)
-    found = [plan for of in _smaller(chip, 18) for plan in wide_plans(design, blocks, of, batch, hidden, task, heads)]
+) -> WidePlan | SplitPlan:
+    """A plan of this design with few CTAs, as if the GPU were a small one, with so much shared memory if given."""
+    chip = replace(chip, shared_bytes=shared_bytes or chip.shared_bytes)
+    found = [plan for of in _smaller(chip, 36) for plan in hopper_plans(design, blocks, of, batch, hidden, task, heads)]
     return min(found, key=lambda plan: (plan.tiles != tiles, plan.groups))
 
 

@@ -6,8 +6,9 @@ import re
 import sys
 import types
 from collections import Counter
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import pytest
@@ -56,7 +57,7 @@ def recorded() -> record.Recorder:
 
 def test_every_family_is_recorded_and_comes_early(recorded: record.Recorder) -> None:
     families = [launch.family for launch in recorded.launches]
-    assert set(families[:32]) == set(families) == set(driver_mode._FAMILIES.values())
+    assert set(families[:34]) == set(families) == set(driver_mode._FAMILIES.values())
     assert tuple(families[:2]) == driver_mode.CONTROLS
     assert min(number for family, number in Counter(families).items() if family not in driver_mode.CONTROLS) >= 10
     for launch in recorded.launches:
@@ -120,34 +121,101 @@ def test_grids_are_small_but_ctas_have_others_to_wait_for(recorded: record.Recor
         assert seen[f"persistent {exchange}", "shared", True] == 4
 
 
-def test_every_design_of_the_wide_kernels_is_there(recorded: record.Recorder) -> None:
-    seen = Counter()
+class HopperLaunch(NamedTuple):
+    """Of a wide or a split kernel; ``split`` is the CTAs of a cluster of the latter."""
+
+    launch: Launch
+    name: str
+    number: str
+    cell: str
+    in_registers: int
+    in_shared: int
+    blocks: int
+    slots: int
+    split: int
+
+    @property
+    def chunks(self) -> int:
+        return self.in_registers + self.in_shared
+
+
+def hopper_launches(recorded: record.Recorder, family: str) -> Iterator[HopperLaunch]:
+    """Having checked what all of them have in common."""
     for launch in recorded.launches:
-        if launch.family == "wide":
+        if launch.family == family:
             name, number, cell, *sizes = re.split(r"[<>, ]+", launch.symbol)[:-1]
-            in_registers, in_shared, _, slots, split = map(int, sizes)
-            seq_len, batch, hidden, pitch, tiles = launch.arguments[-5:]
-            backward = name == "wide_backward"
+            backward = name == f"{family}_backward"
             h0, reset = launch.arguments[10 if backward else 3], launch.arguments[4 if backward else 5]
-            given_back = slots < in_registers + in_shared
-            assert batch % 2 == 1
-            assert math.ceil(hidden / 64) % 2 == 0
-            assert 2 <= launch.grid[0] <= (18 if in_shared else 14 if given_back else 8)
+            assert isinstance(h0, Place) == isinstance(reset, Place) == ("neither" not in launch.words)
+            assert launch.arguments[-4] % 2 == 1
+            assert 0 < launch.shared_bytes <= H200.shared_bytes
             assert launch.cooperative
-            assert launch.cluster is None
-            assert isinstance(h0, Place) == isinstance(reset, Place)
-            assert given_back == ("given back" in launch.words) or in_shared
-            assert (in_shared > 0) == ("in shared memory" in launch.words)
-            seen[name, split, number, cell, tiles > 1, given_back] += 1
-            for what in (f"T = {seq_len}", f"bare {h0 == 0}", f"heads {pitch // hidden}", f"in shared {in_shared > 0}"):
-                seen[name, split, what] += 1
-    for name, split in itertools.product(("wide_forward", "wide_backward"), (1, 2)):
+            yield HopperLaunch(launch, name, number, cell, *map(int, sizes))
+
+
+def assert_has_all_problems(seen: Counter[object], family: str, splits: Sequence[int]) -> None:
+    """Of every design both ways; ``seen`` is with the numbers, cells, tiles and slots, and with words."""
+    for name, split in itertools.product((f"{family}_forward", f"{family}_backward"), splits):
         for number, cell in itertools.product(("bf16", "fp16"), ("Tanh", "Softsign")):
             assert seen[name, split, number, cell, True, False]
             assert seen[name, split, number, cell, True, True]
         assert seen[name, split, "bf16", "Tanh", False, False]
-        for what in (*(f"T = {n}" for n in (1, 3, 4, 5)), "bare True", "bare False", "heads 2", "in shared True"):
-            assert seen[name, split, what]
+        for what in (*(f"T = {n}" for n in (1, 3, 4, 5)), "bare True", "bare False", "heads 2"):
+            assert seen[name, split, what], (name, split, what)
+
+
+def test_every_design_of_the_wide_kernels_is_there(recorded: record.Recorder) -> None:
+    seen: Counter[object] = Counter()
+    for one in hopper_launches(recorded, "wide"):
+        launch, in_shared = one.launch, one.in_shared > 0
+        seq_len, _, hidden, pitch, tiles = launch.arguments[-5:]
+        given_back = one.slots < one.chunks
+        assert math.ceil(hidden / 64) % 2 == 0
+        assert 2 <= launch.grid[0] <= (18 if in_shared else 14 if given_back else 8)
+        assert launch.cluster is None
+        assert given_back == ("given back" in launch.words) or in_shared
+        assert in_shared == ("in shared memory" in launch.words)
+        seen[one.name, one.split, one.number, one.cell, tiles > 1, given_back] += 1
+        bare = "neither" in launch.words
+        for what in (f"T = {seq_len}", f"bare {bare}", f"heads {pitch // hidden}", f"in shared {in_shared}"):
+            seen[one.name, one.split, what] += 1
+    assert_has_all_problems(seen, "wide", (1, 2))
+    for name, split in itertools.product(("wide_forward", "wide_backward"), (1, 2)):
+        assert seen[name, split, "in shared True"]
+
+
+def test_every_design_of_the_split_kernels_is_there(recorded: record.Recorder) -> None:
+    seen: Counter[object] = Counter()
+    for one in hopper_launches(recorded, "split"):
+        launch, cluster = one.launch, one.split
+        seq_len, _, hidden, pitch, tiles = launch.arguments[-5:]
+        owners = math.ceil(hidden / 128)  # clusters of a group; as many chunks
+        given_back = one.slots < 2 * one.chunks
+        assert launch.cluster == cluster
+        assert launch.threads == 512
+        assert cluster <= owners
+        assert one.chunks == math.ceil(owners / cluster)
+        assert launch.grid[0] % (owners * cluster) == 0
+        assert launch.grid[0] <= 32
+        assert one.slots % one.chunks > 0 if given_back else one.slots == 2 * one.chunks
+        assert given_back == ("given back" in launch.words)
+        assert (one.in_shared > 0) == ("in shared memory" in launch.words)
+        seen[one.name, cluster, one.number, one.cell, tiles > 1, given_back] += 1
+        bare = "neither" in launch.words
+        whats = f"T = {seq_len}", f"bare {bare}", f"heads {pitch // hidden}", f"blocks {one.blocks}"
+        for what in (*whats, f"uneven {owners % cluster > 0}", f"in shared {one.in_shared > 0} {given_back}"):
+            seen[one.name, cluster, what] += 1
+        seen[one.name, cluster, f"fewer slots than chunks {one.slots < one.chunks}"] += 1
+        seen[one.name, cluster, f"groups {launch.grid[0] // (owners * cluster * (pitch // hidden))}"] += 1
+    assert_has_all_problems(seen, "split", (2, 4))
+    for name in ("split_forward", "split_backward"):
+        for cluster in (2, 4):
+            for what in ("uneven True", "uneven False", "groups 1", "groups 2"):
+                assert seen[name, cluster, what], (name, cluster, what)
+        # Over 2, cells have no registers for tiles of 8 blocks; over 4, weights in shared memory take 68 CTAs.
+        assert seen[name, 4, "blocks 8"]
+        for what in ("blocks 5", "in shared True False", "in shared True True", "fewer slots than chunks True"):
+            assert seen[name, 2, what], (name, what)
 
 
 def test_low_rank_has_more_than_one_cta_and_every_place_of_weights(recorded: record.Recorder) -> None:
@@ -263,6 +331,29 @@ def test_a_replay_says_how_far_it_came(capsys: pytest.CaptureFixture[str]) -> No
     assert capsys.readouterr().out == ""
 
 
+def test_a_gpu_is_told_of_clusters_that_run_at_a_time(
+    recorded: record.Recorder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    launch = next(launch for launch in recorded.launches if launch.family == "split" and launch.cluster == 4)
+    kernels = {launch.symbol: types.SimpleNamespace(handle="handle")}
+    binary = types.SimpleNamespace(get_kernel=kernels.get)
+    here = types.SimpleNamespace(device_id=0, set_current=lambda: None, create_stream=lambda: "stream")
+    told, limits, attributes = [], {}, driver.CUfunction_attribute
+    monkeypatch.setattr(core, "Device", lambda index: here)
+    monkeypatch.setattr(core, "LaunchConfig", dict)  # the true one asks the driver whether it knows clusters
+    monkeypatch.setattr(core, "ObjectCode", types.SimpleNamespace(from_cubin=lambda cubin: binary))
+    monkeypatch.setattr(core, "launch", lambda stream, config, kernel, *arguments: told.append((config, arguments)))
+    monkeypatch.setattr(driver, "cuCtxSynchronize", lambda: (0,))
+    monkeypatch.setattr(driver, "cuKernelSetAttribute", lambda name, value, *of: limits.update({name: value}) or (0,))
+    replay.Gpu().run(launch, [np.int64(7)])
+    expected = {"cluster": 4, "is_cooperative": True, "block": 512, "shmem_size": launch.shared_bytes}
+    assert told == [({"grid": (launch.grid[0] // 4, 1, 1), **expected}, (7,))]
+    assert limits == {
+        attributes.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES: launch.shared_bytes,
+        attributes.CU_FUNC_ATTRIBUTE_NON_PORTABLE_CLUSTER_SIZE_ALLOWED: 1,
+    }
+
+
 MEMCHECK = """\
 ========= COMPUTE-SANITIZER
 ========= Invalid __global__ write of size 2 bytes
@@ -301,6 +392,25 @@ def test_errors_count_for_the_family_of_their_kernel() -> None:
     ]
     assert "Access to 0x7f4c2c200200 is out of bounds" in report.messages[0]
     assert not report.clean
+
+
+@pytest.mark.parametrize(
+    ("function", "family"),
+    [
+        ("void split_forward<bf16, Tanh, (int)1, (int)0, (int)2, (int)2, (int)4>(const T1 *, int)", "split"),
+        ("void wide::run_loader<split::Shape<Tanh, (bool)0, (int)1, (int)0, (int)2, (int)2, (int)4>>()", "split"),
+        ("void wide::run_loader<wide::Shape<Tanh, (bool)0, (int)1, (int)0, (int)2, (int)1, (int)1>>()", "wide"),
+        ("void wide_backward<bf16, Tanh, (int)1, (int)0, (int)2, (int)1, (int)1>(const T1 *, int)", "wide"),
+        ("void other()", driver_mode._OTHER),
+    ],
+)
+def test_an_inlined_function_is_of_the_family_that_it_is_for(function: str, family: str) -> None:
+    report = driver_mode.Report({})
+    driver_mode._count_errors(
+        f"========= Barrier error detected. Invalid arguments\n=========     at {function}+0x6c0 in hopper.cuh:81\n",
+        report,
+    )
+    assert {family: result.errors for family, result in report.families.items()} == {family: 1}
 
 
 def access(kind: str, function: str, exchange: str, line: int, start: str = "    and") -> str:
