@@ -44,11 +44,11 @@ __device__ __forceinline__ void mbarrier_arrive_peer(u32 barrier, u32 loaded) {
 }
 __device__ __forceinline__ u32 load_shared4(u32 address) {
   u32 v;
-  asm volatile("ld.shared.u32 %0, [%1];" : "=r"(v) : "r"(address) : "memory");
+  asm volatile("ld.relaxed.cta.shared.u32 %0, [%1];" : "=r"(v) : "r"(address) : "memory");
   return v;
 }
 __device__ __forceinline__ void store_shared4(u32 address, u32 v) {
-  asm volatile("st.shared.u32 [%0], %1;" ::"r"(address), "r"(v) : "memory");
+  asm volatile("st.relaxed.cta.shared.u32 [%0], %1;" ::"r"(address), "r"(v) : "memory");
 }
 // Until four words, of four warps, are that much. The lanes leave together, and no two neighbours read the same word:
 // ptxas takes what a warp reads from one address to be the same in all lanes, and keeps what follows in registers that
