@@ -112,6 +112,25 @@ def test_every_run_of_full_size_gives_the_same_bits(batch: int, hidden: int) -> 
 
 
 @gpu
+def test_a_cuda_graph_gives_the_same_bits(design: Design) -> None:
+    """All CTAs run at a time, and where the depth is split in clusters: what a graph holds must keep both."""
+    p = draw(20, 60, design.hidden, dtype=torch.bfloat16, device="cuda")
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        expected = solve(p, "persistent")
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = solve(p, "persistent")
+    for _ in range(3):
+        for value in captured.values():
+            value.fill_(torch.nan)
+        graph.replay()
+        assert all(torch.equal(value, expected[name]) for name, value in captured.items())
+
+
+@gpu
 def test_chunks_with_carried_state_equal_one_piece(design: Design) -> None:
     assert_chunks_equal_one_piece(draw(30, 33, design.hidden, dtype=torch.bfloat16, device="cuda"), "persistent", 11)
 

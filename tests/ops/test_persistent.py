@@ -103,15 +103,16 @@ def test_what_is_not_refused_has_a_plan(chip: str, monkeypatch: pytest.MonkeyPat
 
 
 @pytest.mark.parametrize("captured", [False, True])
-@pytest.mark.parametrize(("cell", "batch", "hidden"), [*(("tanh", *sizes) for sizes in MEASURED), ("lstm", 256, 1024)])
+@pytest.mark.parametrize(("batch", "hidden"), MEASURED)
 def test_it_pays_where_it_was_measured_to(
-    cell: str, batch: int, hidden: int, captured: bool, monkeypatch: pytest.MonkeyPatch
+    batch: int, hidden: int, captured: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """An LSTM of 256 × 1024 took 15.1 ms both ways, the loop 12.8 in a CUDA graph; without one the host is slower."""
+    """At all of them: at 128 × 3584 by 6.9 µs a step to 11.2 of the loop in a CUDA graph on an H200."""
     monkeypatch.setattr(persistent, "chip_of", lambda index: H200)
     monkeypatch.setattr(persistent, "_is_captured", lambda: captured)
-    problem = backends.Problem(512, batch, hidden, torch.bfloat16, torch.device("cuda", 0), Dense, CELLS[cell])
-    assert persistent.pays(problem) == (not captured or cell == "tanh")
+    assert persistent.pays(
+        backends.Problem(512, batch, hidden, torch.bfloat16, torch.device("cuda", 0), Dense, CELLS["tanh"])
+    )
 
 
 @pytest.mark.parametrize("captured", [False, True])
