@@ -1,7 +1,6 @@
 """Repeating launches and counting what a tool says, by stand-ins for the GPU and the tool."""
 
 import sys
-import types
 from collections.abc import Collection, Sequence
 from pathlib import Path
 
@@ -10,7 +9,7 @@ import pytest
 
 from benchmarks.sanitize import __main__ as driver_mode
 from benchmarks.sanitize import launches as files
-from benchmarks.sanitize import record, replay
+from benchmarks.sanitize import replay
 from benchmarks.sanitize.launches import Buffer, Launch, Place
 
 driver = pytest.importorskip("cuda.bindings.driver")
@@ -79,29 +78,6 @@ def test_a_replay_says_how_far_it_came(capsys: pytest.CaptureFixture[str]) -> No
     assert "start 1" not in out
     assert replay.repeat_all(launches, Memory(), 0, 0) == 0
     assert capsys.readouterr().out == ""
-
-
-def test_a_gpu_is_told_of_clusters_that_run_at_a_time(
-    recorded: record.Recorder, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    launch = next(launch for launch in recorded.launches if launch.family == "split" and launch.cluster == 4)
-    kernels = {launch.symbol: types.SimpleNamespace(handle="handle")}
-    binary = types.SimpleNamespace(get_kernel=kernels.get)
-    here = types.SimpleNamespace(device_id=0, set_current=lambda: None, create_stream=lambda: "stream")
-    told, limits, attributes = [], {}, driver.CUfunction_attribute
-    monkeypatch.setattr(core, "Device", lambda index: here)
-    monkeypatch.setattr(core, "LaunchConfig", dict)  # the true one asks the driver whether it knows clusters
-    monkeypatch.setattr(core, "ObjectCode", types.SimpleNamespace(from_cubin=lambda cubin: binary))
-    monkeypatch.setattr(core, "launch", lambda stream, config, kernel, *arguments: told.append((config, arguments)))
-    monkeypatch.setattr(driver, "cuCtxSynchronize", lambda: (0,))
-    monkeypatch.setattr(driver, "cuKernelSetAttribute", lambda name, value, *of: limits.update({name: value}) or (0,))
-    replay.Gpu().run(launch, [np.int64(7)])
-    expected = {"cluster": 4, "is_cooperative": True, "block": 512, "shmem_size": launch.shared_bytes}
-    assert told == [({"grid": (launch.grid[0] // 4, 1, 1), **expected}, (7,))]
-    assert limits == {
-        attributes.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES: launch.shared_bytes,
-        attributes.CU_FUNC_ATTRIBUTE_NON_PORTABLE_CLUSTER_SIZE_ALLOWED: 1,
-    }
 
 
 MEMCHECK = """\

@@ -8,11 +8,12 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
+import numpy as np
 import pytest
 import torch
 
 from benchmarks.sanitize import __main__ as driver_mode
-from benchmarks.sanitize import cases, control, record
+from benchmarks.sanitize import cases, control, record, replay
 from benchmarks.sanitize.launches import Launch, Place
 from elman.ops import gated_softmax, loop, norm, persistent, scan
 from elman.ops.cells import FUSED_CELLS
@@ -261,3 +262,26 @@ def test_a_step_of_the_loop_has_its_own_slices(recorded: record.Recorder) -> Non
     assert sizes[0] == expected
     expected[6] = 0  # no resets follow the last step
     assert [a if not isinstance(b, int) or b else b for a, b in zip(sizes[1], expected, strict=True)] == sizes[1]
+
+
+def test_a_gpu_is_told_of_clusters_that_run_at_a_time(
+    recorded: record.Recorder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    launch = next(launch for launch in recorded.launches if launch.family == "split" and launch.cluster == 4)
+    kernels = {launch.symbol: types.SimpleNamespace(handle="handle")}
+    binary = types.SimpleNamespace(get_kernel=kernels.get)
+    here = types.SimpleNamespace(device_id=0, set_current=lambda: None, create_stream=lambda: "stream")
+    told, limits, attributes = [], {}, driver.CUfunction_attribute
+    monkeypatch.setattr(core, "Device", lambda index: here)
+    monkeypatch.setattr(core, "LaunchConfig", dict)  # the true one asks the driver whether it knows clusters
+    monkeypatch.setattr(core, "ObjectCode", types.SimpleNamespace(from_cubin=lambda cubin: binary))
+    monkeypatch.setattr(core, "launch", lambda stream, config, kernel, *arguments: told.append((config, arguments)))
+    monkeypatch.setattr(driver, "cuCtxSynchronize", lambda: (0,))
+    monkeypatch.setattr(driver, "cuKernelSetAttribute", lambda name, value, *of: limits.update({name: value}) or (0,))
+    replay.Gpu().run(launch, [np.int64(7)])
+    expected = {"cluster": 4, "is_cooperative": True, "block": 512, "shmem_size": launch.shared_bytes}
+    assert told == [({"grid": (launch.grid[0] // 4, 1, 1), **expected}, (7,))]
+    assert limits == {
+        attributes.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES: launch.shared_bytes,
+        attributes.CU_FUNC_ATTRIBUTE_NON_PORTABLE_CLUSTER_SIZE_ALLOWED: 1,
+    }
