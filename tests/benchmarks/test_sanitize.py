@@ -12,9 +12,6 @@ from benchmarks.sanitize import launches as files
 from benchmarks.sanitize import replay
 from benchmarks.sanitize.launches import Buffer, Launch, Place
 
-driver = pytest.importorskip("cuda.bindings.driver")
-core = pytest.importorskip("cuda.core")
-
 
 class Memory:
     """A GPU in a dictionary, with one kernel: it adds its last argument to every byte of a buffer."""
