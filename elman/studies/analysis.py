@@ -404,7 +404,7 @@ def sweep_remarks(sweep: Sequence[Record], finals: Sequence[Record]) -> list[str
                 f"ones look better than they are."
             )
         chosen = [record for record in finals if record.run == label]
-        lines += _at_the_end(label, "the learning rate", rates, {record.lr for record in chosen})
+        lines += _at_the_end(label, "the learning rate", rates, {record.lr for record in chosen}, "--sweep-beyond")
         for name in dict.fromkeys(name for record in of_row for name in record.swept):
             values = {record.swept.get(name) for record in of_row}
             if all(isinstance(value, int | float) for value in values):
@@ -412,11 +412,12 @@ def sweep_remarks(sweep: Sequence[Record], finals: Sequence[Record]) -> list[str
     return lines
 
 
-def _at_the_end(label: str, what: str, tried: Collection[Any], chosen: Iterable[Any]) -> list[str]:
-    """A sentence for each number that was chosen and is the lowest or highest of those tried."""
+def _at_the_end(label: str, what: str, tried: Collection[Any], chosen: Iterable[Any], cure: str = "") -> list[str]:
+    """A sentence for each number chosen that is the lowest or highest of those tried; ``cure`` goes on there."""
     ends = {min(tried): "lowest", max(tried): "highest"} if len(tried) > 1 else {}
+    more = f" ({cure} goes on there)" if cure else ""
     return [
-        f"{label}: {what} {value:g} is the {ends[value]} that was tried; one beyond it may be better."
+        f"{label}: {what} {value:g} is the {ends[value]} that was tried; one beyond it may be better{more}."
         for value in sorted(value for value in chosen if value in ends)
     ]
 

@@ -68,6 +68,8 @@ def _changed(options: RunStudy, study: Study) -> Study:
         if not 0 < options.sweep_part <= 1:
             raise UsageError(f"--sweep-part {options.sweep_part} is out of range: give a number above 0 and up to 1")
         given["sweep_part"] = options.sweep_part
+    if options.sweep_beyond is not None:
+        given["sweep_beyond"] = options.sweep_beyond
     return replace(study, **given)
 
 
@@ -225,6 +227,8 @@ def show_study(name: str, scale: ScaleName, console: Console) -> int:
     runs = len(study.runs) * len(study.seeds)
     sweep = len(study.runs) * len(study.settings) if len(study.settings) > 1 else 0
     line = f"{runs} runs, and {sweep} more to choose {' and '.join(('learning rates', *map(flag, study.sweep)))}"
+    if study.sweep_beyond:
+        line += f", with up to {study.sweep_beyond} a model beyond"
     if study.budget == "time":
         budget = study.budget_of("time").amount
         line += f": {format_duration(budget * (runs + sweep * study.sweep_part))} of training"

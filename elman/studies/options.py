@@ -43,6 +43,9 @@ class RunStudy:
     sweep_part: OptionalFloat = None
     """Part of the budget that a run of the sweep has, the study's own if absent, which is all of it at full scale:
     shorter runs do best at higher rates than whole ones."""
+    sweep_beyond: OptionalInt = None
+    """How many rates the sweep may try beyond the lowest or highest, one after another, while a model's best lies
+    there; the study's own if absent, which is none."""
     only: tuple[str, ...] = ()
     """Names of the runs to train now, or of their series or tasks; all if absent."""
     data: OptionalPath = None

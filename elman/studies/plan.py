@@ -217,12 +217,14 @@ class Plan:
             "refused": {row.run.name: row.refused for row in self.rows if row.refused is not None},
         }
 
-    def sweep_jobs(self) -> list[TrainJob]:
-        """Those that choose the settings; none where there is no choice."""
+    def sweep_job(self, row: Row, setting: Setting) -> TrainJob:
+        """One that helps to choose a run's setting."""
+        return self.job(row, "sweep", setting, SWEEP_SEED)
+
+    def declared_sweep(self, row: Row) -> list[TrainJob]:
+        """What is tried of a run at any rate; nothing where there is no choice."""
         settings = self.study.settings
-        if len(settings) == 1:
-            return []
-        return [self.job(row, "sweep", setting, SWEEP_SEED) for row in self.accepted for setting in settings]
+        return [self.sweep_job(row, setting) for setting in settings] if len(settings) > 1 else []
 
     def final_jobs(self, chosen: Mapping[str, Setting]) -> list[TrainJob]:
         """Those that are compared, whose setting is known; seed by seed, so that all models get on alike."""

@@ -58,7 +58,7 @@ def run_plan(plan: Plan, launcher: Launcher, console: Console, keep: Keep = "fin
     tally.complaints += [f"{row.run.name} is refused: {row.refused}" for row in plan.rows if row.refused is not None]
     if plan.study.memory is not None:
         plan = find_batches(plan, launcher, console, tally)
-    _train(plan.sweep_jobs(), launcher, console, tally, "sweep", keep == "all")
+    _sweep(plan, launcher, console, tally, keep == "all")
     chosen = chosen_settings(plan)
     for row in plan.accepted:
         if row.run.name not in chosen:
@@ -105,20 +105,44 @@ def chosen_settings(plan: Plan) -> dict[str, Setting]:
     only = plan.study.settings[0]
     if len(plan.study.settings) == 1:
         return {row.run.name: only for row in plan.accepted}
-    records: dict[str, list[Record]] = {}
-    for job in plan.sweep_jobs():
-        records.setdefault(job.facts["run"], []).append(read_run(job.folder))
-    chosen = {}
-    for name, tried in records.items():
-        good = [record for record in tried if not record.problems and math.isfinite(record.last_100)]
-        if any(_may_go_on(record) for record in tried) or not good:
-            continue
-        # Where every run had a step that was skipped, the best of them is better than none.
-        clean = [record for record in good if not record.summary.get("skipped_steps")] or good
-        best = min(clean, key=lambda record: record.last_100)
-        assert best.config is not None
-        chosen[name] = plan.study.setting_of(best.config)
-    return chosen
+    best = {row.run.name: _best(plan, sweep_jobs(plan, row)) for row in plan.accepted}
+    return {name: setting for name, setting in best.items() if setting is not None}
+
+
+def sweep_jobs(plan: Plan, row: Row) -> list[TrainJob]:
+    """All of a run's sweep as far as it is known: what is declared, and what the best so far asks for beyond that."""
+    jobs = plan.declared_sweep(row)
+    for _ in range(plan.study.sweep_beyond):
+        best = _best(plan, jobs)
+        beyond = None if best is None else plan.study.setting_beyond(best, [job.config.lr for job in jobs])
+        if beyond is None:
+            break
+        jobs.append(plan.sweep_job(row, beyond))
+    return jobs
+
+
+def _sweep(plan: Plan, launcher: Launcher, console: Console, tally: Tally, keep: bool) -> None:
+    """The declared sweep, and then, of all models together, one rate beyond it after another."""
+    seen: set[Path] = set()
+    for beyond in range(1 + plan.study.sweep_beyond):
+        jobs = [job for row in plan.accepted for job in sweep_jobs(plan, row) if job.folder not in seen]
+        if not jobs:
+            break
+        seen.update(job.folder for job in jobs)
+        _train(jobs, launcher, console, tally, "sweep, beyond its rates" if beyond else "sweep", keep)
+
+
+def _best(plan: Plan, jobs: Sequence[TrainJob]) -> Setting | None:
+    """The setting of the lowest last 100 losses; None while one may still be better, or if none is any good."""
+    tried = [read_run(job.folder) for job in jobs]
+    good = [record for record in tried if not record.problems and math.isfinite(record.last_100)]
+    if any(_may_go_on(record) for record in tried) or not good:
+        return None
+    # Where every run had a step that was skipped, the best of them is better than none.
+    clean = [record for record in good if not record.summary.get("skipped_steps")] or good
+    best = min(clean, key=lambda record: record.last_100)
+    assert best.config is not None
+    return plan.study.setting_of(best.config)
 
 
 def _may_go_on(record: Record) -> bool:
@@ -271,7 +295,7 @@ def _show_task_plan(plan: Plan, launcher_jobs: int, device_type: str, console: C
     table = Table(title=f"{study.name}: {plan.budget} a run", title_justify="left")
     for column in ("model", "widths × depth", "parameters", "tasks", "a run", "runs done"):
         table.add_column(column, justify="left" if column == "model" else "right")
-    sweeps = plan.sweep_jobs()
+    sweeps = [job for row in plan.accepted for job in sweep_jobs(plan, row)]
     finals = plan.final_jobs(chosen_settings(plan))
     places = {row.run.name: row for row in plan.accepted}
     seconds = {name: _task_seconds(plan, row, device_type) for name, row in places.items()}

@@ -190,6 +190,8 @@ class Study:
             tries, such as ``{"warmup": (0.05, 0.2)}``: every value with every rate, which takes so many times the runs.
         sweep_part: the part of the budget that a run of the sweep has. A shorter run is best at a higher rate than a
             whole one, so less than all of it saves time and misleads.
+        sweep_beyond: how many rates the sweep may try beyond the ends of ``learning_rates``: while a run's best is the
+            lowest or the highest so far, the next one there, as far away as its neighbour, with what else is best.
         train: options of ``elman train`` for all runs; where it has no ``warmup``, that is ``WARMUP`` of the budget.
         varies: what the study is about: options in which its runs may differ, and ``params``.
         axis: what loss is drawn against, where the study is about that.
@@ -210,6 +212,7 @@ class Study:
     learning_rates: tuple[float, ...] = (3e-4, 1e-3, 3e-3)
     sweep: Mapping[str, tuple[Any, ...]] = field(default_factory=dict)
     sweep_part: float = 1.0
+    sweep_beyond: int = 0
     train: Mapping[str, Any] = field(default_factory=dict)
     varies: tuple[str, ...] = ()
     axis: Axis | None = None
@@ -234,6 +237,14 @@ class Study:
             raise self._wrong(f"seed {SWEEP_SEED} is that of the sweep: give another")
         if not 0 < self.sweep_part <= 1:
             raise self._wrong(f"sweep_part {self.sweep_part} is out of range: give a number above 0 and up to 1")
+        if type(self.sweep_beyond) is not int or self.sweep_beyond < 0:
+            raise self._wrong(
+                f"sweep_beyond {self.sweep_beyond!r} (--sweep-beyond) is out of range: give a number of rates"
+            )
+        if self.sweep_beyond and len(self.learning_rates) == 1:
+            raise self._wrong(
+                f"sweep_beyond {self.sweep_beyond} (--sweep-beyond) needs two learning rates to go on from: give more"
+            )
         if self.memory is not None and not (isinstance(self.memory, int | float) and 0 < self.memory < math.inf):
             raise self._wrong(f"memory {self.memory!r} is out of range: give bytes, such as 8 * 2**30")
         notes: object = self.notes
@@ -326,6 +337,12 @@ class Study:
             for lr in self.learning_rates
         ]
 
+    def setting_beyond(self, best: Setting, rates: Iterable[float]) -> Setting | None:
+        """What to try where the best of these rates is at their end; None where it is not."""
+        low, *_, high = ordered = sorted(set(rates))
+        neighbour = {low: ordered[1], high: ordered[-2]}.get(best.lr)
+        return None if neighbour is None else dataclasses.replace(best, lr=float(f"{best.lr**2 / neighbour:.3g}"))
+
     def setting_of(self, config: RunConfig) -> Setting:
         """That of a run."""
         return Setting(config.lr, tuple((name, getattr(config, name)) for name in self.sweep))
@@ -384,6 +401,11 @@ class Study:
             lines.append(
                 f"{' and '.join(swept)}: each run's own, the best of {', each with '.join(swept.values())} by the last "
                 f"100 training losses of a run of {budget_part} with a seed of its own"
+                + (
+                    f"; up to {self.sweep_beyond} rates beyond, where the best is at an end"
+                    if self.sweep_beyond
+                    else ""
+                )
             )
         else:
             lines.append(f"learning rate: {rates}")

@@ -30,7 +30,7 @@ from elman.studies.memory import largest_batch, measured_memory, most_memory
 from elman.studies.plan import Plan, identity, job_state, slow_path
 from elman.studies.records import read_run
 from elman.studies.report import make_report
-from elman.studies.runner import chosen_settings, run_plan, show_plan
+from elman.studies.runner import chosen_settings, run_plan, show_plan, sweep_jobs
 from elman.studies.study import SWEEP_SEED, Budget, Run, Scale, Setting, Study
 from elman.training.config import TrainConfig
 from elman.training.run import RunFolder
@@ -213,7 +213,7 @@ def test_a_run_is_known_by_what_it_computes(text: Path) -> None:
 def test_what_a_rate_is_chosen_by(tmp_path: Path, text: Path) -> None:
     made = plan(tmp_path, text, study(seeds=(0,), runs=RUNS[:1]), tokens=256)
     assert chosen_settings(made) == {}
-    first, second = made.sweep_jobs()
+    first, second = sweep_jobs(made, made.accepted[0])
     assert first() == 0
     assert chosen_settings(made) == {}  # the other may be better
     assert second() == 0
@@ -231,12 +231,38 @@ def test_what_a_rate_is_chosen_by(tmp_path: Path, text: Path) -> None:
     assert chosen_settings(made) == {"E1": Setting(other)}
 
 
+def test_a_sweep_goes_on_beyond_an_end_while_the_best_is_there(tmp_path: Path, text: Path) -> None:
+    made = plan(tmp_path, text, study(seeds=(0,), runs=RUNS[:1], sweep={"warmup": (1, 2)}, sweep_beyond=2))
+    code, said = run(made)
+    assert code == 0, said
+    losses = {
+        (record.lr, record.config.warmup): record.last_100
+        for record in map(read_run, (tmp_path / "toy" / "sweep").iterdir())
+        if record.config is not None
+    }
+    declared = {(lr, warmup) for lr in (1e-3, 1e-2) for warmup in (1, 2)}
+    expected = set(declared)
+    for _ in range(2):
+        lr, warmup = min(expected, key=lambda setting: losses[setting])
+        rates = sorted({rate for rate, _ in expected})
+        if lr in (rates[0], rates[-1]):
+            expected.add((float(f"{lr * 10 if lr == rates[-1] else lr / 10:.3g}"), warmup))
+    assert expected > declared  # of two rates the better one is at an end
+    assert set(losses) == expected
+    assert f"{len(expected) + 1} finished" in said
+    best = min(losses, key=lambda setting: losses[setting])
+    assert chosen_settings(made) == {"E1": Setting(best[0], (("warmup", best[1]),))}
+    again = Here()
+    code, said = run(made, again)
+    assert (code, again.ran) == (0, [])
+
+
 def test_what_a_sweep_chooses_beside_the_rate_is_what_is_run_and_told(tmp_path: Path, text: Path) -> None:
     made = plan(tmp_path, text, study(seeds=(0,), sweep={"warmup": (1, 0.5), "weight_init": ("normal", "zero_out")}))
     code, said = run(made)
     assert code == 0, said
     assert "18 finished" in said
-    assert len({job.folder for job in made.sweep_jobs()}) == 16
+    assert len({job.folder for row in made.accepted for job in sweep_jobs(made, row)}) == 16
     chosen = chosen_settings(made)
     for path in (tmp_path / "toy" / "runs").iterdir():
         config = read_run(path).config

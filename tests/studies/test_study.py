@@ -9,7 +9,7 @@ import pytest
 from elman.errors import UsageError
 from elman.sizing import flops_per_token, num_params
 from elman.studies.find import find_study, study_names
-from elman.studies.study import Budget, Run, Scale, Study, slug
+from elman.studies.study import Budget, Run, Scale, Setting, Study, slug
 
 TWO = (Run("a", "e1", depth=2), Run("b", "e15", depth=2))
 
@@ -83,6 +83,14 @@ MISTAKES: dict[str, tuple[dict[str, Any], str]] = {
     "a rate twice": ({"learning_rates": (1e-3, 1e-3)}, "two of its learning rates are 0.001"),
     "no rates": ({"learning_rates": ()}, "at least one of"),
     "a long sweep": ({"sweep_part": 2.0}, "sweep_part 2.0 is out of range"),
+    "a sweep that ends before it begins": (
+        {"sweep_beyond": -1},
+        r"sweep_beyond -1 \(--sweep-beyond\) is out of range: give a number",
+    ),
+    "a sweep of one rate that goes on": (
+        {"sweep_beyond": 1, "learning_rates": (1e-3,)},
+        r"sweep_beyond 1 \(--sweep-beyond\) needs two learning rates",
+    ),
     "an unknown option to sweep": ({"sweep": {"warmpu": (1, 2)}}, "'warmpu', that is unknown: .* warmup"),
     "an option that no sweep may choose": ({"sweep": {"batch_size": (1, 2)}}, "option to sweep, 'batch_size'"),
     "a wrong option to sweep": ({"sweep": {"warmup": (1, -1)}}, "--warmup -1 is out of range"),
@@ -113,6 +121,14 @@ def test_a_mistake_in_a_study_is_named(name: str) -> None:
 
     with pytest.raises(UsageError, match=message):
         make()
+
+
+@pytest.mark.parametrize(("best", "beyond"), [(1e-3, 2.5e-4), (4e-3, None), (6e-3, 9e-3)])
+def test_what_comes_beyond_the_ends_of_a_sweep(best: float, beyond: float | None) -> None:
+    """As far from the end as the end from its neighbour, by factors; what else was best stays."""
+    options = (("warmup", 2),)
+    expected = None if beyond is None else Setting(beyond, options)
+    assert toy().setting_beyond(Setting(best, options), [4e-3, 1e-3, 6e-3, 1e-3]) == expected
 
 
 def test_a_sweep_tries_every_value_with_every_rate() -> None:
