@@ -22,7 +22,7 @@ from scipy import stats
 
 from elman.options import flag
 from elman.sizing import TOLERANCE
-from elman.studies.records import Record
+from elman.studies.records import Record, best_of_sweep
 from elman.studies.study import Budget
 from elman.units import bits, format_bytes, format_count
 
@@ -378,6 +378,27 @@ def law_sentences(laws: Sequence[PowerLaw]) -> list[str]:
     ]
 
 
+def superseded(records: Iterable[Record]) -> list[Record]:
+    """Runs whose setting was their sweep's best once, where it has gone on since and its best has been run too."""
+    of_run: dict[Any, list[Record]] = {}
+    for record in records:
+        if not record.problems and record.facts.get("budget"):
+            of_run.setdefault((record.run, record.budget), []).append(record)
+    found = []
+    for group in of_run.values():
+        tried = [record for record in group if record.is_sweep]
+        finals = [record for record in group if not record.is_sweep]
+        best = best_of_sweep(tried)
+        if best is not None and any(_setting(record) == _setting(best) for record in finals):
+            others = [_setting(record) for record in tried if _setting(record) != _setting(best)]
+            found += [record for record in finals if _setting(record) in others]
+    return found
+
+
+def _setting(record: Record) -> tuple[Any, ...]:
+    return record.lr, record.swept
+
+
 def sweep_remarks(sweep: Sequence[Record], finals: Sequence[Record]) -> list[str]:
     """Rows whose choice of a learning rate, or of what else was swept, is to be doubted.
 
@@ -413,9 +434,9 @@ def sweep_remarks(sweep: Sequence[Record], finals: Sequence[Record]) -> list[str
 
 
 def _at_the_end(label: str, what: str, tried: Collection[Any], chosen: Iterable[Any], cure: str = "") -> list[str]:
-    """A sentence for each number chosen that is the lowest or highest of those tried; ``cure`` goes on there."""
+    """A sentence for each number chosen that is the lowest or highest of those tried; ``cure`` goes further."""
     ends = {min(tried): "lowest", max(tried): "highest"} if len(tried) > 1 else {}
-    more = f" ({cure} goes on there)" if cure else ""
+    more = f" ({cure} goes further)" if cure else ""
     return [
         f"{label}: {what} {value:g} is the {ends[value]} that was tried; one beyond it may be better{more}."
         for value in sorted(value for value in chosen if value in ends)

@@ -227,11 +227,11 @@ def show_study(name: str, scale: ScaleName, console: Console) -> int:
     runs = len(study.runs) * len(study.seeds)
     sweep = len(study.runs) * len(study.settings) if len(study.settings) > 1 else 0
     line = f"{runs} runs, and {sweep} more to choose {' and '.join(('learning rates', *map(flag, study.sweep)))}"
-    if study.sweep_beyond:
-        line += f", with up to {study.sweep_beyond} a model beyond"
     if study.budget == "time":
         budget = study.budget_of("time").amount
         line += f": {format_duration(budget * (runs + sweep * study.sweep_part))} of training"
+    if study.sweep_beyond:
+        line += f"; up to {study.sweep_beyond} a model more where its best rate is at an end"
     say(console, line)
     return 0
 

@@ -179,6 +179,13 @@ class Record:
         return "tokens", float((self.config.steps or 0) * self.config.batch_size * self.config.seq_len)
 
 
+def best_of_sweep(tried: Iterable[Record]) -> Record | None:
+    """By the last 100 losses; None of none. One with a step that was skipped is better than nothing."""
+    good = [record for record in tried if not record.problems and math.isfinite(record.last_100)]
+    clean = [record for record in good if not record.summary.get("skipped_steps")] or good
+    return min(clean, key=lambda record: record.last_100, default=None)
+
+
 def read_run(path: Path) -> Record:
     """Read a folder, and check what it tells of itself. Never raises for what is wrong with it."""
     record = Record(path, path.name)

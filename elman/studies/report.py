@@ -26,6 +26,7 @@ from elman.studies.analysis import (
     compare,
     law_sentences,
     power_laws,
+    superseded,
     sweep_remarks,
     uneven_speeds,
     verdict,
@@ -138,6 +139,8 @@ def make_report(paths: Sequence[Path]) -> Report:
     """
     found = run_folders(paths)
     records = [read_run(path) for path in found]
+    for record in superseded(records):
+        record.problems.append("superseded: another setting has come out best in its sweep since, and has been run")
     name_apart([record for record in records if not record.is_sweep])
     studies = sorted({str(record.facts["study"]) for record in records if "study" in record.facts})
     if len(studies) > 1:
@@ -441,7 +444,7 @@ def _tell_sweep(report: Report, sweep: Sequence[Record], finals: Sequence[Record
     def setting(record: Record) -> tuple[str, ...]:
         return (_rate(record.lr), *(str(getattr(record.config, name, "")) for name in swept))
 
-    chosen = {(record.run, setting(record)) for record in finals}
+    chosen = {(record.run, setting(record)) for record in finals if not record.problems}
     columns = ["run", "learning rate", *map(flag, swept), "budget", "last 100, nats/token", "steps skipped", ""]
     report.sweep = Table(columns, [])
     whole = [record for record in sweep if not record.problems]

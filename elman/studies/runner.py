@@ -5,13 +5,12 @@ What it knows it reads from the run folders each time, so it can be stopped and 
 
 from __future__ import annotations
 
-import math
 import shutil
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Literal, TypeVar
+from typing import Any, Literal, TypeVar
 
 from rich.console import Console
 from rich.table import Table
@@ -21,7 +20,7 @@ from elman.studies.job import TrainJob
 from elman.studies.launch import Launcher
 from elman.studies.memory import ProbeJob, most_memory
 from elman.studies.plan import Plan, Row, job_state
-from elman.studies.records import Record, read_run
+from elman.studies.records import Record, best_of_sweep, read_run
 from elman.studies.study import Setting, slug
 from elman.training.display import say
 from elman.training.run import RunFolder
@@ -58,11 +57,15 @@ def run_plan(plan: Plan, launcher: Launcher, console: Console, keep: Keep = "fin
     tally.complaints += [f"{row.run.name} is refused: {row.refused}" for row in plan.rows if row.refused is not None]
     if plan.study.memory is not None:
         plan = find_batches(plan, launcher, console, tally)
-    _sweep(plan, launcher, console, tally, keep == "all")
-    chosen = chosen_settings(plan)
+    given_up = _sweep(plan, launcher, console, tally, keep == "all")
+    chosen = chosen_settings(plan, given_up)
     for row in plan.accepted:
         if row.run.name not in chosen:
-            tally.complaints.append(f"{row.run.name} has no learning rate: no run of its sweep reached its end")
+            tally.complaints.append(
+                f"{row.run.name} has no learning rate: its sweep has not ended; run the study again to go on"
+            )
+    for line in _overlooked(plan, chosen):
+        say(console, line)
     _train(plan.final_jobs(chosen), launcher, console, tally, "runs", keep != "none")
     say(console, f"{tally.finished} finished, {tally.done_before} were done before")
     for complaint in tally.complaints:
@@ -74,7 +77,7 @@ def find_batches(plan: Plan, launcher: Launcher, console: Console, tally: Tally)
     """The plan with each run's largest batch that fits the study's memory; those without one are refused."""
     probes = {row.run.name: probe(plan, row) for row in plan.accepted}
     wanted = [job for job in probes.values() if job.found() is None]
-    tally.complaints += _launch(wanted, launcher, console, "batches")
+    _launch(wanted, launcher, console, tally, "batches")
     return with_batches(plan, [name for name, job in probes.items() if job.found() is None])
 
 
@@ -97,52 +100,91 @@ def probe(plan: Plan, row: Row) -> ProbeJob:
     )
 
 
-def chosen_settings(plan: Plan) -> dict[str, Setting]:
+def chosen_settings(plan: Plan, given_up: Collection[Path] = ()) -> dict[str, Setting]:
     """Each run's setting, where it is chosen: that of the sweep's lowest last 100 losses without a bad step.
 
-    The held-out text has no part in the choice.
+    The held-out text has no part in the choice. ``given_up``: see ``sweep_jobs``.
     """
     only = plan.study.settings[0]
     if len(plan.study.settings) == 1:
         return {row.run.name: only for row in plan.accepted}
-    best = {row.run.name: _best(plan, sweep_jobs(plan, row)) for row in plan.accepted}
+    best = {row.run.name: _best(plan, sweep_jobs(plan, row, given_up)) for row in plan.accepted}
     return {name: setting for name, setting in best.items() if setting is not None}
 
 
-def sweep_jobs(plan: Plan, row: Row) -> list[TrainJob]:
-    """All of a run's sweep as far as it is known: what is declared, and what the best so far asks for beyond that."""
+def sweep_jobs(plan: Plan, row: Row, given_up: Collection[Path] = ()) -> list[TrainJob]:
+    """All of a run's sweep as far as it is known: what is declared, and what the best so far asks for beyond that.
+
+    ``given_up``: folders of jobs beyond it that failed; the choice is among the others.
+    """
     jobs = plan.declared_sweep(row)
     for _ in range(plan.study.sweep_beyond):
         best = _best(plan, jobs)
         beyond = None if best is None else plan.study.setting_beyond(best, [job.config.lr for job in jobs])
-        if beyond is None:
+        if beyond is None or (job := plan.sweep_job(row, beyond)).folder in given_up:
             break
-        jobs.append(plan.sweep_job(row, beyond))
+        jobs.append(job)
     return jobs
 
 
-def _sweep(plan: Plan, launcher: Launcher, console: Console, tally: Tally, keep: bool) -> None:
-    """The declared sweep, and then, of all models together, one rate beyond it after another."""
+def _sweep(plan: Plan, launcher: Launcher, console: Console, tally: Tally, keep: bool) -> set[Path]:
+    """The declared sweep, and then, of all models together, one rate beyond it after another.
+
+    Returns the folders of jobs beyond it that failed.
+    """
+    declared = {job.folder for row in plan.accepted for job in plan.declared_sweep(row)}
     seen: set[Path] = set()
-    for beyond in range(1 + plan.study.sweep_beyond):
-        jobs = [job for row in plan.accepted for job in sweep_jobs(plan, row) if job.folder not in seen]
+    given_up: set[Path] = set()
+    for _ in range(1 + plan.study.sweep_beyond):
+        jobs = [job for row in plan.accepted for job in sweep_jobs(plan, row, given_up) if job.folder not in seen]
         if not jobs:
             break
         seen.update(job.folder for job in jobs)
-        _train(jobs, launcher, console, tally, "sweep, beyond its rates" if beyond else "sweep", keep)
+        _train([job for job in jobs if job.folder in declared], launcher, console, tally, "sweep", keep)
+        beyond = [job for job in jobs if job.folder not in declared]
+        failed = _train(beyond, launcher, console, tally, "sweep, beyond its rates", keep)
+        given_up.update(job.folder for job in failed)
+    return given_up
 
 
 def _best(plan: Plan, jobs: Sequence[TrainJob]) -> Setting | None:
-    """The setting of the lowest last 100 losses; None while one may still be better, or if none is any good."""
+    """The best one's setting; None while one may still be better, or if none is any good."""
     tried = [read_run(job.folder) for job in jobs]
-    good = [record for record in tried if not record.problems and math.isfinite(record.last_100)]
-    if any(_may_go_on(record) for record in tried) or not good:
+    if any(_may_go_on(record) for record in tried) or (best := best_of_sweep(tried)) is None:
         return None
-    # Where every run had a step that was skipped, the best of them is better than none.
-    clean = [record for record in good if not record.summary.get("skipped_steps")] or good
-    best = min(clean, key=lambda record: record.last_100)
     assert best.config is not None
     return plan.study.setting_of(best.config)
+
+
+def _overlooked(plan: Plan, chosen: Mapping[str, Setting]) -> list[str]:
+    """Of models that did better in an earlier sweep here, at a rate that is not offered now, what to do about it."""
+    own = {"lr", *plan.study.sweep}
+
+    def alike(facts: Mapping[str, Any]) -> tuple[Any, ...]:
+        train = {name: value for name, value in facts["settings"]["train"].items() if name not in own}
+        return train, facts["settings"]["model"], facts["fingerprint"]
+
+    lines = []
+    for row in plan.accepted:
+        jobs = sweep_jobs(plan, row)
+        if not jobs or row.run.name not in chosen:
+            continue
+        (taken,) = [job for job in jobs if plan.study.setting_of(job.config) == chosen[row.run.name]]
+        offered = {job.folder for job in jobs}
+        earlier = [
+            record
+            for path in sorted(taken.folder.parent.glob(f"{slug(row.run.name)}-*"))
+            if path not in offered
+            and not (record := read_run(path)).problems
+            and alike(record.facts) == alike(taken.facts)
+        ]
+        best = best_of_sweep([read_run(taken.folder), *earlier])
+        if best is not None and best.path != taken.folder and best.config is not None:
+            lines.append(
+                f"{row.run.name}: an earlier sweep here had {plan.study.setting_of(best.config)}, which is better than "
+                f"what is chosen and not offered now: --learning-rates and --sweep-beyond decide what is"
+            )
+    return lines
 
 
 def _may_go_on(record: Record) -> bool:
@@ -156,12 +198,17 @@ def _may_go_on(record: Record) -> bool:
     return not (rows and "skipped" in rows[-1])
 
 
-def _train(jobs: Sequence[TrainJob], launcher: Launcher, console: Console, tally: Tally, what: str, keep: bool) -> None:
-    """Those of the jobs that are new or were cut."""
+def _train(
+    jobs: Sequence[TrainJob], launcher: Launcher, console: Console, tally: Tally, what: str, keep: bool
+) -> list[TrainJob]:
+    """Those of the jobs that are new or were cut. Returns those that failed."""
     wanted = []
     for job in jobs:
         state, why = job_state(job)
-        if state == "done":
+        # A run of the sweep whose loss is no number any more has been judged, and would fail again.
+        if state == "done" or (
+            state == "cut" and job.facts["role"] == "sweep" and not _may_go_on(read_run(job.folder))
+        ):
             tally.done_before += 1
             if not keep:
                 _forget_checkpoints(job)
@@ -171,9 +218,10 @@ def _train(jobs: Sequence[TrainJob], launcher: Launcher, console: Console, tally
             wanted.append(job)
         else:
             tally.complaints.append(f"{job.label} is left alone: {why}")
-    complaints = _launch(wanted, launcher, console, what, _nothing if keep else _forget_checkpoints)
-    tally.finished += len(wanted) - len(complaints)
-    tally.complaints += complaints
+    before = len(tally.complaints)
+    failed = _launch(wanted, launcher, console, tally, what, _nothing if keep else _forget_checkpoints)
+    tally.finished += len(wanted) - (len(tally.complaints) - before)
+    return failed
 
 
 def _nothing(job: object) -> None:
@@ -185,15 +233,20 @@ def _forget_checkpoints(job: TrainJob) -> None:
 
 
 def _launch(
-    jobs: Sequence[J], launcher: Launcher, console: Console, what: str, finished: Callable[[J], None] = _nothing
-) -> list[str]:
-    """Run jobs, a line for each that ends, and ``finished`` for each that ends well.
+    jobs: Sequence[J],
+    launcher: Launcher,
+    console: Console,
+    tally: Tally,
+    what: str,
+    finished: Callable[[J], None] = _nothing,
+) -> list[J]:
+    """Run jobs, a line for each that ends, ``finished`` for each that ends well, a complaint for each that does not.
 
-    Returns what to say of those that failed.
+    Returns those that failed; one that was stopped and saved is none of them.
     """
-    complaints: list[str] = []
+    failed: list[J] = []
     if not jobs:
-        return complaints
+        return failed
     say(console, f"{what}: {len(jobs)} to do, {launcher.jobs} at a time")
     started, ended = time.monotonic(), 0
 
@@ -205,13 +258,15 @@ def _launch(
         if code == 0:
             say(console, head + _outcome(job))
             finished(job)
-        else:
-            how = "was stopped and saved; run the study again to go on" if code == 130 else f"failed: {line}"
-            say(console, head + how)
-            complaints.append(f"{job.label} {how}")
+            return
+        how = "was stopped and saved; run the study again to go on" if code == 130 else f"failed: {line}"
+        say(console, head + how)
+        tally.complaints.append(f"{job.label} {how}")
+        if code != 130:
+            failed.append(job)
 
     launcher.run(jobs, done)
-    return complaints
+    return failed
 
 
 def _outcome(job: TrainJob | ProbeJob) -> str:
@@ -241,14 +296,13 @@ def show_plan(plan: Plan, launcher_jobs: int, device_type: str, console: Console
         table.add_column(column, justify="right", no_wrap=column in ("model", "done"))
     finals = plan.final_jobs(chosen_settings(plan))
     total = 0.0
-    for row in plan.rows:
-        if row.model is None:
-            continue
+    for row in plan.accepted:
+        assert row.model is not None
         config = plan.config(row, study.settings[0], study.seeds[0])
         params, target = num_params(row.model), study.target(row.run)
         measured = _measured(plan, row)
         seconds = _seconds(plan, row, device_type, measured)
-        sweeps = len(study.settings) if len(study.settings) > 1 else 0
+        sweeps = len(sweep_jobs(plan, row))
         total += seconds * (len(study.seeds) + study.sweep_part * sweeps)
         total += _ASSUMED_START[device_type] * (len(study.seeds) + sweeps)
         if study.memory is not None and row.run.name not in plan.batches:
@@ -275,7 +329,12 @@ def show_plan(plan: Plan, launcher_jobs: int, device_type: str, console: Console
     say(
         console,
         f"about {format_duration(whole)} in all, {launcher_jobs} at a time, sweep and start-up included; ~ is a guess "
-        f"by FLOPs, ≤ what plain PyTorch would keep, where nothing has been measured yet",
+        f"by FLOPs, ≤ what plain PyTorch would keep, where nothing has been measured yet"
+        + (
+            f"; up to {study.sweep_beyond} runs a model more where its best rate is at an end"
+            if study.sweep_beyond
+            else ""
+        ),
     )
     say(console, f"runs lie in {plan.folder}")
 

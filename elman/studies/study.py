@@ -23,7 +23,7 @@ from elman.mixers import MixerConfig, mixer_config, pattern_mixers
 from elman.model import ModelConfig
 from elman.options import flag
 from elman.sizing import TOLERANCE, flops_per_token, size_model
-from elman.training.config import RunConfig, TaskConfig, TrainConfig
+from elman.training.config import MAX_LR, RunConfig, TaskConfig, TrainConfig
 from elman.units import format_count, format_duration, parse_count, parse_duration
 
 BudgetKind = Literal["time", "tokens", "flops"]
@@ -239,11 +239,11 @@ class Study:
             raise self._wrong(f"sweep_part {self.sweep_part} is out of range: give a number above 0 and up to 1")
         if type(self.sweep_beyond) is not int or self.sweep_beyond < 0:
             raise self._wrong(
-                f"sweep_beyond {self.sweep_beyond!r} (--sweep-beyond) is out of range: give a number of rates"
+                f"sweep_beyond {self.sweep_beyond!r} (--sweep-beyond) is out of range: give a number, 0 or more"
             )
         if self.sweep_beyond and len(self.learning_rates) == 1:
             raise self._wrong(
-                f"sweep_beyond {self.sweep_beyond} (--sweep-beyond) needs two learning rates to go on from: give more"
+                f"sweep_beyond {self.sweep_beyond} (--sweep-beyond) needs two learning rates: give more, or 0"
             )
         if self.memory is not None and not (isinstance(self.memory, int | float) and 0 < self.memory < math.inf):
             raise self._wrong(f"memory {self.memory!r} is out of range: give bytes, such as 8 * 2**30")
@@ -338,10 +338,13 @@ class Study:
         ]
 
     def setting_beyond(self, best: Setting, rates: Iterable[float]) -> Setting | None:
-        """What to try where the best of these rates is at their end; None where it is not."""
+        """What to try where the best of these rates is at their end; None where it is not, or nothing lies beyond."""
         low, *_, high = ordered = sorted(set(rates))
         neighbour = {low: ordered[1], high: ordered[-2]}.get(best.lr)
-        return None if neighbour is None else dataclasses.replace(best, lr=float(f"{best.lr**2 / neighbour:.3g}"))
+        if neighbour is None:
+            return None
+        lr = float(f"{best.lr**2 / neighbour:.3g}")
+        return dataclasses.replace(best, lr=lr) if lr not in ordered and 0 < lr < MAX_LR else None
 
     def setting_of(self, config: RunConfig) -> Setting:
         """That of a run."""
@@ -401,11 +404,7 @@ class Study:
             lines.append(
                 f"{' and '.join(swept)}: each run's own, the best of {', each with '.join(swept.values())} by the last "
                 f"100 training losses of a run of {budget_part} with a seed of its own"
-                + (
-                    f"; up to {self.sweep_beyond} rates beyond, where the best is at an end"
-                    if self.sweep_beyond
-                    else ""
-                )
+                + (f"; up to {self.sweep_beyond} more beyond, where the best is at an end" if self.sweep_beyond else "")
             )
         else:
             lines.append(f"learning rate: {rates}")

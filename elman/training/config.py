@@ -15,6 +15,9 @@ from elman.mixers.base import WeightInit
 from elman.options import OptionalInt, OptionalPath, OptionalStr, check_at_least, check_types
 from elman.units import parse_count, parse_duration
 
+#: Rates below this are taken.
+MAX_LR = 100
+
 
 @dataclass(frozen=True)
 class RunConfig(ABC):
@@ -119,7 +122,7 @@ class RunConfig(ABC):
         check_at_least(self, warmup=0, eval_every=0, save_every=0, stats_every=0, weight_decay=0, grad_clip=0, seed=0)
         if self.warmup > 1 and self.warmup % 1:
             raise UsageError(f"--warmup {self.warmup} is neither: give whole steps, or a part of the run below 1")
-        if not 0 < self.lr < 100:
+        if not 0 < self.lr < MAX_LR:
             raise UsageError(f"--lr {self.lr} is out of range: give a number above 0, such as 1e-3")
         if self.batch_size % self.grad_accum:
             raise UsageError(

@@ -229,6 +229,10 @@ def test_what_a_rate_is_chosen_by(tmp_path: Path, text: Path) -> None:
     assert chosen_settings(made) == {}
     RunFolder(best.folder).append_metrics([{"step": 5, "seconds": 1.0, "lr": 1.0, "skipped": 10}])
     assert chosen_settings(made) == {"E1": Setting(other)}
+    # Nor is it run again, which would end likewise.
+    launcher = Here()
+    assert run(made, launcher)[0] == 0
+    assert launcher.ran == [f"E1, lr {other:g}, seed 0"]
 
 
 def test_a_sweep_goes_on_beyond_an_end_while_the_best_is_there(tmp_path: Path, text: Path) -> None:
@@ -255,6 +259,49 @@ def test_a_sweep_goes_on_beyond_an_end_while_the_best_is_there(tmp_path: Path, t
     again = Here()
     code, said = run(made, again)
     assert (code, again.ran) == (0, [])
+
+
+def test_a_failure_beyond_the_ends_leaves_the_choice_among_the_others(tmp_path: Path, text: Path) -> None:
+    made = plan(tmp_path, text, study(seeds=(0,), runs=RUNS[:1], sweep_beyond=1))
+    beyond = [f"E1, lr {lr:g}, seed {SWEEP_SEED}" for lr in (1e-4, 0.1)]
+    launcher = Here(fails=beyond)
+    code, said = run(made, launcher)
+    assert code == 1
+    assert "failed: the machine burnt down" in said
+    assert len(launcher.ran) == 4
+    assert launcher.ran[2] in beyond
+    (final,) = (tmp_path / "toy" / "runs").iterdir()
+    assert read_run(final).lr in (1e-3, 1e-2)
+    again = Here()
+    code, said = run(made, again)
+    assert code == 0, said
+    assert again.ran[0] == launcher.ran[2]
+    assert "sweep, beyond its rates: 1 to do" in said
+
+
+def test_what_a_longer_sweep_finds_takes_the_place_of_what_was_run(tmp_path: Path, text: Path) -> None:
+    short, long = (study(seeds=(0,), runs=RUNS[:1], sweep_beyond=beyond) for beyond in (0, 1))
+    code, said = run(plan(tmp_path, text, short))
+    assert code == 0, said
+    (first,) = (tmp_path / "toy" / "runs").iterdir()
+    best = read_run(first).lr
+    made = plan(tmp_path, text, long)
+    job = sweep_jobs(made, made.accepted[0])[-1]
+    assert job_state(job)[0] == "new"
+    assert job() == 0
+    swept = {record.lr: record.last_100 for record in map(read_run, (tmp_path / "toy" / "sweep").iterdir())}
+    assert swept[job.config.lr] < swept[best], "two steps do best at a rate that no long run would take"
+    code, said = run(made)
+    assert code == 0, said
+    report = make_report([tmp_path / "toy"])
+    (row,) = report.sections[0].tables[0].rows
+    assert row[4] == f"{job.config.lr:g}" != f"{best:g}"
+    assert any(first.name in name and why.startswith("superseded") for name, why in report.left_out)
+    assert report.sweep is not None
+    assert [row[1] for row in report.sweep.rows if row[-1] == "chosen"] == [f"{job.config.lr:g}"]
+    code, said = run(plan(tmp_path, text, short))
+    assert code == 0, said
+    assert f"E1: an earlier sweep here had lr {job.config.lr:g}, which is better than what is chosen" in said
 
 
 def test_what_a_sweep_chooses_beside_the_rate_is_what_is_run_and_told(tmp_path: Path, text: Path) -> None:

@@ -131,6 +131,11 @@ def test_what_comes_beyond_the_ends_of_a_sweep(best: float, beyond: float | None
     assert toy().setting_beyond(Setting(best, options), [4e-3, 1e-3, 6e-3, 1e-3]) == expected
 
 
+def test_nothing_comes_beyond_what_is_a_rate_or_was_tried() -> None:
+    assert toy().setting_beyond(Setting(50.0), [1e-3, 50.0]) is None
+    assert toy().setting_beyond(Setting(1e-3), [1e-3, 1.0004e-3]) is None
+
+
 def test_a_sweep_tries_every_value_with_every_rate() -> None:
     made = toy(learning_rates=(1e-3, 2e-3), sweep={"warmup": (1, 2), "weight_init": ("normal", "fan_in")})
     assert [str(setting) for setting in made.settings] == [
