@@ -46,9 +46,7 @@ _FAMILIES = {
     **{f"{name}::": name for name in ("split", "wide")},
     **{
         f"{name}_{way}": name
-        for name in (
-            *("split", "wide", "diagonal", "step", "banks", "norm", "scan", "gated_softmax", "short_conv", "matrix"),
-        )
+        for name in "split wide diagonal step banks norm scan gated_softmax short_conv matrix".split()
         for way in ("forward", "backward")
     },
 }

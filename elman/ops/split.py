@@ -96,6 +96,7 @@ class SplitPlan:
         part, cell_blocks = self.blocks * _PART_BYTES, self.blocks * 2 // self.cluster
         push = 600 + self._sent_parts * part / 16
         counted = self.product_clocks() + 350 + push + 350 + 100 * cell_blocks + 1450 + chunk_bytes(self.blocks) / 55
+        # Large tiles have one room for sums, and fetch late: one row of the sixteen.
         return 1.35 * counted + (2500 if self.blocks >= _LARGE else 0)
 
     def microseconds(self, task: Task) -> float:

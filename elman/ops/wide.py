@@ -79,7 +79,7 @@ class WidePlan:
         tile = 1.5 * product + 200 if self.split == 1 else product + 1200 + 450 * cell_blocks
         tile += self.split * 100 * max(0, self.blocks - 3)
         chunks = self.register_chunks + self.shared_chunks
-        if self.slots < chunks:  # from 512 x 1280 and 256 x 2048 on an H200
+        if self.slots < chunks:  # what an H200 took, one shape each: 512 x 1280, 256 x 2048
             tile *= 1.4 - 0.4 * self.slots / chunks if self.split == 1 else 0.9
         return max(chain, self.tiles * tile) / CLOCKS_PER_MICROSECOND
 

@@ -115,6 +115,15 @@ def test_it_pays_where_it_was_measured_to(
     )
 
 
+def test_the_loop_has_what_would_take_many_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By the models alone."""
+    monkeypatch.setattr(persistent, "chip_of", lambda index: H200)
+    monkeypatch.setattr(persistent, "_is_captured", lambda: True)
+    for batch, pays in ((128, True), (1024, False)):
+        problem = backends.Problem(512, batch, 3584, torch.bfloat16, torch.device("cuda", 0), Dense, CELLS["tanh"])
+        assert persistent.pays(problem) == pays
+
+
 @pytest.mark.parametrize("captured", [False, True])
 def test_a_cuda_graph_spares_the_loop_its_launches(captured: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """An LSTM of 256 × 1024 took 9.8 µs a step forward and 20 backward on an H100, the loop 9.2 and 16 in a graph."""

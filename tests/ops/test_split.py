@@ -88,16 +88,20 @@ def test_the_model_of_a_steps_time_against_what_was_measured() -> None:
         r"^\| (\d+) × (\d+) \| ([\d, ]+) on (\d+)×(\d+)×(\d+) \|.*?\| ([\d.]+) / ([\d.]+) \|", rows, re.M
     )
     assert len(found) == 16
-    for batch, hidden, shape, *_, forward, backward in found:
+    for batch, hidden, shape, groups, columns, tiles, forward, backward in found:
         blocks, cluster = (int(number) for number in shape.split(", ")[2::2])
-        modelled = [
-            plan.microseconds(task)
+        plans = [
+            (task, plan)
             for task in TASKS[:2]
             for plan in split.plans(H200, int(batch), int(hidden), task, 1)
             if (plan.blocks, plan.cluster) == (blocks, cluster)
         ]
+        assert {(plan.groups, plan.columns, plan.tiles) for _, plan in plans} == {
+            (int(groups), int(columns), int(tiles))
+        }
+        modelled = [plan.microseconds(task) for task, plan in plans]
         measured = (float(forward) + float(backward)) / 2
-        assert sum(modelled) / len(modelled) == pytest.approx(measured, rel=0.13), (batch, hidden, shape)
+        assert sum(modelled) / len(modelled) == pytest.approx(measured, rel=0.12), (batch, hidden, shape)
 
 
 @pytest.mark.parametrize("design", DESIGNS)
