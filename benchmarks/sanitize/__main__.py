@@ -35,6 +35,10 @@ from typing import NamedTuple
 
 from benchmarks.sanitize.launches import load, save
 
+#: Families whose kernels are NAME_forward and NAME_backward.
+_NAMED_BY_WAY = (
+    "split", "wide", "diagonal", "step", "banks", "norm", "scan", "gated_softmax", "short_conv", "matrix",
+)  # fmt: skip
 TOOLS = ("none", "memcheck", "racecheck", "synccheck", "initcheck")
 _HANDED_OVER, _RACING = CONTROLS = "control, handed over", "control, racing"
 #: Of the name of a kernel, and its family.
@@ -44,11 +48,7 @@ _FAMILIES = {
     **{name: f"persistent {name}" for name in ("PolledRing", "StagedRing2", "StagedRing3", "ClusterPush")},
     # A message may name an inlined function instead; those that the split kernels share with the wide ones name both.
     **{f"{name}::": name for name in ("split", "wide")},
-    **{
-        f"{name}_{way}": name
-        for name in "split wide diagonal step banks norm scan gated_softmax short_conv matrix".split()
-        for way in ("forward", "backward")
-    },
+    **{f"{name}_{way}": name for name in _NAMED_BY_WAY for way in ("forward", "backward")},
 }
 _OTHER = "no family"
 #: How long a launch may take, or what a tool has to say before the first and after the last one.
