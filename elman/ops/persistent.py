@@ -205,8 +205,9 @@ def _plans(chip: Chip, batch: int, hidden: int, task: Task, heads: int, rank: in
     """Every plan that fits, but for those that are known to be slow."""
     if rank:
         yield from low_rank.plans(chip, batch, hidden, rank, task)
+    else:  # beside the factors they have not been timed
+        yield from split.plans(chip, batch, hidden, task, heads)
     yield from wide.plans(chip, batch, hidden, task, heads)
-    yield from split.plans(chip, batch, hidden, task, heads)
     yield from narrow.plans(chip, batch, hidden, task, heads)
 
 

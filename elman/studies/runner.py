@@ -161,15 +161,16 @@ def _overlooked(plan: Plan, chosen: Mapping[str, Setting]) -> list[str]:
     own = {"lr", *plan.study.sweep}
 
     def alike(facts: Mapping[str, Any]) -> tuple[Any, ...]:
-        train = {name: value for name, value in facts["settings"]["train"].items() if name not in own}
-        return train, facts["settings"]["model"], facts["fingerprint"]
+        begun = facts.get("settings") or {"train": {}, "model": None}  # as an elman before it wrote them had none
+        train = {name: value for name, value in begun["train"].items() if name not in own}
+        return train, begun["model"], facts.get("fingerprint")
 
     lines = []
     for row in plan.accepted:
         jobs = sweep_jobs(plan, row)
-        if not jobs or row.run.name not in chosen:
+        taken = next((job for job in jobs if plan.study.setting_of(job.config) == chosen.get(row.run.name)), None)
+        if taken is None:
             continue
-        (taken,) = [job for job in jobs if plan.study.setting_of(job.config) == chosen[row.run.name]]
         offered = {job.folder for job in jobs}
         earlier = [
             record

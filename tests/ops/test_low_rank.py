@@ -84,7 +84,7 @@ def test_what_is_faster_composed_is_composed(batch: int, hidden: int, rank: int)
 
 
 def test_a_wide_state_of_low_rank_is_not_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    """By its factors it fits where a dense weight does not, or pays where that does not."""
+    """By its factors it fits where a dense weight does not."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(persistent, "chip_of", lambda index: H200)
     monkeypatch.setattr(persistent, "compiler_version", lambda: "13.0.88")
@@ -92,7 +92,6 @@ def test_a_wide_state_of_low_rank_is_not_refused(monkeypatch: pytest.MonkeyPatch
     device = torch.device("cuda:0")
     e5 = backends.Problem(512, 256, 2816, torch.bfloat16, device, LowRank, CELLS["tanh"], rank=495)
     assert backends.choose("auto", e5) == "persistent"
-    assert backends.choose("auto", replace(e5, operator=Dense, rank=0)) == "loop"
     wide = replace(e5, batch_size=8, hidden_size=5120, rank=128)
     assert persistent.why_not(wide) is None
     assert "H = 5120 is over" in str(persistent.why_not(replace(wide, operator=Dense, rank=0)))
