@@ -197,7 +197,7 @@ def make_plan(chip: Chip, batch: int, hidden: int, task: Task, heads: int = 1, r
 
 
 def _fastest(plans: Iterable[AnyPlan], task: Task) -> AnyPlan:
-    """By the models of their time; the split kernels, whose model is the newest and off by as much, by this much."""
+    """By the models of a step's time; the split kernels must be ahead by as much as theirs errs where it was timed."""
     return min(plans, key=lambda plan: plan.microseconds(task) * (1.1 if isinstance(plan, SplitPlan) else 1))
 
 

@@ -1,5 +1,6 @@
 """Plans and their running: a run is known by what it computes, so what is done stays and what was cut goes on."""
 
+import contextlib
 import functools
 import io
 import json
@@ -411,6 +412,10 @@ def test_a_job_that_a_cluster_takes_back_is_queued_again(tmp_path: Path, text: P
     assert again.function == job
 
 
+def _hear_interrupts() -> None:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
 def test_ctrl_c_stops_the_study_and_saves_its_run(tmp_path: Path, text: Path) -> None:
     file = tmp_path / "my.py"
     file.write_text(
@@ -421,12 +426,17 @@ def test_ctrl_c_stops_the_study_and_saves_its_run(tmp_path: Path, text: Path) ->
     )
     command = [sys.executable, "-m", "elman", "study", "run", str(file), "--data", str(text), "--device", "cpu"]
     command += ["--folder", str(tmp_path / "mine"), "--tokens"]
-    process = subprocess.Popen([*command, "1b"])
-    deadline = time.monotonic() + 60
-    while not list(tmp_path.glob("mine/runs/*/metrics.jsonl")) and time.monotonic() < deadline:
-        time.sleep(0.1)
-    process.send_signal(signal.SIGINT)
-    assert process.wait(60) == 130
+    # In a shell's background it would inherit that SIGINT is ignored; a group of its own goes with it if it fails.
+    process = subprocess.Popen([*command, "1b"], start_new_session=True, preexec_fn=_hear_interrupts)
+    try:
+        deadline = time.monotonic() + 60
+        while not list(tmp_path.glob("mine/runs/*/metrics.jsonl")) and time.monotonic() < deadline:
+            time.sleep(0.1)
+        process.send_signal(signal.SIGINT)
+        assert process.wait(60) == 130
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
     (cut,) = (tmp_path / "mine" / "runs").iterdir()
     assert list((cut / "checkpoints").iterdir())
     record = read_run(cut)
