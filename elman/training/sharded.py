@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import os
 import warnings
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
@@ -22,7 +21,7 @@ import torch.distributed.checkpoint as dcp
 from torch import Tensor, nn
 from torch.distributed.checkpoint import CheckpointException, HuggingFaceStorageReader, HuggingFaceStorageWriter
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor, empty
 from torch.utils._pytree import keystr, tree_map, tree_map_with_path
 
@@ -47,19 +46,8 @@ class Shards(Whole):
         warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
         # By the model's device: PyTorch would take a GPU where there is one.
         mesh = init_device_mesh(model.embedding.weight.device.type, (dist.get_world_size(),))
-        # To be timed: ELMAN_FSDP_LAB="group=2,prefetch=2,keep=1,bf16=1"; see benchmarks/experiments/README.md.
-        lab = dict(pair.split("=") for pair in os.environ.get("ELMAN_FSDP_LAB", "").split(",") if pair)
-        mixers: list[Any] = [layer.mixer for layer in model.layers]
-        size = int(lab.get("group", 1))
-        policy = MixedPrecisionPolicy(torch.bfloat16, torch.float32) if "bf16" in lab else MixedPrecisionPolicy()
-        for first in range(0, len(mixers), size):
-            part = mixers[first : first + size]
-            given: Any = part if size > 1 else part[0]
-            fully_shard(given, mesh=mesh, mp_policy=policy, reshard_after_forward="keep" not in lab)
-        if ahead := int(lab.get("prefetch", 0)):
-            for i, mixer in enumerate(mixers):
-                mixer.set_modules_to_forward_prefetch(mixers[i + 1 : i + 1 + ahead])
-                mixer.set_modules_to_backward_prefetch(mixers[max(0, i - ahead) : i][::-1])
+        for layer in model.layers:
+            fully_shard(layer.mixer, mesh=mesh)  # type: ignore[arg-type]
         # Else the last evaluation's would stay gathered, and the next step run by them.
         fully_shard(model, mesh=mesh, reshard_after_forward=True)
         self.room = self._room

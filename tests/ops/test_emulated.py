@@ -11,12 +11,11 @@ import pytest
 import torch
 
 from benchmarks.designs import SPLIT, WIDE, best_plan
-from benchmarks.experiments.hopper_lab import with_code
 from elman.ops import low_rank, persistent
 from elman.ops.low_rank import LowRankPlan
 from elman.ops.planning import TYPICAL_CHIPS, Chip, Task
 from elman.ops.split import SplitPlan
-from elman.ops.wide import WidePlan
+from elman.ops.wide import CHUNK_STEPS, STEP_BYTES, WidePlan
 from tests.ops.cuda import emulator
 from tests.ops.cuda.emulator import emulate, needs_compiler
 from tests.ops.problems import Problem, assert_a_nan_stays_in_its_row, assert_as_exact_as_reference, draw, solve
@@ -192,7 +191,6 @@ class HopperCase:
     multiprocessors: int = 4
     slots: int | None = None
     shared_chunks: int = 0
-    code: int = 0
     cell: str = "tanh"
     dtype: torch.dtype = torch.bfloat16
     with_h0: bool = True
@@ -206,12 +204,12 @@ class HopperCase:
         chip = replace(TYPICAL_CHIPS["sm_90a"], multiprocessors=self.multiprocessors)
         plan = best_plan(self.design, self.blocks, chip, self.batch, self.hidden, task)
         assert isinstance(plan, WidePlan | SplitPlan)
-        return with_code(
+        return replace(
             plan,
-            self.code,
             slots=self.slots or plan.slots,
             register_chunks=plan.register_chunks - self.shared_chunks,
             shared_chunks=plan.shared_chunks + self.shared_chunks,
+            shared_bytes=plan.shared_bytes + 2 * self.shared_chunks * CHUNK_STEPS * STEP_BYTES,
         )
 
     def emulate(self, patch: pytest.MonkeyPatch) -> emulator.Emulator:
@@ -225,26 +223,6 @@ HOPPER_CASES = {
         3, 33, 400, "wide, own tiles", multiprocessors=8, slots=3, cell="softsign"
     ),
     "shared tiles": HopperCase(10, 19, 256, "wide, shared tiles", dtype=torch.float16),
-    "own units": HopperCase(11, 13, 200, "wide, own units"),
-    "own units, three tiles": HopperCase(4, 70, 136, "wide, own units", 3, cell="softsign", multiprocessors=2),
-    "own units, slots given back": HopperCase(3, 33, 400, "wide, own units", multiprocessors=4, slots=3),
-    "own units, two groups": HopperCase(3, 21, 136, "wide, own units", dtype=torch.float16, reset_rate=None),
-    "own units, weights in shared memory": HopperCase(3, 19, 264, "wide, own units", shared_chunks=1),
-    "own units, at every wgmma, both stored": HopperCase(
-        3, 35, 264, "wide, own units", shared_chunks=1, code=1010, multiprocessors=3
-    ),
-    "own tiles, at every wgmma, both stored": HopperCase(
-        3, 35, 264, "wide, own tiles", shared_chunks=1, code=1010, multiprocessors=6
-    ),
-    "shared tiles, at every wgmma, both stored": HopperCase(
-        3, 35, 520, "wide, shared tiles", shared_chunks=1, code=1010, multiprocessors=10
-    ),
-    "split over 2, at every wgmma, both stored, three sets": HopperCase(
-        4, 61, 256, "split over 2", 3, code=1010, slots=3
-    ),
-    "split over 2, at every wgmma, weights in shared memory": HopperCase(
-        3, 19, 392, "split over 2", multiprocessors=8, shared_chunks=1, code=1110, slots=6
-    ),
     "split over 2, one tile": HopperCase(11, 13, 200, "split over 2"),
     "split over 2, three tiles": HopperCase(4, 61, 256, "split over 2", 3, dtype=torch.float16),
     "split over 2, two groups": HopperCase(3, 21, 136, "split over 2", multiprocessors=8, cell="softsign"),

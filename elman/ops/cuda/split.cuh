@@ -37,10 +37,9 @@ constexpr int kThreads = 4 * kGroupThreads;
 constexpr int kClusterUnits = kGroups * kRows, kCellWarps = 4, kProductWarps = kGroups * kGroupWarps;
 
 template <typename Cell, bool kBackward, int kRegisterChunks, int kSharedChunks, int kBlocks, int kSlots, int kCluster_>
-struct Shape : wide::Depth<kBackward, kRegisterChunks, kSharedChunks, kBlocks, kSlots, kCluster_ % 10, kCluster_ / 10 % 10 ? 1 : 8> {
-  using Base = wide::Depth<kBackward, kRegisterChunks, kSharedChunks, kBlocks, kSlots, kCluster_ % 10, kCluster_ / 10 % 10 ? 1 : 8>;
-  static constexpr bool kTrace = kCluster_ / 10000 % 10 > 0, kDual = kCluster_ / 1000 % 10 > 0;
-  static constexpr int kCluster = kCluster_ % 10, kColumns = kClusterUnits / kCluster;
+struct Shape : wide::Depth<kBackward, kRegisterChunks, kSharedChunks, kBlocks, kSlots, kCluster_> {
+  using Base = wide::Depth<kBackward, kRegisterChunks, kSharedChunks, kBlocks, kSlots, kCluster_>;
+  static constexpr int kCluster = kCluster_, kColumns = kClusterUnits / kCluster;
   static constexpr int kPeerStep = kCluster;  // CTAs that publish a chunk
   static constexpr int kOwnWarps = kColumns / kWarpRows;  // product warps whose sums a CTA keeps, 16 units each
   static constexpr int kCellBlocks = kBlocks * kOwnWarps / kCellWarps, kCellRows = kCellBlocks * kBlockRows;
@@ -48,7 +47,7 @@ struct Shape : wide::Depth<kBackward, kRegisterChunks, kSharedChunks, kBlocks, k
   // With its chunk of this number a warp group passes its turn on: late, but so that three chunks more can come while the
   // other one has yet to give back the first. Some CTAs have one chunk less than others.
   static constexpr int kLate = Base::kChunks < kSlots - 1 ? Base::kChunks - 3 : kSlots - 4;
-  static constexpr int kPass = kCluster_ / 100 % 10 ? kCluster_ / 100 % 10 - 1 : kLate > 0 ? kLate : 0;
+  static constexpr int kPass = kLate > 0 ? kLate : 0;
   static_assert(kPass < kSlots, "or the first group would wait for slots that the other holds, and that for its turn");
   static constexpr int kRings = 1, kRingWarps = kProductWarps;
   static constexpr bool kWiper = true;
@@ -60,7 +59,7 @@ struct Shape : wide::Depth<kBackward, kRegisterChunks, kSharedChunks, kBlocks, k
   // after that, and what is stored goes where the inputs were.
   static constexpr bool kAhead = kBlocks < 8;
   static constexpr int kRooms = kAhead ? 2 : 1;
-  static constexpr int kStages = kInputs + kAhead + (kDual && kAhead && !kBackward), kOutStage = kAhead ? kInputs : 0;
+  static constexpr int kStages = kInputs + kAhead, kOutStage = kAhead ? kInputs : 0;
   static constexpr int kPartBytes = kBlocks * 32 * 16;           // the sums of a product warp
   static constexpr int kWeightOffset = kSlots * Base::kChunkBytes;
   static constexpr int kPartOffset = kWeightOffset + kGroups * Base::kGroupWeightBytes;
@@ -77,7 +76,6 @@ struct Shape : wide::Depth<kBackward, kRegisterChunks, kSharedChunks, kBlocks, k
   // Registers of a thread that multiplies, that applies the cell, and of the others; 512 threads share 65536.
   static constexpr int kProductRegisters = kCellBlocks > 4 ? 184 : 192, kOtherRegisters = 24;
   static constexpr int kCellRegisters = 512 - 2 * kProductRegisters - kOtherRegisters;
-  static_assert(kSharedBytes <= 227 * 1024, "fits");
   static_assert(kBlocks * kOwnWarps % kCellWarps == 0, "every cell warp has as many blocks");
   static_assert(kOwnBytes % kEmptyBytes == 0, "wipes are whole copies");
   static_assert(Cell::kProducts == 1 && !Cell::kReadsMemory && Cell::kAdditive, "one product and no memory");
@@ -107,13 +105,9 @@ __device__ __forceinline__ void run_products(const Problem<T>& p, const wide::Ri
       const u32 phase = uniform(turn);  // else slots are addressed by each thread anew
       float sum[S::kBlocks * 4];
       const char* state = ring.at(step, tile);
-      wide::mark<S>(p, step, tile, 0);
       if (group == 1 || phase > 0) barrier_sync(wide::kTurn + group, kGroups * kGroupThreads);
       const bool passes = group == 0 || tile + 1 < part.tiles || step + 1 < products;
-      wide::mark<S>(p, step, tile, 1);
-      u32 seen[2] = {};
-      wide::multiply<S, T, false>(sum, weights, shared_weights, slots, state, phase, all, rank, group, passes, seen);
-      wide::mark<S>(p, step, tile, 2, seen[0]), wide::mark<S>(p, step, tile, 3, seen[1]), wide::mark<S>(p, step, tile, 4);
+      wide::multiply<S, T, false>(sum, weights, shared_weights, slots, state, phase, all, rank, group, passes);
       if (S::kRelease && lane == 0) store_shared4(multiplied + warp * 4, phase + 1);
       // All warps of the group have done with the state when it is sent that one has: see wide::wipe.
       if (__builtin_expect(any_of(wide::kVote + group, kGroupThreads, wide::suspect(sum)), 0)) {
@@ -124,11 +118,9 @@ __device__ __forceinline__ void run_products(const Problem<T>& p, const wide::Ri
       }
       if (S::kRelease && group == 0 && lane == 0) store_shared4(done + warp * 4, phase + 1);
       wide::release_tile(slots, phase, all);
-      wide::mark<S>(p, step, tile, 5);
       const u32 room = phase % S::kRooms, sums = to + room * S::kRoomBytes, parts_full = full + room * 8;
       const u32 read_of_room = read + room * (S::kCluster * 8);
       mbarrier_wait<kSpinLimit>(read_of_room, (phase / S::kRooms & 1) ^ 1);
-      wide::mark<S>(p, step, tile, 6);
       auto words = [&](int block) -> Words4 {
         return {__float_as_uint(sum[block * 4]), __float_as_uint(sum[block * 4 + 1]),
                 __float_as_uint(sum[block * 4 + 2]), __float_as_uint(sum[block * 4 + 3])};
@@ -144,7 +136,6 @@ __device__ __forceinline__ void run_products(const Problem<T>& p, const wide::Ri
         for (int block = 0; block < S::kBlocks; ++block) push(theirs + block * 512, words(block), counted);
       }
       __syncwarp();
-      wide::mark<S>(p, step, tile, 7);
     }
 }
 
@@ -173,14 +164,11 @@ __device__ __forceinline__ void run_cells(const Problem<T>& p, const wide::Ring<
         else
           cells.fetch(step + 1, 0);
       };
-      wide::mark<S>(p, step, tile, 0);
       typename wide::Cells<S, Cell, T>::Given given;
       cells.take(given);
       if (S::kAhead) fetch_next();
       cells.prepare(step, tile, given);
-      wide::mark<S>(p, step, tile, 1);
       mbarrier_wait<kSpinLimit>(full, phase / S::kRooms & 1);
-      wide::mark<S>(p, step, tile, 2);
       float mine[S::kCellBlocks * 4] = {};
 #pragma unroll
       for (int from = 0; from < S::kCluster; ++from)
@@ -194,11 +182,8 @@ __device__ __forceinline__ void run_cells(const Problem<T>& p, const wide::Ring<
 #pragma unroll
       for (int i = 0; i < S::kCellBlocks * 4; ++i) loaded = max(loaded, __float_as_uint(mine[i]));
       __syncwarp();
-      wide::mark<S>(p, step, tile, 3);
       if (lane < S::kCluster) mbarrier_arrive_peer(peer_address(read, lane), loaded);
-      wide::mark<S>(p, step, tile, 4);
       cells.finish(step, tile, products, given, mine);
-      wide::mark<S>(p, step, tile, 6);
       __syncwarp();
       if (!S::kAhead) fetch_next();
     }
@@ -241,7 +226,7 @@ __device__ __forceinline__ void run(const Problem<T>& p) {
     give_registers<S::kOtherRegisters>();
     const int loader = warp - kProductWarps - kCellWarps;
     if (loader < wide::kLoaders)
-      wide::run_loader<S>(reinterpret_cast<const Problem<bf16>&>(p), ring, shared, part, rank, 0, loader, all, products);
+      wide::run_loader<S>(ring, shared, part, rank, 0, loader, all, products);
     else if (loader == wide::kLoaders)
       wide::run_wiper<S>(ring, shared, part, products);
   }
@@ -253,10 +238,10 @@ __device__ __forceinline__ void run(const Problem<T>& p) {
 
 template <typename T, typename Cell, int kRegisterChunks, int kSharedChunks, int kBlocks, int kSlots, int kCluster>
 __global__ void __launch_bounds__(split::kThreads, 1)
-    split_forward(const T* pre, const T* weight, const T* trace, const T* h0, const T*, const u8* reset, T* h, T* saved, T*,
+    split_forward(const T* pre, const T* weight, const T*, const T* h0, const T*, const u8* reset, T* h, T* saved, T*,
                   T*, char* ring, int steps, int batch, int hidden, int pitch, int tiles) {
   wide::Problem<T> p{};
-  p.bias = trace, p.input = pre, p.weight = weight, p.initial = h0, p.reset = reset, p.output = h, p.saved = saved;
+  p.input = pre, p.weight = weight, p.initial = h0, p.reset = reset, p.output = h, p.saved = saved;
   p.ring = ring, p.steps = steps, p.batch = batch, p.hidden = hidden, p.pitch = pitch, p.tiles = tiles;
   split::run<split::Shape<Cell, false, kRegisterChunks, kSharedChunks, kBlocks, kSlots, kCluster>, Cell>(p);
 }

@@ -119,36 +119,9 @@ struct Cells {
     for (int block = 0; block < S::kCellBlocks; ++block)
       store_transposed(out + fragment + block * 256, words[block * 2], words[block * 2 + 1]);
     __syncwarp();
-    Words4 loaded[kCopies];
 #pragma unroll
     for (int i = 0; i < kCopies; ++i)
-      if (S::kDual) loaded[i] = load_shared(out + copied + i * 512);
-#pragma unroll
-    for (int i = 0; i < kCopies; ++i)
-      if (copies(tile, i))
-        store_stream16(at(base, row + 16 * i, values, value), S::kDual ? loaded[i] : load_shared(out + copied + i * 512));
-  }
-  // Both tensors of a step at once, by two pieces of shared memory.
-  __device__ __forceinline__ void store_both(const u32 (&first)[kWords], const u32 (&second)[kWords], u32 row,
-                                             int tile) const {
-    __syncwarp();
-#pragma unroll
-    for (int block = 0; block < S::kCellBlocks; ++block) {
-      store_transposed(out + fragment + block * 256, first[block * 2], first[block * 2 + 1]);
-      store_transposed(out + S::kStageBytes + fragment + block * 256, second[block * 2], second[block * 2 + 1]);
-    }
-    __syncwarp();
-    Words4 loaded[kCopies][2];
-#pragma unroll
-    for (int i = 0; i < kCopies; ++i)
-#pragma unroll
-      for (int n = 0; n < 2; ++n) loaded[i][n] = load_shared(out + n * S::kStageBytes + copied + i * 512);
-#pragma unroll
-    for (int i = 0; i < kCopies; ++i)
-      if (copies(tile, i)) {
-        store_stream16(at(p.output, row + 16 * i, 1, 0), loaded[i][0]);
-        store_stream16(at(p.saved, row + 16 * i, 1, 0), loaded[i][1]);
-      }
+      if (copies(tile, i)) store_stream16(at(base, row + 16 * i, values, value), load_shared(out + copied + i * 512));
   }
 
   // What has been fetched; then that may be overwritten.
@@ -241,12 +214,6 @@ struct Cells {
       for (int i = 0; i < kWords; ++i) words[i] = published[i] & given.kept[i / 2];
       publish(step + 1, tile, words);
     }
-    mark<S>(p, step, tile, 5);
-    if constexpr (S::kDual && !S::kBackward)
-      if (p.saved) {
-        store_both(published, saved, row, tile);
-        return;
-      }
     store(published, p.output, row, tile, 1, 0);
     if constexpr (!S::kBackward)
       if (p.saved) store(saved, p.saved, row, tile, 1, 0);
