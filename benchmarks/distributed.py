@@ -7,7 +7,8 @@ steps that ``elman train`` takes (batch, both passes, clipping, AdamW, and the r
 random bytes; compiling and the first steps do not count. A step's time is that between two CUDA events, the host being
 free to run ahead: the median of ``--steps`` of them on each rank, of which the slowest rank's is taken. Efficiency is
 tokens a second over those of as many times one GPU without ``--parallel``, measured in the same call before and after
-the others: the mean of both. Every row is printed and written as soon as it is known, to benchmarks/results/ and to the
+the others: the mean of both. What the link between the GPUs gives is measured by gathering, before the model is there:
+GB/s into each. Every row is printed and written as soon as it is known, to benchmarks/results/ and to the
 folder ``--out``.
 """
 
@@ -29,6 +30,7 @@ from typing import Annotated, Literal
 
 import numpy as np
 import torch
+import torch.distributed as dist
 import tyro
 from rich.console import Console
 
@@ -42,12 +44,13 @@ from elman.mixers import mixer_config
 from elman.model import ModelConfig
 from elman.sizing import num_params
 from elman.training.config import TrainConfig
-from elman.training.distributed import process_group
+from elman.training.distributed import Processes, process_group
 from elman.training.loop import Trainer
 
 RESULTS = Path(__file__).parent / "results"
 _DATA_BYTES = 1 << 24
 _WARM_UP_STEPS = 10
+_GATHERED_BYTES, _GATHERS = 1 << 28, 50  # as the weights of some layers
 
 Kind = Literal["none", "ddp", "fsdp"]
 
@@ -62,6 +65,7 @@ class Row:
         ms_per_step: the slowest rank's median.
         tokens_per_second: of all GPUs.
         peak_gib: of the GPU that holds most.
+        link_gb_per_second: into each GPU, while all gather what the others have.
     """
 
     case: str
@@ -72,6 +76,7 @@ class Row:
     ms_per_step: float | None = None
     tokens_per_second: float | None = None
     peak_gib: float | None = None
+    link_gb_per_second: float | None = None
     note: str = ""
 
 
@@ -134,6 +139,8 @@ def work(row: Row, data: Path, options: Options) -> Row | None:
         compile=options.compile, parallel=row.parallel,
     )  # fmt: skip
     with process_group(config) as processes:
+        if processes.size > 1:
+            row.link_gb_per_second = link_bandwidth(processes, processes.device(options.device))
         trainer = Trainer(config, model, Console(quiet=True), processes)
         trainer.warm_up()
         step_times(trainer, min(_WARM_UP_STEPS, options.steps))
@@ -144,6 +151,26 @@ def work(row: Row, data: Path, options: Options) -> Row | None:
         row.params, row.compiled, row.ms_per_step, row.peak_gib = num_params(model), trainer.compiled, ms, peak
         row.tokens_per_second = config.batch_size * options.seq_len / ms * 1e3
         return row if processes.is_main else None
+
+
+def link_bandwidth(processes: Processes, device: torch.device) -> float:
+    """GB/s that come in on each rank while all gather each other's parts of a tensor, many times; the slowest's."""
+    on_gpu = device.type == "cuda"
+    size = (_GATHERED_BYTES if on_gpu else _GATHERED_BYTES >> 8) // processes.size
+    part = torch.zeros(size, device=device, dtype=torch.uint8)
+    whole = part.new_empty(processes.size * size)
+    seconds = 0.0
+    for times in (_WARM_UP_STEPS, _GATHERS):
+        if on_gpu:
+            torch.cuda.synchronize()
+        processes.largest(0.0)  # all begin
+        started = time.perf_counter()
+        for _ in range(times):
+            dist.all_gather_into_tensor(whole, part)
+        if on_gpu:
+            torch.cuda.synchronize()
+        (seconds,) = processes.largest(time.perf_counter() - started)
+    return _GATHERS * (whole.numel() - size) / seconds / 1e9
 
 
 def measure(row: Row, data: Path, options: Options, patience: float) -> Row:
@@ -211,16 +238,19 @@ def efficiency(row: Row, rows: Sequence[Row]) -> float:
 
 def table(rows: Sequence[Row]) -> str:
     """Markdown: a line a row."""
-    lines = ["| width x depth x windows a GPU | GPUs | parallel | ms a step | tokens/s | efficiency | peak, GiB |"]
-    lines.append("|---" * 7 + "|")
+    lines = [
+        "| width x depth x windows a GPU | GPUs | parallel | ms a step | tokens/s | efficiency | peak GiB | link GB/s |"
+    ]
+    lines.append("|---" * 8 + "|")
     for row in rows:
         values = [row.case, str(row.gpus), row.parallel]
         if row.tokens_per_second is None:
-            values += [row.note, "", "", ""]
+            values += [row.note, "", "", "", ""]
         else:
             share = efficiency(row, rows)
             values += [f"{row.ms_per_step:.2f}", f"{row.tokens_per_second:,.0f}"]
             values += ["-" if math.isnan(share) else f"{share:.1%}", f"{row.peak_gib:.2f}"]
+            values.append("-" if row.link_gb_per_second is None else f"{row.link_gb_per_second:.3g}")
         lines.append("| " + " | ".join(values) + " |")
     return "\n".join(lines)
 

@@ -27,6 +27,9 @@ def test_ranks_are_started_measured_and_written(results: Path, tmp_path: Path) -
         assert row.tokens_per_second == pytest.approx(row.gpus * 2 * 8 / row.ms_per_step * 1e3)
         assert row.peak_gib is not None
         assert row.peak_gib > 0
+        assert (row.link_gb_per_second is not None) == (row.gpus > 1)
+    assert rows[1].link_gb_per_second is not None
+    assert rows[1].link_gb_per_second > 0
     (written,) = results.iterdir()
     assert written.read_text() == (tmp_path / "out" / written.name).read_text()
     found = json.loads(written.read_text())["rows"]
@@ -70,7 +73,8 @@ def test_efficiency_is_of_as_many_single_gpus() -> None:
     assert math.isnan(distributed.efficiency(rows[3], rows))
     for row in rows[:3]:
         row.ms_per_step = row.peak_gib = 1.0
+    rows[1].link_gb_per_second = 123.4
     failed = Row("a", 2, "fsdp", note="out of memory")
     lines = distributed.table([*rows[:3], failed]).splitlines()
-    assert lines[3] == "| a | 4 | ddp | 1.00 | 380 | 95.0% | 1.00 |"
-    assert lines[5] == "| a | 2 | fsdp | out of memory |  |  |  |"
+    assert lines[3] == "| a | 4 | ddp | 1.00 | 380 | 95.0% | 1.00 | 123 |"
+    assert lines[5] == "| a | 2 | fsdp | out of memory |  |  |  |  |"
