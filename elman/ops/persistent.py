@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from operator import index as as_int  # unlike int, it makes a constant of a symbolic size under torch.compile
@@ -20,7 +21,7 @@ from torch import Tensor
 from elman.ops import diagonal, low_rank, narrow, split, wide
 from elman.ops.cells import CELLS, FUSED_CELLS, Cell
 from elman.ops.cuda.compiler import CompilerUnavailableError, Module, compiler_version
-from elman.ops.cuda.launch import launch
+from elman.ops.cuda.launch import NoRoomError, launch
 from elman.ops.low_rank import LowRankPlan
 from elman.ops.narrow import Plan
 from elman.ops.operators import Diagonal, LowRank, Operator
@@ -322,9 +323,41 @@ def _dense(x: Tensor | None) -> Tensor | None:
 
 
 def _launch(task: Task, operator: Operator, tensors: tuple[Tensor | None, ...], like: Tensor, layout: _Layout) -> None:
-    """Runs a kernel on tensors in its order, but for the weights, which come second and depend on the plan."""
+    """Runs a kernel on tensors in its order, but for the weights, which come second and depend on the plan.
+
+    Raises:
+        NoRoomError: by no plan do all blocks run at a time on this GPU.
+    """
+    problem = like.shape[1], layout.width, task, layout.heads, low_rank.filled(operator.rank)
+    chip = chip_of(like.device.index)
+    plan = make_plan(chip, *problem)
+    while True:
+        if (chip, plan) in _without_room:
+            others = [other for other in _plans(chip, *problem) if (chip, other) not in _without_room]
+            if not others:
+                raise NoRoomError("this GPU runs the blocks of none of the plans at a time: use backend='loop'")
+            plan = _fastest(others, task)
+        try:
+            return _launch_by(plan, task, operator, tensors, like, layout)
+        except NoRoomError as error:
+            if not _without_room:
+                warnings.warn(f"{error}: other plans are taken, as a rule slower ones", RuntimeWarning, stacklevel=2)
+            _without_room.add((chip, plan))
+
+
+#: Plans whose blocks a GPU did not run at a time: how many clusters it has room for is a guess but for an H200.
+_without_room: set[tuple[Chip, AnyPlan]] = set()
+
+
+def _launch_by(
+    plan: AnyPlan,
+    task: Task,
+    operator: Operator,
+    tensors: tuple[Tensor | None, ...],
+    like: Tensor,
+    layout: _Layout,
+) -> None:
     seq_len, batch, heads, hidden = *like.shape[:2], layout.heads, layout.width
-    plan = make_plan(chip_of(like.device.index), batch, hidden, task, heads, low_rank.filled(operator.rank))
     sizes = [seq_len, batch, hidden, heads * hidden, plan.tiles]
     if isinstance(plan, LowRankPlan):
         assert isinstance(operator, LowRank)

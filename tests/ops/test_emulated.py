@@ -6,12 +6,15 @@ import functools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 from benchmarks.designs import SPLIT, WIDE, best_plan
 from elman.ops import low_rank, persistent
+from elman.ops.cuda.compiler import Module
+from elman.ops.cuda.launch import NoRoomError
 from elman.ops.low_rank import LowRankPlan
 from elman.ops.planning import TYPICAL_CHIPS, Chip, Task
 from elman.ops.split import SplitPlan
@@ -302,3 +305,31 @@ def test_a_broken_split_is_found_out(
     case.emulate(monkeypatch)
     with pytest.raises(AssertionError):
         assert_as_exact_as_reference(case.draw(), "persistent")
+
+
+def test_a_plan_that_finds_no_room_gives_way_to_another(monkeypatch: pytest.MonkeyPatch) -> None:
+    """How many clusters run at a time is known of few GPUs; one warning tells that it were fewer than that."""
+    gpu, refused = emulate(monkeypatch, replace(TYPICAL_CHIPS["sm_90a"], multiprocessors=3)), list[str]()
+
+    def launch(module: Module, name: str, *arguments: Any, **options: Any) -> None:
+        if options["cluster"] is not None or options["cooperative"] == forbids_cooperative:
+            refused.append(name)
+            raise NoRoomError("this GPU does not run 3 blocks at a time")
+        gpu(module, name, *arguments, **options)
+
+    monkeypatch.setattr(persistent, "launch", launch)
+    monkeypatch.setattr(persistent, "_without_room", set())
+    forbids_cooperative = None
+    problem = draw(3, 9, 40, dtype=torch.bfloat16)
+    with pytest.warns(RuntimeWarning, match="not run 3 blocks at a time: other plans are taken") as warned:
+        assert_as_exact_as_reference(problem, "persistent")
+    assert len(warned) == 1
+    assert gpu.kernels == ["wide_forward", "wide_backward"]
+    before = len(refused)
+    assert before >= 2
+    assert_as_exact_as_reference(problem, "persistent")
+    assert len(refused) == before, "what was refused is not tried again"
+    forbids_cooperative = True
+    for _ in range(2):
+        with pytest.raises(NoRoomError, match="use backend='loop'"):
+            solve(problem, "persistent")

@@ -16,6 +16,14 @@ if TYPE_CHECKING:
     from cuda.core import Kernel
 
 
+class NoRoomError(RuntimeError):
+    """The GPU does not run so many blocks, or clusters of them, at a time as a cooperative launch needs."""
+
+
+#: What the driver says then.
+_NO_ROOM = ("COOPERATIVE_LAUNCH_TOO_LARGE", "INVALID_CLUSTER_SIZE")
+
+
 def launch(
     module: Module,
     name: str,
@@ -44,6 +52,7 @@ def launch(
 
     Raises:
         CompilerUnavailableError: no NVRTC, or one that cannot compile for this device.
+        NoRoomError: ``cooperative``, and not all blocks find room; nothing has run.
     """
     from cuda.core import Device, LaunchConfig, Stream
     from cuda.core import launch as queue
@@ -60,7 +69,14 @@ def launch(
             is_cooperative=cooperative,
         )
         stream = Stream.from_handle(torch.cuda.current_stream(device).cuda_stream)
-        queue(stream, config, kernel, *map(_eight_bytes, arguments))
+        try:
+            queue(stream, config, kernel, *map(_eight_bytes, arguments))
+        except Exception as error:
+            if not any(words in str(error) for words in _NO_ROOM):
+                raise
+            raise NoRoomError(
+                f"{torch.cuda.get_device_name(device)} does not run {blocks} blocks of {name} at a time"
+            ) from error
 
 
 def aligned(x: Tensor, width: int) -> Tensor:
