@@ -2,7 +2,8 @@
 
 Two runs' held-out losses are compared by Welch's t-test, which takes no variances for equal (Welch, 1947). All pairs of
 a comparison are tested, for the best is known only once all are seen, and p is adjusted for their number by Holm's
-method (Holm, 1979). Loss against size is fitted as L = a N^-b, a line through the logarithms, by least squares; a term
+method (Holm, 1979). Loss against size is fitted as L = a N^-b, a line through the logarithms, by least squares, a point
+a size: seeds of one size miss the line alike, and as points of their own would make b look surer than it is. A term
 that no size removes could not be told from as few sizes as a study has, so b is that of the range measured.
 """
 
@@ -186,12 +187,14 @@ def holm(p: Sequence[float | None]) -> list[float | None]:
 
 
 def power_law(series: str, points: Sequence[tuple[float, float]]) -> PowerLaw | None:
-    """Through (size, loss); None of fewer than three sizes."""
-    if len({size for size, _ in points}) < _LEAST_SIZES:
+    """Through (size, loss), the mean over seeds; None of fewer than three sizes."""
+    by_size: dict[float, list[float]] = {}
+    for size, loss in points:
+        by_size.setdefault(size, []).append(math.log(loss))
+    if len(by_size) < _LEAST_SIZES:
         return None
-    line = stats.linregress([math.log(size) for size, _ in points], [math.log(loss) for _, loss in points])
-    sizes = len({size for size, _ in points})
-    return PowerLaw(series, math.exp(line.intercept), -float(line.slope), float(line.stderr), sizes)
+    line = stats.linregress([math.log(size) for size in by_size], [statistics.fmean(of) for of in by_size.values()])
+    return PowerLaw(series, math.exp(line.intercept), -float(line.slope), float(line.stderr), len(by_size))
 
 
 def power_laws(records: Sequence[Record]) -> list[PowerLaw]:

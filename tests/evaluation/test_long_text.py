@@ -12,7 +12,7 @@ import torch
 
 from elman.cli import main
 from elman.data.bytes import DELIMITER
-from elman.data.vocabulary import BYTES
+from elman.data.vocabulary import BYTES, ByteVocabulary
 from elman.evaluation import long_text
 from elman.evaluation.long_text import Reader, carried_cost, carried_loss, context_cost, context_losses, context_rows
 from elman.mixers import mixer_config
@@ -95,6 +95,21 @@ def test_contexts_are_compared_on_the_same_tokens(name: str, resets: bool, monke
         assert (row.context, row.tokens) == (context, 15)
         assert row.nats_per_byte == pytest.approx(np.mean(each), rel=1e-6)
         assert row.standard_error == pytest.approx(np.std(np.mean(each, axis=1), ddof=1) / np.sqrt(3), rel=1e-4)
+
+
+def test_what_scatters_is_the_loss_of_a_byte(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tokens of more bytes cost more; where each byte costs the same, the mean has no error."""
+
+    class Pieces(ByteVocabulary):
+        lengths = np.arange(256) % 7 + 1
+
+    def read(self: Reader, tokens: np.ndarray, state: None, reset: np.ndarray) -> tuple[torch.Tensor, None]:
+        return torch.from_numpy(0.5 * self.vocabulary.lengths[tokens[:, 1:]]), None
+
+    monkeypatch.setattr(Reader, "read", read)
+    (row,) = context_losses(Reader(build(), Pieces(), False), text(2000), [8], 4, lambda count: None)
+    assert row.nats_per_byte == pytest.approx(0.5)
+    assert row.standard_error == pytest.approx(0.0, abs=1e-12)
 
 
 @pytest.mark.gpu

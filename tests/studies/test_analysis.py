@@ -55,6 +55,14 @@ def test_a_power_law_is_found_again() -> None:
     assert power_law("e1", [(5e7, 2.0), (5e7, 2.1), (1e8, 1.9)]) is None
 
 
+def test_seeds_that_miss_a_line_alike_make_it_no_surer() -> None:
+    points = [(5e7, 2.0), (1e8, 1.9), (2e8, 1.7)]
+    one, three = power_law("e1", points), power_law("e1", points * 3)
+    assert one is not None
+    assert three is not None
+    assert (three.b, three.error, three.sizes) == (pytest.approx(one.b), pytest.approx(one.error), 3)
+
+
 def test_a_difference_beyond_the_seeds_is_claimed(tmp_path: Path) -> None:
     said = verdict_of(make_study(tmp_path, {"a": [2.0, 2.01, 2.02], "b": [2.5, 2.51, 2.53]}))
     assert "the lowest held-out loss is that of a: 2.0100 nats" in said
