@@ -6,6 +6,7 @@ import io
 import json
 import os
 import re
+import shlex
 import signal
 import subprocess
 import sys
@@ -24,9 +25,11 @@ from elman.errors import UsageError
 from elman.mixers import mixer_config
 from elman.model import ModelConfig
 from elman.studies import child
+from elman.studies.commands import report_command
 from elman.studies.job import TrainJob
 from elman.studies.launch import Job, LocalLauncher, SubmititLauncher, gpu_slots
 from elman.studies.memory import largest_batch, measured_memory, most_memory
+from elman.studies.options import RunStudy
 from elman.studies.plan import Plan, identity, job_state, slow_path
 from elman.studies.records import read_run
 from elman.studies.runner import chosen_settings, show_plan
@@ -285,6 +288,23 @@ def test_local_jobs_have_a_gpu_each_and_tell_how_they_ended(tmp_path: Path) -> N
     assert set(gpus.values()) == {"0", "5"}
     assert ended == {f"job{i}": (i, f"job{i} saw {gpus[f'job{i}']}") for i in range(2)}
     assert [path.suffix for path in (tmp_path / "logs").iterdir()] == [".log"] * 3
+
+
+def test_what_another_process_asks_of_the_same_job_is_left_to_it(tmp_path: Path) -> None:
+    logs = tmp_path / "logs"
+    logs.mkdir()
+    for pid in ("", f".{os.getpid() + 1}"):
+        (logs / f"job{pid}.job").write_bytes(b"of another process")
+    ended: list[int] = []
+    LocalLauncher([None], logs).run([Echo("job", tmp_path)], lambda job, code, line: ended.append(code))
+    assert ended == [0]
+    assert [path.read_bytes() for path in logs.glob("*.job")] == [b"of another process"] * 2
+
+
+def test_the_command_for_the_report_is_one_that_a_shell_takes(tmp_path: Path) -> None:
+    options = RunStudy("my study.py", folder=tmp_path / "a folder")
+    words = shlex.split(report_command(options))
+    assert words == ["elman", "study", "report", "my study.py", "--folder", str(tmp_path / "a folder")]
 
 
 def test_a_process_that_is_kept_takes_one_job_after_another(tmp_path: Path) -> None:
