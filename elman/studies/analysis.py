@@ -154,6 +154,19 @@ def compare(records: Sequence[Record]) -> list[Comparison]:
     ]
 
 
+def repeated(records: Iterable[Record]) -> list[tuple[Record, Record]]:
+    """Runs of a seed that another, which is told too, has given already: no second sample of its row."""
+    first: dict[tuple[object, ...], Record] = {}
+    found = []
+    for record in records:
+        if record.problems or record.is_sweep:
+            continue
+        other = first.setdefault((record.label, record.budget, record.seed, *record.judged_by), record)
+        if other is not record:
+            found.append((record, other))
+    return found
+
+
 def differences(ranked: Sequence[Group]) -> list[Difference]:
     """Of all pairs of groups, the better one first."""
     found = []

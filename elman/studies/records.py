@@ -52,6 +52,7 @@ class Record:
         summary: of summary.json.
         sessions: of env.json, one each time the run was started.
         rows: of metrics.jsonl.
+        apart: what its label tells beside, where runs of one label differ.
     """
 
     path: Path
@@ -64,6 +65,7 @@ class Record:
     summary: dict[str, Any] = field(default_factory=dict)
     sessions: list[dict[str, Any]] = field(default_factory=list)
     rows: list[dict[str, Any]] = field(default_factory=list)
+    apart: str = ""
 
     @property
     def every_step(self) -> list[dict[str, Any]]:
@@ -479,7 +481,8 @@ def name_apart(records: Sequence[Record]) -> None:
         names = list(dict.fromkeys(name for values in found for name in values))
         telling = [name for name in names if len({str(values.get(name)) for values in found}) > 1]
         for record, values in zip(same, found, strict=True):
-            record.label += "".join(f", {name.rpartition('.')[2]} {values.get(name)}" for name in telling)
+            record.apart = "".join(f", {name.rpartition('.')[2]} {values.get(name)}" for name in telling)
+            record.label += record.apart
 
 
 def options(record: Record) -> dict[str, Any]:

@@ -150,3 +150,33 @@ def test_a_swept_option_that_no_run_has_stops_no_report(tmp_path: Path) -> None:
     (section,) = make_report([tmp_path / "toy"]).sections
     assert section.tables[0].columns[5:7] == ["--warmup", "--nonsense"]
     assert [row[5:7] for row in section.tables[0].rows] == [["20", "–"]] * 2
+
+
+def test_a_seed_counts_once(tmp_path: Path) -> None:
+    study = make_study(tmp_path / "toy", LOSSES)
+    shutil.copytree(study / "runs" / "a-seed0", study / "runs" / "a-seed0-copy")
+    make_run(study / "runs" / "b-seed1-again", "b", seed=1, heldout=2.4)
+    report = make_report([study])
+    assert [row[5] for row in report.sections[0].tables[0].rows] == ["3", "3"]
+    assert report.left_out == [
+        ("a (a-seed0-copy)", "it is of the same seed as a-seed0, and a seed counts once"),
+        ("b (b-seed1-again)", "it is of the same seed as b-seed1, and a seed counts once"),
+    ]
+
+
+def test_losses_on_several_texts_are_not_fitted_together(tmp_path: Path) -> None:
+    for text, shift in (("one", 0.0), ("two", 1.0)):
+        for dim in (16, 24, 32):
+            params = num_params(size_model((mixer_config("e1")(),), dim=dim, depth=2))
+            make_run(
+                tmp_path / "toy" / "runs" / f"{text}-{dim}", f"a {dim}", dim=dim, heldout=5 * params**-0.1 + shift,
+                varies=["params"], axis="params", fingerprint=text,
+            )  # fmt: skip
+    report = make_report([tmp_path / "toy"])
+    assert len(report.laws) == 2
+    assert "N^-0.100 ± 0.000" in report.laws[0]
+    assert [section.title.partition(", judged by ")[2] for section in report.sections] == [
+        f"text ({name}), --heldout 0.05, --eval-bytes 1m" for name in ("one", "two")
+    ]
+    names = [picture.name for picture in report.across]
+    assert names == ["loss-tokens12800-params-1", "loss-tokens12800-params-2"]
