@@ -262,7 +262,12 @@ def _on(comparison: Comparison, texts: Mapping[tuple[object, ...], str]) -> str:
 
 
 def _equal_tokens(comparison: Comparison) -> list[Table]:
-    """Where the groups had unequal numbers of tokens: their training losses when all had as many as the slowest."""
+    """Where the groups had unequal numbers of tokens: their training losses when all had as many as the slowest.
+
+    None where tokens are not alike.
+    """
+    if len({getattr(record.config, "tokenizer", None) for group in comparison.groups for record in group.records}) > 1:
+        return []
     ends = {group.label: group.of_summary("tokens") or 0.0 for group in comparison.groups}
     first = min(ends, key=lambda label: ends[label])
     least = ends[first]

@@ -180,3 +180,13 @@ def test_losses_on_several_texts_are_not_fitted_together(tmp_path: Path) -> None
     ]
     names = [picture.name for picture in report.across]
     assert names == ["loss-tokens12800-params-1", "loss-tokens12800-params-2"]
+
+
+def test_losses_of_unlike_tokens_are_not_put_beside_each_other(tmp_path: Path) -> None:
+    for name, tokenizer in (("a", None), ("b", "gpt2")):
+        make_run(
+            tmp_path / name, name, speed=1000.0 if tokenizer else 500.0, steps=400 if tokenizer else 200,
+            budget={"kind": "time", "amount": 25.6}, train={"tokenizer": tokenizer}, varies=["tokenizer"],
+        )  # fmt: skip
+    (section,) = make_report([tmp_path]).sections
+    assert len(section.tables) == 2
