@@ -5,11 +5,14 @@ import shutil
 from pathlib import Path
 
 import pytest
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
 
 from elman.cli import main
 from elman.errors import UsageError
 from elman.mixers import mixer_config
 from elman.sizing import num_params, size_model
+from elman.studies import figures
 from elman.studies.report import make_report
 from elman.training.run import RunFolder
 from tests.studies.made import change, make_run, make_study
@@ -190,3 +193,18 @@ def test_losses_of_unlike_tokens_are_not_put_beside_each_other(tmp_path: Path) -
         )  # fmt: skip
     (section,) = make_report([tmp_path]).sections
     assert len(section.tables) == 2
+
+
+def test_long_names_are_whole_in_the_pictures(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    drawn: list[Figure] = []
+    monkeypatch.setattr(figures, "_svg", lambda figure: drawn.append(figure) or "")
+    make_study(tmp_path / "toy", {f"a rather long name of a run, number {i}, with options": [2.0] for i in range(6)})
+    make_report([tmp_path / "toy"])
+    assert len(drawn) == 2
+    for figure in drawn:
+        canvas = FigureCanvasAgg(figure)
+        canvas.draw()
+        legends = [text for legend in figure.legends for text in legend.get_texts()]
+        for text in (*legends, *(axes.xaxis.label for axes in figure.axes)):
+            box = text.get_window_extent(canvas.get_renderer())
+            assert 0 <= box.x0 <= box.x1 <= figure.bbox.width, text.get_text()
