@@ -347,7 +347,8 @@ def _caveats(comparison: Comparison, records: Sequence[Record]) -> list[str]:
             f"The runs are of unequal size ({format_count(min(sizes))} to {format_count(max(sizes))} parameters): the "
             f"ranking may be that of their sizes."
         )
-    if "seq_len" not in varies and len({record.summary["seq_len"] for record in records}) > 1:
+    if len({record.summary["seq_len"] for record in records}) > 1:
+        # Of a study that is about them too: the longer ones would do better with the same weights.
         lines.append("The runs had unequal windows, and so unequal context in the held-out text as well.")
     slow = {
         group.label: f"{share:.0%}"

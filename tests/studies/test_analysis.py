@@ -127,6 +127,10 @@ CAVEATS: dict[str, tuple[dict[str, Any], str]] = {
     "another size": ({"dim": 24}, "The runs are of unequal size"),
     "another speed": ({"speed": 500.0, "label": "a", "seed": 1}, "not equally fast: a (× 2.00)"),
     "a long warm-up": ({"train": {"warmup": 80}}, "for long beside the steps of b (40% of its steps)"),
+    "other windows": (
+        {"train": {"seq_len": 32}, "varies": ["seq_len"]},
+        "unequal context in the held-out text as well",
+    ),
     "other options": (
         {"train": {"optimizer": "muon", "weight_decay": 0.0}},
         "differ in --optimizer (adamw, muon) and --weight-decay (0.0, 0.1)",
