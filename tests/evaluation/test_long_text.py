@@ -176,6 +176,7 @@ def test_eval_reads_the_held_out_text_by_default(folder: Path, capsys: pytest.Ca
     (made,) = Path("run").glob("eval-*")
     found = json.loads((made / "eval.json").read_text())
     assert found["data"]["bytes"] == 500
+    assert len(found["data"]["sha256"]) == 64
     assert f"{found['windows']['nats_per_byte']:.4f} nats/byte" in shown
     assert found["windows"]["nats_per_token"] == pytest.approx(summary["heldout"]["nats_per_token"], abs=0.02)
     assert {file.name for file in made.iterdir()} == {"eval.json", "eval.md"}
