@@ -30,7 +30,7 @@ from elman.studies.job import TrainJob
 from elman.studies.launch import Job, LocalLauncher, SubmititLauncher, gpu_slots
 from elman.studies.memory import largest_batch, measured_memory, most_memory
 from elman.studies.options import RunStudy
-from elman.studies.plan import Plan, identity, job_state, slow_path
+from elman.studies.plan import Plan, identity, job_state, seal, slow_path
 from elman.studies.records import read_run
 from elman.studies.runner import chosen_settings, show_plan
 from elman.studies.study import SWEEP_SEED, Budget, Run, Scale, Setting
@@ -114,6 +114,35 @@ def test_damaged_folders_are_never_written_to(spoil: Any, state: str, tmp_path: 
     launcher = Here()
     assert run(made, launcher)[0] == 1
     assert launcher.ran == []
+
+
+def test_a_run_of_an_elman_that_knew_of_fewer_options_is_done(tmp_path: Path, text: Path) -> None:
+    made = plan(tmp_path, text, study(learning_rates=(1e-3,), seeds=(0,), runs=RUNS[:1]), tokens=64)
+    (job,) = made.final_jobs({"E1": Setting(1e-3)})
+    assert job() == 0
+    run = RunFolder(job.folder)
+    facts, config = run.read_json("study.json"), run.read_json("config.json")
+    for train in (facts["settings"]["train"], config["train"]):
+        del train["max_skipped"]
+    facts["seal"] = seal(facts)
+    run.write_json("study.json", facts)
+    run.write_json("config.json", config)
+    assert job_state(job) == ("done", "")
+    config["train"]["lr"] = facts["settings"]["train"]["lr"] = 5.0
+    facts["seal"] = seal(facts)
+    run.write_json("study.json", facts)
+    run.write_json("config.json", config)
+    assert "whose folder was renamed" in job_state(job)[1]
+
+
+def test_a_run_of_the_same_work_for_another_study_is_told_as_that(tmp_path: Path, text: Path) -> None:
+    made = plan(tmp_path, text, study(learning_rates=(1e-3,), seeds=(0,), runs=RUNS[:1]), tokens=64)
+    (job,) = made.final_jobs({"E1": Setting(1e-3)})
+    assert job() == 0
+    facts = {**job.facts, "target_params": 5}
+    state, why = job_state(replace(job, facts=facts))
+    assert state == "damaged"
+    assert "it was begun for target_params None, and the study has 5 now: give the study another --folder" in why
 
 
 def test_a_run_that_another_process_writes_is_left_to_it(tmp_path: Path, text: Path) -> None:
