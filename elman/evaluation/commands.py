@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import hashlib
 import os
 import time
 from collections.abc import Callable
@@ -109,7 +110,12 @@ def run_evaluation(request: Request, console: Console) -> int:
             "tokenizer": config.tokenizer,
             "checkpoint": checkpoint.name,
         },
-        data={"file": str(path), "bytes": len(text), "tokens": len(tokens)},
+        data={
+            "file": str(path),
+            "bytes": len(text),
+            "tokens": len(tokens),
+            "sha256": hashlib.sha256(text.data).hexdigest(),
+        },
         unit=vocabulary.unit,
         environment=describe_environment(device) | {"precision": "fp32" if dtype is None else "bf16"},
     )

@@ -254,7 +254,8 @@ def context_losses(reader: Reader, tokens: Tokens, contexts: Sequence[int], rows
                 tell(reset.size)
             nats[some] = torch.cat(pieces, dim=1).double().sum(1).cpu().numpy()
             sizes[some] = reader.vocabulary.lengths[windows[:, context:]].sum(1)
-        spread = nats / sizes.mean()
+        # The mean is a ratio, of sums of nats and of bytes: what scatters is what a row is off by beside its bytes.
+        spread = (nats - nats.sum() / sizes.sum() * sizes) / sizes.mean()
         error = float(spread.std(ddof=1) / np.sqrt(rows)) if rows > 1 else None
         count = rows * TARGETS
         found.append(ContextLoss(context, count, float(nats.sum() / count), float(nats.sum() / sizes.sum()), error))

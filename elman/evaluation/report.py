@@ -23,7 +23,7 @@ class Evaluation:
 
     Attributes:
         run: what the run's config tells of the model.
-        data: which file, and how much of it.
+        data: which file, and how much of it, and a hash of that.
         unit: what a token is called.
         windows: from a state at rest each, as in training.
         carried: with the state carried.

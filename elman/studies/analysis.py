@@ -2,7 +2,8 @@
 
 Two runs' held-out losses are compared by Welch's t-test, which takes no variances for equal (Welch, 1947). All pairs of
 a comparison are tested, for the best is known only once all are seen, and p is adjusted for their number by Holm's
-method (Holm, 1979). Loss against size is fitted as L = a N^-b, a line through the logarithms, by least squares; a term
+method (Holm, 1979). Loss against size is fitted as L = a N^-b, a line through the logarithms, by least squares, a point
+a size: seeds of one size miss the line alike, and as points of their own would make b look surer than it is. A term
 that no size removes could not be told from as few sizes as a study has, so b is that of the range measured.
 """
 
@@ -12,8 +13,8 @@ import itertools
 import math
 import re
 import statistics
-from collections.abc import Callable, Collection, Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -34,6 +35,9 @@ _LEAST_SIZES = 3
 _BUDGET_SLACK = 0.05
 #: Parts of a run's steps that warm-up may take, and of those of a sweep, before it is told.
 _WARM_UP, _SWEEP_WARM_UP = 0.25, 0.5
+#: Options of training that a ranking may be due to, where a study neither varies nor sweeps them.
+_TRAINING = ("sampling", "grad_accum", "weight_init", "optimizer", "warmup", "schedule", "weight_decay", "grad_clip",
+             "precision")  # fmt: skip
 #: By how much one of two runs of the same work may be faster.
 _SPEED_SLACK = 1.1
 
@@ -113,11 +117,15 @@ class PowerLaw:
 
 @dataclass(frozen=True)
 class Comparison:
-    """Groups that may be compared: of one budget, one text, and one size where the study does not vary it."""
+    """Groups that may be compared: of one budget, one text, and one size where the study does not vary it.
+
+    ``diverged``: how many runs of a label did, at this budget; they are in no group.
+    """
 
     budget: Budget
     target: int | None
     groups: tuple[Group, ...]
+    diverged: Mapping[str, int] = field(default_factory=dict)
 
     @property
     def ranked(self) -> list[Group]:
@@ -142,15 +150,34 @@ def group(records: Sequence[Record]) -> list[Group]:
 def compare(records: Sequence[Record]) -> list[Comparison]:
     """The comparisons that these runs allow; sweeps, runs with problems and those of tasks are none of them."""
     found: dict[tuple[object, ...], list[Record]] = {}
+    diverged: dict[tuple[str, float], dict[str, int]] = {}
     for record in records:
-        if record.problems or record.is_sweep or record.task is not None:
+        if record.is_sweep or record.task is not None:
+            continue
+        if record.problems:
+            if record.diverged:
+                of_budget = diverged.setdefault(record.budget, {})
+                of_budget[record.label] = of_budget.get(record.label, 0) + 1
             continue
         target = record.facts.get("target_params") if "params" in record.facts.get("varies", ()) else None
         found.setdefault((*record.budget, target, *record.judged_by), []).append(record)
     return [
-        Comparison(Budget(key[0], float(key[1])), key[2], tuple(group(same)))  # type: ignore[arg-type]
+        Comparison(Budget(*key[:2]), key[2], tuple(group(same)), diverged.get(key[:2], {}))  # type: ignore[arg-type]
         for key, same in found.items()
     ]
+
+
+def repeated(records: Iterable[Record]) -> list[tuple[Record, Record]]:
+    """Runs of a seed that another, which is told too, has given already: no second sample of its row."""
+    first: dict[tuple[object, ...], Record] = {}
+    found = []
+    for record in records:
+        if record.problems or record.is_sweep:
+            continue
+        other = first.setdefault((record.label, record.budget, record.seed, *record.judged_by), record)
+        if other is not record:
+            found.append((record, other))
+    return found
 
 
 def differences(ranked: Sequence[Group]) -> list[Difference]:
@@ -186,12 +213,14 @@ def holm(p: Sequence[float | None]) -> list[float | None]:
 
 
 def power_law(series: str, points: Sequence[tuple[float, float]]) -> PowerLaw | None:
-    """Through (size, loss); None of fewer than three sizes."""
-    if len({size for size, _ in points}) < _LEAST_SIZES:
+    """Through (size, loss), the mean over seeds; None of fewer than three sizes."""
+    by_size: dict[float, list[float]] = {}
+    for size, loss in points:
+        by_size.setdefault(size, []).append(math.log(loss))
+    if len(by_size) < _LEAST_SIZES:
         return None
-    line = stats.linregress([math.log(size) for size, _ in points], [math.log(loss) for _, loss in points])
-    sizes = len({size for size, _ in points})
-    return PowerLaw(series, math.exp(line.intercept), -float(line.slope), float(line.stderr), sizes)
+    line = stats.linregress([math.log(size) for size in by_size], [statistics.fmean(of) for of in by_size.values()])
+    return PowerLaw(series, math.exp(line.intercept), -float(line.slope), float(line.stderr), len(by_size))
 
 
 def power_laws(records: Sequence[Record]) -> list[PowerLaw]:
@@ -283,6 +312,10 @@ def _caveats(comparison: Comparison, records: Sequence[Record]) -> list[str]:
         )
     else:
         lines.append(f"This is a statement about equal {_KINDS[kind]}; it says nothing of equal wall-clock.")
+    if comparison.diverged:
+        whole = {group.label: len(group.records) for group in comparison.groups}
+        told = _words(f"{label} ({of} of {of + whole.get(label, 0)})" for label, of in comparison.diverged.items())
+        lines.append(f"Runs that diverged are left out, of {told}: a mean is that of those which did not.")
     devices = sorted({record.device for record in records})
     if kind != "time" and len(devices) > 1:
         lines.append(f"The runs are of unequal devices ({'; '.join(devices)}): their speeds do not compare.")
@@ -303,6 +336,7 @@ def _caveats(comparison: Comparison, records: Sequence[Record]) -> list[str]:
         )
     elif not all(record.compiled for record in records):
         lines.append("torch.compile did not run for all of them: speeds are not what they could be.")
+    lines += _unequal_options(records)
     if "batch_size" not in varies and len({record.summary["batch_size"] for record in records}) > 1:
         lines.append(
             "The runs had unequal batches, which moves speed and loss: the ranking may be that of the batches."
@@ -313,7 +347,8 @@ def _caveats(comparison: Comparison, records: Sequence[Record]) -> list[str]:
             f"The runs are of unequal size ({format_count(min(sizes))} to {format_count(max(sizes))} parameters): the "
             f"ranking may be that of their sizes."
         )
-    if "seq_len" not in varies and len({record.summary["seq_len"] for record in records}) > 1:
+    if len({record.summary["seq_len"] for record in records}) > 1:
+        # Of a study that is about them too: the longer ones would do better with the same weights.
         lines.append("The runs had unequal windows, and so unequal context in the held-out text as well.")
     slow = {
         group.label: f"{share:.0%}"
@@ -336,6 +371,26 @@ def _caveats(comparison: Comparison, records: Sequence[Record]) -> list[str]:
     missed = [record.label for record in records if _misses(record, comparison.budget)]
     if missed:
         lines.append(f"The budget was not met by {_words(sorted(set(missed)))}.")
+    return lines
+
+
+def _unequal_options(records: Sequence[Record]) -> list[str]:
+    """Tokens that are not alike; and options that a study, changed in between, or runs of none did not hold equal."""
+    lines = []
+
+    def values(name: str) -> list[str]:
+        return sorted({str(getattr(record.config, name, None)) for record in records})
+
+    if len(tokens := values("tokenizer")) > 1:
+        lines.append(
+            f"Their tokens are not alike ({', '.join(tokens).replace('None', 'bytes')}): as many of them are not as "
+            f"much text, losses a token do not compare, and those a byte are of windows cut at other places."
+        )
+    own = {name for record in records for name in (*record.facts.get("varies", ()), *record.swept)}
+    unequal = [name for name in _TRAINING if name not in own and len(values(name)) > 1]
+    if unequal:
+        told = _words(f"{flag(name)} ({', '.join(values(name))})" for name in unequal)
+        lines.append(f"Beside their models the runs differ in {told}: the ranking may be that of these.")
     return lines
 
 

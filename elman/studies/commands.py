@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import difflib
+import shlex
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -45,7 +46,7 @@ def run_study(options: RunStudy, console: Console) -> int:
         show_plan(plan, jobs, device.type, console)
         return 0
     code = run_plan(plan, _launcher(options, plan, device), console, options.keep)
-    say(console, f"report: elman study report {options.study}" + _place(options, plan))
+    say(console, f"report: {report_command(options)}")
     return code
 
 
@@ -147,9 +148,14 @@ def _launcher(options: RunStudy, plan: Plan, device: torch.device) -> Launcher:
     return SubmititLauncher(logs, minutes + _SPARE_MINUTES, parameters, jobs=options.jobs)
 
 
-def _place(options: RunStudy, plan: Plan) -> str:
-    scale = "" if options.scale == "full" else f" --scale {options.scale}"
-    return scale if options.folder is None else f" --folder {plan.folder}"
+def report_command(options: RunStudy) -> str:
+    """What a shell takes to report the study that was run."""
+    command = ["elman", "study", "report", options.study]
+    if options.folder is not None:
+        command += ["--folder", str(options.folder)]
+    elif options.scale != "full":
+        command += ["--scale", options.scale]
+    return shlex.join(command)
 
 
 def report_study(options: ReportStudy, console: Console) -> int:

@@ -134,6 +134,8 @@ def _caveats(records: list[Record]) -> list[str]:
     if a.judged_by != b.judged_by:
         what = "text: their losses do" if a.task is None and b.task is None else "examples: they do"
         lines.append(f"They were evaluated on unequal held-out {what} not compare.")
+    if getattr(a.config, "tokenizer", None) != getattr(b.config, "tokenizer", None):
+        lines.append("Their tokens are not alike: losses a token do not compare, nor do tokens, as amounts of text.")
     if a.budget != b.budget:
         lines.append("They had unequal budgets.")
     if a.device != b.device:

@@ -19,6 +19,8 @@ from elman.studies.task_grid import Grid, Place
 from elman.training.plot import running_mean
 from elman.units import format_count
 
+#: Inches that a letter of a legend takes, about.
+_LETTER = 0.06
 #: Points that a curve is drawn by at most.
 _POINTS = 250
 _COLOURS = (
@@ -89,7 +91,8 @@ def curves(comparison: Comparison, styles: Styles, unit: str) -> str:
 def losses(comparison: Comparison, styles: Styles) -> str:
     """Held-out loss, a row a group: a dot a seed, and the mean."""
     ranked = comparison.ranked
-    figure = _figure(0.9 + 0.34 * len(ranked), width=7.6)
+    longest = max(len(group.label) for group in ranked)
+    figure = _figure(0.9 + 0.34 * len(ranked), width=max(7.6, 5.2 + 1.2 * _LETTER * longest))
     axes = figure.subplots()
     for y, group in enumerate(ranked):
         colour = styles(group.label)["color"]
@@ -234,7 +237,10 @@ def _figure(height: float, width: float = 11.0) -> Figure:
 def _legend(figure: Figure, axes: Any) -> None:
     handles, labels = axes.get_legend_handles_labels()
     if handles:
-        figure.legend(handles, labels, loc="outside lower center", ncols=min(4, len(labels)), fontsize=8, frameon=False)
+        # As many columns as there is room for: what does not fit is cut off.
+        widest = _LETTER * max(map(len, labels)) + 0.65
+        columns = max(1, min(4, len(labels), int(figure.get_figwidth() / widest)))
+        figure.legend(handles, labels, loc="outside lower center", ncols=columns, fontsize=8, frameon=False)
 
 
 def _both(figure: Figure) -> tuple[str, bytes]:

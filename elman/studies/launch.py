@@ -103,7 +103,8 @@ class LocalLauncher(Launcher):
     def _run_one(self, job: Job, free: queue.SimpleQueue[_Slot]) -> tuple[int, str] | None:
         slot = free.get()
         try:
-            request, log = self.logs / f"{job.name}.job", self.logs / f"{job.name}.log"
+            # The request is this process's own: another may run the same study.
+            request, log = self.logs / f"{job.name}.{os.getpid()}.job", self.logs / f"{job.name}.log"
             request.write_bytes(pickle.dumps(job))
             with self._lock:
                 if self._stopping:

@@ -25,7 +25,8 @@ class Reading:
         record: the run.
         seq_len: its windows in training, tokens.
         unit: what a token is called.
-        text: name and bytes of the file that was read: readings of two are not compared.
+        text: name of the file that was read, how many bytes of it, and their hash, "" where an older elman took none:
+            readings of two are not compared.
         tokens: whose loss was taken, the same after every context.
         windows, carried: over the whole text; None where it was not measured.
         contexts: loss by length of context.
@@ -34,7 +35,7 @@ class Reading:
     record: Record
     seq_len: int
     unit: str
-    text: tuple[str, int]
+    text: tuple[str, int, str]
     tokens: int
     windows: float | None
     carried: float | None
@@ -92,7 +93,7 @@ def _reading(record: Record, found: dict[str, Any]) -> Reading | None:
         record,
         int(found["run"]["seq_len"]),
         str(found["unit"]),
-        (Path(found["data"]["file"]).name, int(found["data"]["bytes"])),
+        (Path(found["data"]["file"]).name, int(found["data"]["bytes"]), str(found["data"].get("sha256", ""))),
         int(rows[0]["tokens"]),
         whole["windows"],
         whole["carried"],

@@ -1,8 +1,9 @@
-"""A study's folder made small enough to commit or to send, with the same report.
+"""A study's folder made small enough to commit or to send, with the same report but for the last digits of its curves.
 
 Checkpoints, logs, what trackers wrote, and of the machine's absolute paths all but the names stay behind. Of
 metrics.jsonl steps in a row are put together: such a line has the means of their losses and gradient norms, the rest as
-of the last of them, and under ``steps`` how many they are.
+of the last of them, and under ``steps`` how many they are. A mean over steps that begins or ends among these, as one of
+the losses at equal tokens may, is near what it was.
 """
 
 from __future__ import annotations

@@ -38,6 +38,9 @@ NOT_IDENTITY = frozenset(
      "profile", "stats_every", "tensorboard", "wandb")
 )  # fmt: skip
 
+#: What of a study.json, beside the settings, decides which run it is.
+_SEALED = ("run", "role", "budget", "target_params", "fingerprint")
+
 Role = Literal["sweep", "final"]
 State = Literal["new", "cut", "done", "busy", "damaged"]
 
@@ -71,7 +74,8 @@ def settings(config: RunConfig, model: ModelConfig) -> dict[str, Any]:
 
 def seal(facts: Mapping[str, Any]) -> str:
     """By which it is seen that a study.json is as it was written."""
-    return _digest(*(facts.get(name) for name in ("run", "role", "budget", "target_params", "settings", "fingerprint")))
+    run, role, budget, target, fingerprint = map(facts.get, _SEALED)
+    return _digest(run, role, budget, target, facts.get("settings"), fingerprint)
 
 
 def what_was_changed(path: Path, facts: Mapping[str, Any]) -> str | None:
@@ -260,15 +264,22 @@ def job_state(job: TrainJob) -> tuple[State, str]:
         # Made, but killed before its first file was whole: nothing was trained.
         return "damaged", f"it has no config.json: {remove}"
     try:
-        run.read_config()
+        config, model = run.read_config()
         facts = run.read_json("study.json")
         summary = run.read_json("summary.json")
     except UsageError as error:
         return "damaged", f"{error}"
-    if not isinstance(facts, dict) or facts.get("seal") != job.facts["seal"]:
+    if not isinstance(facts, dict) or facts.get("seal") != seal(facts):
         return "damaged", f"its study.json is not as it was written: {remove}"
     if (changed := what_was_changed(job.folder, facts)) is not None:
         return "damaged", f"{changed}: {remove}"
+    for name in _SEALED:
+        if facts.get(name) != job.facts[name]:
+            told = f"it was begun for {name} {facts.get(name)}, and the study has {job.facts[name]} now"
+            return "damaged", f"{told}: give the study another --folder, or remove {job.folder}"
+    # Not the settings as they lie there: an elman before this one knew of fewer.
+    if identity(config, model, job.facts["fingerprint"]) != job.facts["identity"]:
+        return "damaged", f"it is another run, whose folder was renamed: {remove}"
     if summary is not None:
         return ("done", "") if isinstance(summary, dict) else ("damaged", f"its summary.json is no summary: {remove}")
     with contextlib.ExitStack() as stack:

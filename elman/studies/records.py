@@ -29,6 +29,8 @@ _SLOW = ("reference", "torch")
 #: Numbers of a summary that a comparison cannot do without, and such as may be None where nobody knows them.
 _NEEDED = ("params", "steps", "tokens", "train_seconds", "tokens_per_second", "last_100_loss", "batch_size", "seq_len",
            "flops_per_token", "peak_memory_bytes")  # fmt: skip
+#: Of them, such as may be 0 or less.
+_ANY_SIGN = ("last_100_loss", "peak_memory_bytes")
 #: By how much what a file tells may differ from what it is worked out from: the last digits of a float.
 _CLOSE = 1e-6
 #: What of a study.json is a list, and the budgets that there are.
@@ -50,6 +52,7 @@ class Record:
         summary: of summary.json.
         sessions: of env.json, one each time the run was started.
         rows: of metrics.jsonl.
+        apart: what its label tells beside, where runs of one label differ.
     """
 
     path: Path
@@ -62,6 +65,7 @@ class Record:
     summary: dict[str, Any] = field(default_factory=dict)
     sessions: list[dict[str, Any]] = field(default_factory=list)
     rows: list[dict[str, Any]] = field(default_factory=list)
+    apart: str = ""
 
     @property
     def every_step(self) -> list[dict[str, Any]]:
@@ -109,6 +113,12 @@ class Record:
             case TaskConfig() as task:
                 return task.task, known, task.lengths, task.eval_examples
         return (known,)
+
+    @property
+    def diverged(self) -> bool:
+        """Whether it ended because its loss was no number any more."""
+        steps = [row for row in self.rows if "lr" in row]
+        return not self.summary and bool(steps) and "skipped" in steps[-1]
 
     @property
     def is_sweep(self) -> bool:
@@ -193,7 +203,7 @@ def read_run(path: Path) -> Record:
         _read(record)
     except UsageError as error:
         record.problems.append(str(error))
-    except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
+    except (KeyError, TypeError, ValueError, AttributeError, ArithmeticError, OSError) as error:
         record.problems.append(f"its files are not as elman wrote them ({type(error).__name__}: {error})")
     return record
 
@@ -235,10 +245,10 @@ def _read(record: Record) -> None:
     if not isinstance(summary, dict):
         last = max((row["step"] for row in record.rows), default=0)
         seconds = max((row["seconds"] for row in record.rows), default=0.0)
-        record.problems.append(
-            f"it did not reach its end: {last:,} steps, {format_duration(seconds)}; go on with it by `elman study run` "
-            f"or elman train --resume"
-        )
+        how = "go on with it by `elman study run` or elman train --resume"
+        if record.diverged:
+            how = "its last steps were skipped, not being finite: it diverged"
+        record.problems.append(f"it did not reach its end: {last:,} steps, {format_duration(seconds)}; {how}")
         return
     record.summary = summary
     _check_summary(record)
@@ -303,7 +313,10 @@ def lost_lines(run: RunFolder, rows: Sequence[dict[str, Any]]) -> list[str]:
     lost = sum(bool(line.strip()) for line in text.splitlines()) - len(rows)
     if lost:
         found.append(f"{lost} line(s) of its metrics.jsonl cannot be read and are left out")
+    told = [row["step"] for row in rows if "lr" in row]
     steps = {row["step"]: _steps_of(row) for row in rows if "lr" in row}
+    if len(told) > len(steps):
+        found.append(f"{len(told) - len(steps)} step(s) are in its metrics.jsonl more than once")
     missing = max(steps, default=0) - sum(steps.values())
     if missing > 0:
         found.append(f"{missing} step(s) are missing from its metrics.jsonl")
@@ -323,25 +336,31 @@ def _check_summary(record: Record) -> None:
     for name in _NEEDED:
         if not _is_number(summary.get(name)):
             record.problems.append(f"its summary.json has no number for {name}")
+        elif name not in _ANY_SIGN and summary[name] <= 0:
+            record.problems.append(f"its summary.json says {name} {summary[name]:.7g}, which cannot be")
     judged = _check_accuracies(record) if record.task is not None else _check_heldout(record)
     if record.problems:
         return
-    losses = [row["loss"] for row in record.every_step if _is_number(row.get("loss"))]
+    losses = [row["loss"] for row in record.every_step if "loss" in row]
     tokens = summary["steps"] * config.batch_size * config.seq_len
     checks: list[tuple[str, float, float | None]] = [
         ("params", summary["params"], num_params(model)),
         ("flops_per_token", summary["flops_per_token"], flops_per_token(model, config.seq_len)),
         ("batch_size", summary["batch_size"], config.batch_size),
         ("tokens", summary["tokens"], tokens),
+        ("seq_len", summary["seq_len"], config.seq_len),
         ("steps", summary["steps"], max((row["step"] for row in record.rows), default=None)),
+        ("train_seconds", summary["train_seconds"], max((row["seconds"] for row in record.rows), default=None)),
         ("tokens_per_second", summary["tokens_per_second"], tokens / summary["train_seconds"]),
         ("last_100_loss", summary["last_100_loss"], statistics.fmean(losses[-100:]) if losses else None),
         *judged,
     ]
     if record.remarks:
-        # Lines of the metrics are lost: what is worked out from them is not what it was.
-        kept = ("params", "flops_per_token", "batch_size", "tokens", "tokens_per_second")
-        checks = [check for check in checks if check[0] in kept]
+        # Lines of the metrics are lost: what is worked out from them is not what it was, but for whole ends.
+        lost = [] if _has_tail(record) else ["last_100_loss"]
+        if not any(row["step"] == summary["steps"] and "lr" not in row for row in record.rows):
+            lost += ["steps", "train_seconds", *(name for name, *_ in judged)]
+        checks = [check for check in checks if check[0] not in lost]
     for name, told, found in checks:
         if found is None:
             record.problems.append(f"its metrics.jsonl has nothing to check its summary's {name} by")
@@ -354,6 +373,13 @@ def _check_summary(record: Record) -> None:
         record.problems.append(
             f"it has {format_count(summary['params'])} parameters, more than {TOLERANCE:.0%} off {format_count(target)}"
         )
+
+
+def _has_tail(record: Record) -> bool:
+    """Whether the steps that ``last_100_loss`` is the mean of are all there, none of them skipped."""
+    ends: dict[int, int] = {row["step"]: _steps_of(row) for row in record.rows if "loss" in row and "lr" in row}
+    last: int = record.summary["steps"]
+    return sum(steps for end, steps in ends.items() if end > last - 100) == min(100, last)
 
 
 def _check_heldout(record: Record) -> list[tuple[str, float, float | None]]:
@@ -455,7 +481,8 @@ def name_apart(records: Sequence[Record]) -> None:
         names = list(dict.fromkeys(name for values in found for name in values))
         telling = [name for name in names if len({str(values.get(name)) for values in found}) > 1]
         for record, values in zip(same, found, strict=True):
-            record.label += "".join(f", {name.rpartition('.')[2]} {values.get(name)}" for name in telling)
+            record.apart = "".join(f", {name.rpartition('.')[2]} {values.get(name)}" for name in telling)
+            record.label += record.apart
 
 
 def options(record: Record) -> dict[str, Any]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import base64
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +26,7 @@ from elman.studies.analysis import (
     compare,
     law_sentences,
     power_laws,
+    repeated,
     superseded,
     sweep_remarks,
     uneven_speeds,
@@ -35,6 +36,7 @@ from elman.studies.long_text import Line, read_evaluation, sentences, together
 from elman.studies.records import Record, name_apart, read_run, run_folders
 from elman.studies.study import Budget, slug
 from elman.studies.task_grid import PLACES, Grid, Place, task_verdict
+from elman.training.config import TrainConfig
 from elman.units import bits, format_bytes, format_count
 
 #: What env.json tells that decides what a run computes and how fast, in the order of the page.
@@ -142,6 +144,8 @@ def make_report(paths: Sequence[Path]) -> Report:
     for record in superseded(records):
         record.problems.append("superseded: another setting has come out best in its sweep since, and has been run")
     name_apart([record for record in records if not record.is_sweep])
+    for record, other in repeated(records):
+        record.problems.append(f"it is of the same seed as {other.path.name}, and a seed counts once")
     studies = sorted({str(record.facts["study"]) for record in records if "study" in record.facts})
     if len(studies) > 1:
         raise UsageError(f"RUN: these runs are of several studies ({', '.join(studies)}): report one at a time")
@@ -158,12 +162,14 @@ def make_report(paths: Sequence[Path]) -> Report:
     planned = [] if newest is None else [str(label) for label in newest.facts.get("planned", [])]
     labels = [record.label for record in good]
     styles = figures.Styles([*(label for label in planned if label in labels), *labels])
+    texts = _texts(comparisons)
     for number, comparison in enumerate(comparisons, 1):
-        report.sections.append(_section(comparison, number, styles, several=len(comparisons) > 1))
+        section = _section(comparison, number, styles, several=len(comparisons) > 1)
+        report.sections.append(replace(section, title=section.title + _on(comparison, texts)))
     report.sections += task_sections(good) + long_text_sections(good, styles)
     report.is_of_tasks = bool(good) and all(record.task is not None for record in good)
     if newest is not None and newest.facts.get("axis"):
-        _tell_axis(report, str(newest.facts["axis"]), comparisons)
+        _tell_axis(report, str(newest.facts["axis"]), comparisons, texts)
     _tell_sweep(report, [record for record in records if record.is_sweep], good)
     for record in records:
         report.left_out += [(_called(record), problem) for problem in record.problems]
@@ -238,8 +244,30 @@ def _section(comparison: Comparison, number: int, styles: figures.Styles, severa
     return Section(title, verdict(comparison), [results, costs, *_equal_tokens(comparison)], pictures)
 
 
+def _texts(comparisons: Sequence[Comparison]) -> dict[tuple[object, ...], str]:
+    """What each of the texts is called that losses were measured on; none where that was one."""
+    found: dict[tuple[object, ...], str] = {}
+    for comparison in comparisons:
+        first = comparison.groups[0].records[0]
+        assert isinstance(first.config, TrainConfig)
+        known, heldout, eval_bytes = first.judged_by
+        name = "" if first.config.data is None else f"{first.config.data.name} "
+        found[first.judged_by] = f"{name}({str(known)[:8]}), --heldout {heldout}, --eval-bytes {eval_bytes}"
+    return found if len(found) > 1 else {}
+
+
+def _on(comparison: Comparison, texts: Mapping[tuple[object, ...], str]) -> str:
+    text = texts.get(comparison.groups[0].records[0].judged_by)
+    return "" if text is None else f", judged by {text}"
+
+
 def _equal_tokens(comparison: Comparison) -> list[Table]:
-    """Where the groups had unequal numbers of tokens: their training losses when all had as many as the slowest."""
+    """Where the groups had unequal numbers of tokens: their training losses when all had as many as the slowest.
+
+    None where tokens are not alike.
+    """
+    if len({getattr(record.config, "tokenizer", None) for group in comparison.groups for record in group.records}) > 1:
+        return []
     ends = {group.label: group.of_summary("tokens") or 0.0 for group in comparison.groups}
     first = min(ends, key=lambda label: ends[label])
     least = ends[first]
@@ -309,17 +337,23 @@ def _context_table(lines: Sequence[Line], unit: str) -> Table:
 
 
 def task_sections(records: Sequence[Record]) -> list[Section]:
-    """Of runs of tasks: a section for all that had one budget and training length, models by tasks."""
+    """Of runs of tasks: a section for all that had one budget, training length and examples, models by tasks."""
     found: dict[tuple[object, ...], list[Record]] = {}
+    ways: dict[tuple[object, ...], list[object]] = {}
     for record in records:
         if record.task is not None:
-            found.setdefault((*record.budget, *(a.length for a in record.accuracies)), []).append(record)
+            alike = (*record.budget, *((a.length, a.examples) for a in record.accuracies))
+            # A task that draws its examples otherwise than it did is another.
+            of_task = ways.setdefault((record.task, *alike), [])
+            if record.judged_by not in of_task:
+                of_task.append(record.judged_by)
+            found.setdefault((of_task.index(record.judged_by), *alike), []).append(record)
     sections = []
-    for number, ((kind, amount, *lengths), same) in enumerate(found.items(), 1):
-        budget = Budget(kind, amount)  # type: ignore[arg-type]
+    for number, same in enumerate(found.values(), 1):
+        budget = Budget(*same[0].budget)  # type: ignore[arg-type]
         grid = Grid.of(same)
         name = slug(budget.short) + ("" if len(found) == 1 else f"-{number}")
-        title = f"After {budget}, trained at length {lengths[0]}"
+        title = f"After {budget}, trained at length {grid.lengths[0]}"
         sections.append(
             Section(
                 title,
@@ -416,24 +450,30 @@ def _rate(rate: float) -> str:
     return f"{rate:g}"
 
 
-def _tell_axis(report: Report, axis: str, comparisons: Sequence[Comparison]) -> None:
-    by_budget: dict[Budget, list[Group]] = {}
+def _tell_axis(
+    report: Report, axis: str, comparisons: Sequence[Comparison], texts: Mapping[tuple[object, ...], str]
+) -> None:
+    """Losses, and their power laws, of all that had one budget and were judged by one text."""
+    alike: dict[tuple[object, ...], list[Comparison]] = {}
     for comparison in comparisons:
-        by_budget.setdefault(comparison.budget, []).extend(comparison.groups)
-    for budget, groups in by_budget.items():
+        judged_by = comparison.groups[0].records[0].judged_by
+        alike.setdefault((comparison.budget, *judged_by), []).append(comparison)
+    for number, same in enumerate(alike.values(), 1):
+        budget, groups = same[0].budget, [group for comparison in same for group in comparison.groups]
+        several = sum(other[0].budget == budget for other in alike.values()) > 1
+        name = f"{slug(budget.short)}-{axis}" + (f"-{number}" if several else "")
         records = [record for group in groups for record in group.records]
         styles = figures.Styles([record.series for record in records])
         laws: list[PowerLaw] = power_laws(records) if axis == "params" else []
-        caption = f"Held-out loss after {budget}" + (", and fitted power laws." if laws else ".")
-        report.across.append(
-            Picture(f"loss-{slug(budget.short)}-{axis}", caption, figures.against(axis, groups, laws, styles))
-        )
+        after = f"{budget}{_on(same[0], texts)}"
+        caption = f"Held-out loss after {after}" + (", and fitted power laws." if laws else ".")
+        report.across.append(Picture(f"loss-{name}", caption, figures.against(axis, groups, laws, styles)))
         if axis == "batch_size":
             svg = figures.against(axis, groups, [], styles, value="speed")
-            report.across.append(Picture(f"speed-{slug(budget.short)}-{axis}", "Throughput against the batch.", svg))
-        report.laws += [f"After {budget}, {sentence}" for sentence in law_sentences(laws)]
+            report.across.append(Picture(f"speed-{name}", "Throughput against the batch.", svg))
+        report.laws += [f"After {after}, {sentence}" for sentence in law_sentences(laws)]
         if axis == "params" and not laws:
-            report.laws.append(f"After {budget}: fewer than three sizes a series, so no power law is fitted.")
+            report.laws.append(f"After {after}: fewer than three sizes a series, so no power law is fitted.")
 
 
 def _tell_sweep(report: Report, sweep: Sequence[Record], finals: Sequence[Record]) -> None:

@@ -193,10 +193,7 @@ def _may_go_on(record: Record) -> bool:
 
     One that failed, its loss being no number, has been judged: its last step was skipped.
     """
-    if record.summary:
-        return False
-    rows = [row for row in record.rows if "lr" in row]
-    return not (rows and "skipped" in rows[-1])
+    return not record.summary and not record.diverged
 
 
 def _train(

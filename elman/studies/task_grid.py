@@ -94,7 +94,7 @@ class Grid:
 
 def _row(record: Record) -> str:
     """The row of its series in a study; elsewhere that of its label, which tells the model."""
-    return str(record.facts["series"]) if record.facts.get("series") else record.label
+    return f"{record.facts['series']}{record.apart}" if record.facts.get("series") else record.label
 
 
 def _cell(place: Place, accuracies: Sequence[Accuracy]) -> Cell:

@@ -47,6 +47,8 @@ from elman.training.parallel import Room
 _EMBEDDING = "embedding.weight"
 #: What a model computes in.
 _DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+#: Above what is written to metrics.jsonl: numbers, and steps.
+_MOST, _MOST_STEPS = 1e300, 2**53
 
 
 @dataclass(frozen=True)
@@ -164,7 +166,7 @@ class RunFolder:
             for line in self.metrics_file.read_text(encoding="utf-8", errors="replace").splitlines():
                 with contextlib.suppress(ValueError, RecursionError):
                     row = json.loads(line)
-                    if isinstance(row, dict) and all(isinstance(row.get(k), int | float) for k in ("step", "seconds")):
+                    if isinstance(row, dict) and _is_metrics(row):
                         rows.append(row)
         return rows
 
@@ -176,6 +178,15 @@ class RunFolder:
         partial = self.path / ".metrics.jsonl.partial"
         partial.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
         partial.replace(self.metrics_file)
+
+
+def _is_metrics(row: dict[str, Any]) -> bool:
+    numbers = [row.get("seconds"), row.get("loss", 0.0)]
+    return type(row.get("step")) is int and 0 <= row["step"] < _MOST_STEPS and all(map(_is_number, numbers))
+
+
+def _is_number(value: Any) -> bool:
+    return type(value) in (int, float) and abs(value) < _MOST
 
 
 def check_free(path: Path) -> None:

@@ -12,7 +12,7 @@ import torch
 
 from elman.cli import main
 from elman.data.bytes import DELIMITER
-from elman.data.vocabulary import BYTES
+from elman.data.vocabulary import BYTES, ByteVocabulary
 from elman.evaluation import long_text
 from elman.evaluation.long_text import Reader, carried_cost, carried_loss, context_cost, context_losses, context_rows
 from elman.mixers import mixer_config
@@ -97,6 +97,21 @@ def test_contexts_are_compared_on_the_same_tokens(name: str, resets: bool, monke
         assert row.standard_error == pytest.approx(np.std(np.mean(each, axis=1), ddof=1) / np.sqrt(3), rel=1e-4)
 
 
+def test_what_scatters_is_the_loss_of_a_byte(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tokens of more bytes cost more; where each byte costs the same, the mean has no error."""
+
+    class Pieces(ByteVocabulary):
+        lengths = np.arange(256) % 7 + 1
+
+    def read(self: Reader, tokens: np.ndarray, state: None, reset: np.ndarray) -> tuple[torch.Tensor, None]:
+        return torch.from_numpy(0.5 * self.vocabulary.lengths[tokens[:, 1:]]), None
+
+    monkeypatch.setattr(Reader, "read", read)
+    (row,) = context_losses(Reader(build(), Pieces(), False), text(2000), [8], 4, lambda count: None)
+    assert row.nats_per_byte == pytest.approx(0.5)
+    assert row.standard_error == pytest.approx(0.0, abs=1e-12)
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", [None, torch.bfloat16])
 def test_a_gpu_reads_the_same(dtype: torch.dtype | None) -> None:
@@ -161,6 +176,7 @@ def test_eval_reads_the_held_out_text_by_default(folder: Path, capsys: pytest.Ca
     (made,) = Path("run").glob("eval-*")
     found = json.loads((made / "eval.json").read_text())
     assert found["data"]["bytes"] == 500
+    assert len(found["data"]["sha256"]) == 64
     assert f"{found['windows']['nats_per_byte']:.4f} nats/byte" in shown
     assert found["windows"]["nats_per_token"] == pytest.approx(summary["heldout"]["nats_per_token"], abs=0.02)
     assert {file.name for file in made.iterdir()} == {"eval.json", "eval.md"}

@@ -47,12 +47,11 @@ def make_run(
     config = TrainConfig(
         dim=dim,
         depth=2,
-        seq_len=16,
         batch_size=4,
         steps=steps,
         seed=seed,
         lr=lr,
-        **{"data": Path("/text"), "warmup": steps // 10, **(train or {})},
+        **{"data": Path("/text"), "seq_len": 16, "warmup": steps // 10, **(train or {})},
     )
     run = RunFolder(path)
     path.mkdir(parents=True)
@@ -77,9 +76,9 @@ def make_run(
         "summary.json",
         {
             "model": "e1", "params": num_params(model), "dim": dim, "depth": 2,
-            "flops_per_token": flops_per_token(model, 16), "state_size": 32, "seq_len": 16, "batch_size": 4,
-            "processes": 1,
-            "parallel": "none", "steps": steps, "tokens": steps * tokens, "compiled": True, "start_up_seconds": 7.0,
+            "flops_per_token": flops_per_token(model, config.seq_len), "state_size": 32, "seq_len": config.seq_len,
+            "batch_size": 4, "processes": 1, "parallel": "none",
+            "steps": steps, "tokens": steps * tokens, "compiled": True, "start_up_seconds": 7.0,
             "train_seconds": seconds, "tokens_per_second": speed, "mfu": 0.25, "peak_memory_bytes": 2**30,
             "skipped_steps": 0, "last_100_loss": sum(losses[-100:]) / len(losses[-100:]), "unit": "byte",
             "heldout": {"nats_per_token": heldout, "tokens": 100, "bytes": 100, "nats_per_byte": heldout,

@@ -9,6 +9,7 @@ import pytest
 
 from elman.studies.analysis import compare, differences, group, holm, power_law, sweep_remarks, verdict
 from elman.studies.records import Record, read_run
+from elman.training.run import RunFolder
 from tests.studies.made import make_run, make_study
 
 
@@ -53,6 +54,14 @@ def test_a_power_law_is_found_again() -> None:
     assert (law.b, law.a, law.sizes) == (pytest.approx(0.12), pytest.approx(7.0), 4)
     assert law.error < 1e-6
     assert power_law("e1", [(5e7, 2.0), (5e7, 2.1), (1e8, 1.9)]) is None
+
+
+def test_seeds_that_miss_a_line_alike_make_it_no_surer() -> None:
+    points = [(5e7, 2.0), (1e8, 1.9), (2e8, 1.7)]
+    one, three = power_law("e1", points), power_law("e1", points * 3)
+    assert one is not None
+    assert three is not None
+    assert (three.b, three.error, three.sizes) == (pytest.approx(one.b), pytest.approx(one.error), 3)
 
 
 def test_a_difference_beyond_the_seeds_is_claimed(tmp_path: Path) -> None:
@@ -118,6 +127,15 @@ CAVEATS: dict[str, tuple[dict[str, Any], str]] = {
     "another size": ({"dim": 24}, "The runs are of unequal size"),
     "another speed": ({"speed": 500.0, "label": "a", "seed": 1}, "not equally fast: a (× 2.00)"),
     "a long warm-up": ({"train": {"warmup": 80}}, "for long beside the steps of b (40% of its steps)"),
+    "other windows": (
+        {"train": {"seq_len": 32}, "varies": ["seq_len"]},
+        "unequal context in the held-out text as well",
+    ),
+    "other options": (
+        {"train": {"optimizer": "muon", "weight_decay": 0.0}},
+        "differ in --optimizer (adamw, muon) and --weight-decay (0.0, 0.1)",
+    ),
+    "other tokens": ({"train": {"tokenizer": "gpt2"}}, "Their tokens are not alike (bytes, gpt2)"),
     "a budget that was not met": ({"steps": 100}, "The budget was not met by b."),
 }
 
@@ -131,6 +149,23 @@ def test_what_weakens_a_comparison_is_said(name: str, tmp_path: Path) -> None:
     make_run(tmp_path / "other" / "runs" / "1", "a")
     make_run(tmp_path / "other" / "runs" / "2", "b")
     assert message not in verdict_of(tmp_path / "other")
+
+
+def test_options_that_a_study_is_about_are_no_surprise(tmp_path: Path) -> None:
+    for name, optimizer, more in (("a", "adamw", {}), ("b", "muon", {"varies": ["optimizer"]})):
+        make_run(tmp_path / "runs" / name, name, train={"optimizer": optimizer}, **more)
+    assert "--optimizer" not in verdict_of(tmp_path)
+
+
+def test_runs_that_diverged_are_told_beside_the_mean_of_the_others(tmp_path: Path) -> None:
+    study = make_study(tmp_path, {"a": [2.0, 2.1, 2.2], "b": [2.1, 2.2], "c": [2.3]})
+    for name in ("a-seed1", "a-seed2", "c-seed0"):
+        run = RunFolder(study / "runs" / name)
+        (run.path / "summary.json").unlink()
+        if name != "a-seed2":
+            run.append_metrics([{"step": 201, "lr": 1e-3, "seconds": 13.0, "skipped": 1}])
+    said = verdict_of(study)
+    assert "Runs that diverged are left out, of a (1 of 2) and c (1 of 1)" in said
 
 
 def test_runs_of_unequal_budgets_and_texts_are_not_compared(tmp_path: Path) -> None:

@@ -51,3 +51,9 @@ def test_what_a_run_lacks_is_left_open_and_told(tmp_path: Path, capsys: pytest.C
     assert "What is left open cannot be compared." in shown
     assert main(["compare", str(a.path), str(tmp_path / "nowhere")]) == 2
     assert "nowhere: no such folder" in capsys.readouterr().err
+
+
+def test_losses_of_unlike_tokens_are_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    a, b = make_run(tmp_path / "x", "a"), make_run(tmp_path / "y", "b", train={"tokenizer": "gpt2"})
+    assert main(["compare", str(a.path), str(b.path)]) == 0
+    assert "losses a token do not compare" in capsys.readouterr().out

@@ -90,6 +90,16 @@ def test_other_texts_are_not_compared(tmp_path: Path) -> None:
     assert [section.pictures[0].name for section in sections] == ["contexts-1", "contexts-2"]
 
 
+def test_two_texts_of_one_name_and_size_are_not_compared(tmp_path: Path) -> None:
+    for name, told in (("a", "0123"), ("b", "4567"), ("c", "0123")):
+        path = make_evaluation(make_run(tmp_path / "toy" / "runs" / name, name), {64: 2.0})
+        found = json.loads(path.read_text())
+        found["data"]["sha256"] = told
+        path.write_text(json.dumps(found))
+    sections = make_report([tmp_path / "toy"]).sections[1:]
+    assert [[row[0] for row in section.tables[0].rows] for section in sections] == [["a", "c"], ["b"]]
+
+
 def test_it_is_packed_without_the_machine_s_paths(tmp_path: Path) -> None:
     path = make_evaluation(make_run(tmp_path / "toy" / "runs" / "a", "a"), {64: 2.0})
     pack(tmp_path / "toy", tmp_path / "packed", 20)

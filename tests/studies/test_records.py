@@ -1,5 +1,6 @@
 """Runs are read from their folders alone, and what does not add up is said, never believed and never dropped."""
 
+import json
 import re
 from pathlib import Path
 from typing import Any
@@ -53,7 +54,44 @@ def _other_width(run: RunFolder) -> None:
     run.write_json("config.json", config)
 
 
+def _folder_for(name: str) -> Any:
+    def spoil(run: RunFolder) -> None:
+        (run.path / name).unlink()
+        (run.path / name).mkdir()
+
+    return spoil
+
+
+def _diverge(run: RunFolder) -> None:
+    _cut_summary(run)
+    run.append_metrics([{"step": 201, "lr": 1e-3, "seconds": 13.0, "skipped": 1}])
+
+
+def _line(**values: Any) -> Any:
+    """Edit the metrics of the sixth step."""
+
+    def spoil(run: RunFolder) -> None:
+        lines = run.metrics_file.read_text().splitlines()
+        lines[5] = json.dumps({**json.loads(lines[5]), **values})
+        run.metrics_file.write_text("\n".join(lines) + "\n")
+
+    return spoil
+
+
 DAMAGE = {
+    "diverged": (_diverge, "did not reach its end: 201 steps, 13s; its last steps were skipped.*: it diverged"),
+    "no time at all": (_edit("summary.json", train_seconds=0), "says train_seconds 0, which cannot be"),
+    "less than no time": (
+        _edit("summary.json", train_seconds=-1.0, tokens_per_second=-12800.0),
+        "says train_seconds -1, which cannot be",
+    ),
+    "less time, at a higher speed": (
+        _edit("summary.json", train_seconds=1.28, tokens_per_second=10_000.0),
+        "says train_seconds 1.28, its other files 12.8",
+    ),
+    "another window": (_edit("summary.json", seq_len=32), "says seq_len 32, its other files 16"),
+    "a folder for a summary": (_folder_for("summary.json"), "not as elman wrote them .IsADirectoryError"),
+    "a folder for metrics": (_folder_for("metrics.jsonl"), "not as elman wrote them .IsADirectoryError"),
     "not finished": (_cut_summary, "did not reach its end: 200 steps"),
     "half a summary": (_half_summary, "summary.json is damaged"),
     "a summary that is a list": (lambda run: run.write_json("summary.json", [1]), "did not reach its end"),
@@ -114,6 +152,31 @@ def test_lost_lines_are_remarked_and_what_is_left_still_compares(tmp_path: Path)
         "1 line(s) of its metrics.jsonl cannot be read and are left out",
         "1 step(s) are missing from its metrics.jsonl",
     ]
+
+
+@pytest.mark.parametrize(
+    "values", [{"loss": "low"}, {"loss": [1]}, {"loss": float("nan")}, {"seconds": float("inf")}, {"step": 10**400}]
+)
+def test_a_line_whose_numbers_are_none_is_left_out(values: dict[str, Any], tmp_path: Path) -> None:
+    run = make_run(tmp_path / "run")
+    _line(**values)(run)
+    assert read_run(run.path).remarks[0] == "1 line(s) of its metrics.jsonl cannot be read and are left out"
+    assert make_report([run.path]).sections
+
+
+def test_a_lost_line_is_no_excuse_for_an_edited_summary(tmp_path: Path) -> None:
+    for name, values in (("loss", {"heldout": {"nats_per_byte": 1.0}}), ("last", {"last_100_loss": 1.0})):
+        run = make_run(tmp_path / name)
+        _line(seconds=None)(run)
+        change(run, "summary.json", **values)
+        assert "one was edited" in read_run(run.path).problems[0]
+
+
+def test_steps_that_are_there_twice_are_remarked(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "run")
+    lines = run.metrics_file.read_text().splitlines(True)
+    run.metrics_file.write_text("".join(lines[:50] + lines))
+    assert read_run(run.path).remarks == ["50 step(s) are in its metrics.jsonl more than once"]
 
 
 def test_a_run_off_its_size_is_not_compared(tmp_path: Path) -> None:

@@ -5,11 +5,14 @@ import shutil
 from pathlib import Path
 
 import pytest
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
 
 from elman.cli import main
 from elman.errors import UsageError
 from elman.mixers import mixer_config
 from elman.sizing import num_params, size_model
+from elman.studies import figures
 from elman.studies.report import make_report
 from elman.training.run import RunFolder
 from tests.studies.made import change, make_run, make_study
@@ -150,3 +153,58 @@ def test_a_swept_option_that_no_run_has_stops_no_report(tmp_path: Path) -> None:
     (section,) = make_report([tmp_path / "toy"]).sections
     assert section.tables[0].columns[5:7] == ["--warmup", "--nonsense"]
     assert [row[5:7] for row in section.tables[0].rows] == [["20", "–"]] * 2
+
+
+def test_a_seed_counts_once(tmp_path: Path) -> None:
+    study = make_study(tmp_path / "toy", LOSSES)
+    shutil.copytree(study / "runs" / "a-seed0", study / "runs" / "a-seed0-copy")
+    make_run(study / "runs" / "b-seed1-again", "b", seed=1, heldout=2.4)
+    report = make_report([study])
+    assert [row[5] for row in report.sections[0].tables[0].rows] == ["3", "3"]
+    assert report.left_out == [
+        ("a (a-seed0-copy)", "it is of the same seed as a-seed0, and a seed counts once"),
+        ("b (b-seed1-again)", "it is of the same seed as b-seed1, and a seed counts once"),
+    ]
+
+
+def test_losses_on_several_texts_are_not_fitted_together(tmp_path: Path) -> None:
+    for text, shift in (("one", 0.0), ("two", 1.0)):
+        for dim in (16, 24, 32):
+            params = num_params(size_model((mixer_config("e1")(),), dim=dim, depth=2))
+            make_run(
+                tmp_path / "toy" / "runs" / f"{text}-{dim}", f"a {dim}", dim=dim, heldout=5 * params**-0.1 + shift,
+                varies=["params"], axis="params", fingerprint=text,
+            )  # fmt: skip
+    report = make_report([tmp_path / "toy"])
+    assert len(report.laws) == 2
+    assert "N^-0.100 ± 0.000" in report.laws[0]
+    assert [section.title.partition(", judged by ")[2] for section in report.sections] == [
+        f"text ({name}), --heldout 0.05, --eval-bytes 1m" for name in ("one", "two")
+    ]
+    names = [picture.name for picture in report.across]
+    assert names == ["loss-tokens12800-params-1", "loss-tokens12800-params-2"]
+
+
+def test_losses_of_unlike_tokens_are_not_put_beside_each_other(tmp_path: Path) -> None:
+    for name, tokenizer in (("a", None), ("b", "gpt2")):
+        make_run(
+            tmp_path / name, name, speed=1000.0 if tokenizer else 500.0, steps=400 if tokenizer else 200,
+            budget={"kind": "time", "amount": 25.6}, train={"tokenizer": tokenizer}, varies=["tokenizer"],
+        )  # fmt: skip
+    (section,) = make_report([tmp_path]).sections
+    assert len(section.tables) == 2
+
+
+def test_long_names_are_whole_in_the_pictures(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    drawn: list[Figure] = []
+    monkeypatch.setattr(figures, "_svg", lambda figure: drawn.append(figure) or "")
+    make_study(tmp_path / "toy", {f"a rather long name of a run, number {i}, with options": [2.0] for i in range(6)})
+    make_report([tmp_path / "toy"])
+    assert len(drawn) == 2
+    for figure in drawn:
+        canvas = FigureCanvasAgg(figure)
+        canvas.draw()
+        legends = [text for legend in figure.legends for text in legend.get_texts()]
+        for text in (*legends, *(axes.xaxis.label for axes in figure.axes)):
+            box = text.get_window_extent(canvas.get_renderer())
+            assert 0 <= box.x0 <= box.x1 <= figure.bbox.width, text.get_text()

@@ -6,6 +6,7 @@ import io
 import json
 import os
 import re
+import shlex
 import signal
 import subprocess
 import sys
@@ -24,10 +25,12 @@ from elman.errors import UsageError
 from elman.mixers import mixer_config
 from elman.model import ModelConfig
 from elman.studies import child
+from elman.studies.commands import report_command
 from elman.studies.job import TrainJob
 from elman.studies.launch import Job, LocalLauncher, SubmititLauncher, gpu_slots
 from elman.studies.memory import largest_batch, measured_memory, most_memory
-from elman.studies.plan import Plan, identity, job_state, slow_path
+from elman.studies.options import RunStudy
+from elman.studies.plan import Plan, identity, job_state, seal, slow_path
 from elman.studies.records import read_run
 from elman.studies.runner import chosen_settings, show_plan
 from elman.studies.study import SWEEP_SEED, Budget, Run, Scale, Setting
@@ -111,6 +114,35 @@ def test_damaged_folders_are_never_written_to(spoil: Any, state: str, tmp_path: 
     launcher = Here()
     assert run(made, launcher)[0] == 1
     assert launcher.ran == []
+
+
+def test_a_run_of_an_elman_that_knew_of_fewer_options_is_done(tmp_path: Path, text: Path) -> None:
+    made = plan(tmp_path, text, study(learning_rates=(1e-3,), seeds=(0,), runs=RUNS[:1]), tokens=64)
+    (job,) = made.final_jobs({"E1": Setting(1e-3)})
+    assert job() == 0
+    run = RunFolder(job.folder)
+    facts, config = run.read_json("study.json"), run.read_json("config.json")
+    for train in (facts["settings"]["train"], config["train"]):
+        del train["max_skipped"]
+    facts["seal"] = seal(facts)
+    run.write_json("study.json", facts)
+    run.write_json("config.json", config)
+    assert job_state(job) == ("done", "")
+    config["train"]["lr"] = facts["settings"]["train"]["lr"] = 5.0
+    facts["seal"] = seal(facts)
+    run.write_json("study.json", facts)
+    run.write_json("config.json", config)
+    assert "whose folder was renamed" in job_state(job)[1]
+
+
+def test_a_run_of_the_same_work_for_another_study_is_told_as_that(tmp_path: Path, text: Path) -> None:
+    made = plan(tmp_path, text, study(learning_rates=(1e-3,), seeds=(0,), runs=RUNS[:1]), tokens=64)
+    (job,) = made.final_jobs({"E1": Setting(1e-3)})
+    assert job() == 0
+    facts = {**job.facts, "target_params": 5}
+    state, why = job_state(replace(job, facts=facts))
+    assert state == "damaged"
+    assert "it was begun for target_params None, and the study has 5 now: give the study another --folder" in why
 
 
 def test_a_run_that_another_process_writes_is_left_to_it(tmp_path: Path, text: Path) -> None:
@@ -285,6 +317,23 @@ def test_local_jobs_have_a_gpu_each_and_tell_how_they_ended(tmp_path: Path) -> N
     assert set(gpus.values()) == {"0", "5"}
     assert ended == {f"job{i}": (i, f"job{i} saw {gpus[f'job{i}']}") for i in range(2)}
     assert [path.suffix for path in (tmp_path / "logs").iterdir()] == [".log"] * 3
+
+
+def test_what_another_process_asks_of_the_same_job_is_left_to_it(tmp_path: Path) -> None:
+    logs = tmp_path / "logs"
+    logs.mkdir()
+    for pid in ("", f".{os.getpid() + 1}"):
+        (logs / f"job{pid}.job").write_bytes(b"of another process")
+    ended: list[int] = []
+    LocalLauncher([None], logs).run([Echo("job", tmp_path)], lambda job, code, line: ended.append(code))
+    assert ended == [0]
+    assert [path.read_bytes() for path in logs.glob("*.job")] == [b"of another process"] * 2
+
+
+def test_the_command_for_the_report_is_one_that_a_shell_takes(tmp_path: Path) -> None:
+    options = RunStudy("my study.py", folder=tmp_path / "a folder")
+    words = shlex.split(report_command(options))
+    assert words == ["elman", "study", "report", "my study.py", "--folder", str(tmp_path / "a folder")]
 
 
 def test_a_process_that_is_kept_takes_one_job_after_another(tmp_path: Path) -> None:

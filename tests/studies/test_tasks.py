@@ -17,8 +17,8 @@ from elman.studies import Run, Scale, Study, over_tasks
 from elman.studies.find import find_study
 from elman.studies.launch import Done, Job, Launcher
 from elman.studies.plan import Plan, identity
-from elman.studies.records import read_run
-from elman.studies.report import Report, make_report
+from elman.studies.records import name_apart, read_run
+from elman.studies.report import Report, make_report, task_sections
 from elman.studies.runner import run_plan, show_plan
 from elman.studies.task_grid import Cell, Grid, task_verdict
 from elman.training.config import TaskConfig
@@ -127,6 +127,22 @@ def test_an_accuracy_that_was_edited_is_left_out(folder: Path) -> None:
         assert len(report.left_out) == 1
     finally:
         path.write_text(before)
+
+
+def test_runs_of_other_options_or_examples_are_no_seeds_of_a_cell(folder: Path) -> None:
+    records = [record for path in sorted((folder / "runs").iterdir()) if (record := read_run(path)).task == "parity"]
+    again = [read_run(record.path) for record in records]
+    for record in again:
+        assert record.config is not None
+        record.config = replace(record.config, weight_decay=0.5)
+    name_apart([*records, *again])
+    (section,) = task_sections([*records, *again])
+    rows = [row[0] for row in section.tables[0].rows]
+    assert rows == [f"{name}, weight_decay {value}" for value in (0.01, 0.5) for name in ("E1", "minGRU")] + ["chance"]
+    other = [read_run(record.path) for record in records]
+    for record in other:
+        record.facts = {**record.facts, "fingerprint": "as it drew them once"}
+    assert len(task_sections([*map(read_run, [record.path for record in records]), *other])) == 2
 
 
 def test_the_verdict_says_what_was_solved_by_every_seed_and_no_more() -> None:
