@@ -13,6 +13,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
+from elman import mixers
 from elman.errors import UsageError
 from elman.mixers import MixerConfig, mixer_config, mixer_names
 from elman.model import LanguageModel, ModelConfig, next_token_loss
@@ -291,6 +292,19 @@ def test_a_pattern_repeats_over_the_depth() -> None:
     assert [mixer.name for mixer in config.layers()] == ["e0", "e1", "e0", "e1", "e0"]
     assert config.pattern == "e0,e1"
     assert num_params(config) == sum(parameter.numel() for parameter in LanguageModel(config).parameters())
+
+
+def test_what_a_mixer_returns_is_not_broadcast() -> None:
+    model = build(mixer_config("e0")())
+    model.layers[1].mixer.out_proj = torch.nn.Linear(16, 1).double()
+    with pytest.raises(AssertionError, match=r"E0 made \(11, 3, 1\) of an x of \(11, 3, 16\), not the same"):
+        model(tokens())
+
+
+def test_a_variant_has_the_name_that_it_is_registered_by(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(mixers._REGISTRY, "mine", "elman.mixers.e0:E0Config")
+    with pytest.raises(AssertionError, match=r"E0Config\.name is 'e0', but _REGISTRY has it as 'mine'"):
+        mixer_config("mine")
 
 
 @variants
