@@ -4,6 +4,7 @@ import copy
 import functools
 import itertools
 import math
+import typing
 from dataclasses import replace
 from pathlib import Path
 
@@ -16,6 +17,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from elman import mixers
 from elman.errors import UsageError
 from elman.mixers import MixerConfig, mixer_config, mixer_names
+from elman.mixers.base import WeightInit
 from elman.model import LanguageModel, ModelConfig, next_token_loss
 from elman.sizing import flops_per_token, num_params, state_size
 from elman.training.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
@@ -176,6 +178,19 @@ def test_a_model_starts_as_its_embedding_and_every_parameter_learns(mixer: Mixer
     for name, parameter in model.named_parameters():
         assert parameter.grad is not None, name
         assert 0 < parameter.grad.abs().max() < math.inf, name
+
+
+@variants
+@pytest.mark.parametrize("weight_init", typing.get_args(WeightInit))
+def test_every_weight_is_drawn(mixer: MixerConfig, weight_init: WeightInit) -> None:
+    """Memory that nobody wrote to is filled with NaN here, else with whatever lay there: other runs, other weights."""
+    torch.use_deterministic_algorithms(True)
+    try:
+        model = LanguageModel(ModelConfig(16, 2, (mixer,)), weight_init)
+    finally:
+        torch.use_deterministic_algorithms(False)
+    for name, tensor in model.state_dict().items():
+        assert tensor.isfinite().all(), f"{name}: draw it in initialize, or where it is made"
 
 
 def test_how_matrices_start() -> None:
