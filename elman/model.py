@@ -112,6 +112,10 @@ class Layer(nn.Module):
     ) -> tuple[Tensor, Tensor, State]:
         """From behind this layer's norm to behind the next: a sum and its norm are one pass over memory."""
         y, state = self.mixer(normed, state, reset)
+        # A sum would broadcast what is too small.
+        assert y.shape == normed.shape, (
+            f"{type(self.mixer).__name__} made {tuple(y.shape)} of an x of {tuple(normed.shape)}, not the same shape"
+        )
         x, normed = next_norm(x, y)
         return x, normed, state
 

@@ -132,6 +132,22 @@ def test_an_edited_config_is_told_by_option(
         elman.load(tmp_path)
 
 
+def test_a_variant_that_has_changed_since_may_be_why(models: dict[int, LanguageModel], tmp_path: Path) -> None:
+    values = json.loads((tmp_path / "config.json").read_text())
+    (mixer,) = values["model"]["mixers"]
+    (tmp_path / "config.json").write_text(
+        json.dumps(values | {"model": {**values["model"], "mixers": [{**mixer, "k": 2}]}})
+    )
+    with pytest.raises(
+        UsageError, match=r"argument 'k'\): put the file back, or its variant's code if that has changed"
+    ):
+        elman.load(tmp_path)
+    narrow = {**values["model"], "mixers": [{**mixer, "expansion": 0.5}]}
+    (tmp_path / "config.json").write_text(json.dumps({**values, "model": narrow}))
+    with pytest.raises(UsageError, match=r"belongs to another model: .*, or its variant's code as it was then"):
+        elman.load(tmp_path)
+
+
 def test_no_run_and_no_checkpoint(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="is no run folder"):
         elman.load(tmp_path)

@@ -4,6 +4,7 @@ import copy
 import functools
 import itertools
 import math
+import typing
 from dataclasses import replace
 from pathlib import Path
 
@@ -13,8 +14,10 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
+from elman import mixers
 from elman.errors import UsageError
 from elman.mixers import MixerConfig, mixer_config, mixer_names
+from elman.mixers.base import WeightInit
 from elman.model import LanguageModel, ModelConfig, next_token_loss
 from elman.sizing import flops_per_token, num_params, state_size
 from elman.training.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
@@ -177,6 +180,19 @@ def test_a_model_starts_as_its_embedding_and_every_parameter_learns(mixer: Mixer
         assert 0 < parameter.grad.abs().max() < math.inf, name
 
 
+@variants
+@pytest.mark.parametrize("weight_init", typing.get_args(WeightInit))
+def test_every_weight_is_drawn(mixer: MixerConfig, weight_init: WeightInit) -> None:
+    """Memory that nobody wrote to is filled with NaN here, else with whatever lay there: other runs, other weights."""
+    torch.use_deterministic_algorithms(True)
+    try:
+        model = LanguageModel(ModelConfig(16, 2, (mixer,)), weight_init)
+    finally:
+        torch.use_deterministic_algorithms(False)
+    for name, tensor in model.state_dict().items():
+        assert tensor.isfinite().all(), f"{name}: draw it in initialize, or where it is made"
+
+
 def test_how_matrices_start() -> None:
     torch.manual_seed(0)
     config = ModelConfig(400, 1, (mixer_config("e1")(),))
@@ -291,6 +307,19 @@ def test_a_pattern_repeats_over_the_depth() -> None:
     assert [mixer.name for mixer in config.layers()] == ["e0", "e1", "e0", "e1", "e0"]
     assert config.pattern == "e0,e1"
     assert num_params(config) == sum(parameter.numel() for parameter in LanguageModel(config).parameters())
+
+
+def test_what_a_mixer_returns_is_not_broadcast() -> None:
+    model = build(mixer_config("e0")())
+    model.layers[1].mixer.out_proj = torch.nn.Linear(16, 1).double()
+    with pytest.raises(AssertionError, match=r"E0 made \(11, 3, 1\) of an x of \(11, 3, 16\), not the same"):
+        model(tokens())
+
+
+def test_a_variant_has_the_name_that_it_is_registered_by(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(mixers._REGISTRY, "mine", "elman.mixers.e0:E0Config")
+    with pytest.raises(AssertionError, match=r"E0Config\.name is 'e0', but _REGISTRY has it as 'mine'"):
+        mixer_config("mine")
 
 
 @variants

@@ -92,6 +92,9 @@ def mixer_config(name: str) -> type[MixerConfig]:
         )
     module, _, attribute = _REGISTRY[name].partition(":")
     config: type[MixerConfig] = getattr(importlib.import_module(module), attribute)
+    assert config.name == name, (
+        f"{attribute}.name is {config.name!r}, but _REGISTRY has it as {name!r}: give it one name"
+    )
     return config
 
 

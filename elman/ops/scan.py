@@ -12,10 +12,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from elman.errors import UsageError
 from elman.ops.cuda.compiler import Module, has_compiler
 from elman.ops.cuda.launch import aligned, launch
 from elman.ops.loop import NUMBERS
-from elman.ops.operators import real_of
+from elman.ops.operators import as_tensors, real_of
 from elman.ops.registration import register
 
 _THREADS = 64  # kThreads of diagonal.cuh
@@ -41,9 +42,39 @@ def linear_scan(a: Tensor, b: Tensor, h0: Tensor | None = None, *, reset: Tensor
 
     Returns:
         h (T, B, H), the state after every step.
+
+    Raises:
+        UsageError: shapes, dtypes or devices do not fit together: none is broadcast or cast, for the kernels read
+            every number where it lies.
     """
+    for name, x in (("a", a), ("b", b), ("h0", h0), ("reset", reset)):
+        if x is not None or name not in ("h0", "reset"):
+            as_tensors(name, x)
+    _check(a, b, h0, reset)
     h: Tensor = torch.ops.elman.linear_scan(a, b, h0, reset)
     return h
+
+
+def _check(a: Tensor, b: Tensor, h0: Tensor | None, reset: Tensor | None) -> None:
+    if b.ndim != 3 or 0 in b.shape or not b.is_floating_point():
+        raise UsageError(
+            f"b has shape {tuple(b.shape)} and dtype {b.dtype}: give floating-point (T, B, H), T at least 1"
+        )
+    for name, x, shape, dtype in (
+        ("a", a, b.shape, b.dtype),
+        ("h0", h0, b.shape[1:], b.dtype),
+        ("reset", reset, b.shape[:2], torch.bool),
+    ):
+        if x is None:
+            continue
+        if x.shape != shape:
+            cure = ", by expand where it is the same for all" if name == "a" else ""
+            raise UsageError(f"{name} has shape {tuple(x.shape)}: give {tuple(shape)}{cure}")
+        if x.dtype != dtype:
+            cure = "give torch.bool" if name == "reset" else f"b has {b.dtype}, so cast one to the other"
+            raise UsageError(f"{name} has dtype {x.dtype}: {cure}")
+        if x.device != b.device:
+            raise UsageError(f"{name} is on {x.device} but b is on {b.device}: move one to the other")
 
 
 def scan_backend(device: torch.device, dtype: torch.dtype) -> str:

@@ -1,8 +1,9 @@
-"""What must hold before a model is built: each says in words what does not, and the cure."""
+"""What must hold before a model is trained: each says in words what does not, and the cure."""
 
 from __future__ import annotations
 
 import torch
+from torch import nn
 
 from elman.environment import total_memory
 from elman.errors import UsageError
@@ -44,6 +45,20 @@ def check_memory(config: ModelConfig, device: torch.device, processes: Processes
         raise UsageError(
             f"a model of {format_count(num_params(config))} parameters needs {format_bytes(needed)} for weights and "
             f"optimiser, but {device} has {format_bytes(there)}: give a smaller --params, --dim or --depth"
+        )
+
+
+def check_counts(config: ModelConfig, model: nn.Module) -> None:
+    """What the formulas count, by which models are compared, is what is trained.
+
+    Raises:
+        UsageError: it is not: a variant's ``num_params`` is wrong.
+    """
+    counted, there = num_params(config), sum(parameter.numel() for parameter in model.parameters())
+    if counted != there:
+        raise UsageError(
+            f"--model {config.pattern} has {there:,} parameters, but its formulas count {counted:,}: correct "
+            f"num_params of the variant's config, or what the module has; pytest tests/test_model.py -k counts tells"
         )
 
 

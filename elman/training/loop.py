@@ -22,7 +22,7 @@ from elman.model import LanguageModel, ModelConfig, next_token_loss
 from elman.ops import choosing_for_graphs, record_backends
 from elman.training.carry import Carry
 from elman.training.checkpoint import Checkpoint, save_checkpoint, save_sharded
-from elman.training.checks import check_memory, check_mixers, rows_a_pass
+from elman.training.checks import check_counts, check_memory, check_mixers, rows_a_pass
 from elman.training.compiling import compile_training, first_line, ignoring_compiler_warnings
 from elman.training.config import RunConfig
 from elman.training.display import TrainingDisplay, say, show_profile
@@ -76,6 +76,7 @@ class Trainer:
             check_memory(model_config, self.device, processes)
             torch.manual_seed(config.seed)
             self.model = LanguageModel(model_config, config.weight_init).to(self.device)
+            check_counts(model_config, self.model)
             if self.precision == "fp8":
                 use_float8(self.model)
             roles = parameter_roles(self.model)

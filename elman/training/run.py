@@ -113,7 +113,7 @@ class RunFolder:
         except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise UsageError(
                 f"{self.path}/config.json is not as elman train wrote it ({error}): "
-                f"put the file back, or start a new run"
+                f"put the file back, or its variant's code if that has changed since, or start a new run"
             ) from None
 
     def read_text_config(self) -> tuple[TrainConfig, ModelConfig]:
@@ -373,7 +373,7 @@ def _check_size(config: ModelConfig, weights: dict[str, Tensor], source: Path) -
 def _of_another_model(source: Path, has: str, asked: str) -> UsageError:
     return UsageError(
         f"checkpoint {source} belongs to another model: {has} but config.json asks for {asked}; "
-        f"give the run folder it came with"
+        f"give the run folder it came with, or its variant's code as it was then"
     )
 
 

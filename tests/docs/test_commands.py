@@ -209,25 +209,34 @@ def test_python_blocks_run(page: Path, workplace: Path) -> None:
 
 
 @pytest.fixture
-def glu(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The worked example is registered, as a user would."""
+def examples(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The worked examples are registered, as a user would."""
     monkeypatch.setitem(mixers._REGISTRY, "glu", "docs.examples.glu:GLUConfig")
+    monkeypatch.setitem(mixers._REGISTRY, "mgu", "docs.examples.mgu:MGUConfig")
 
 
-@pytest.mark.parametrize("options", [{}, {"gate": "relu", "expansion": 1.5}], ids=str)
-def test_the_worked_example_is_a_variant(glu: None, options: dict[str, object]) -> None:
-    mixer = mixers.mixer_config("glu")(**options)
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [("glu", {}), ("glu", {"gate": "relu", "expansion": 1.5}), ("mgu", {}), ("mgu", {"expansion": 0.5})],
+    ids=str,
+)
+def test_a_worked_example_is_a_variant(examples: None, name: str, options: dict[str, object]) -> None:
+    mixer = mixers.mixer_config(name)(**options)
     test_model.test_counts_are_those_of_the_module(mixer, 16, 2)
     test_model.test_chunks_with_carried_state_equal_one_piece(mixer)
     test_model.test_the_state_matters(mixer)
     test_model.test_resets_equal_separate_sequences(mixer)
     test_model.test_every_parameter_learns(mixer)
+    test_model.test_a_model_starts_as_its_embedding_and_every_parameter_learns(mixer)
+    test_model.test_every_weight_is_drawn(mixer, "normal")
+    test_model.test_autocast_errs_no_more_than_bf16_weights_and_arithmetic(mixer)
     test_model.test_config_survives_json(mixer)
 
 
-def test_the_worked_example_trains_and_writes(glu: None, workplace: Path) -> None:
+@pytest.mark.parametrize("options", ["glu --gate relu", "mgu"])
+def test_a_worked_example_trains_and_writes(examples: None, options: str, workplace: Path) -> None:
     Path("text").write_bytes(b"import os\n\x1e" * 300)
-    options = f"train --model glu --gate relu --data text --steps 2 --dim 16 --depth 2 {TINY} --out glu"
-    assert cli.main(options.split()) == 0
-    assert cli.main(["generate", "glu", "--bytes", "4"]) == 0
-    assert os.path.exists("glu/summary.json")
+    argv = f"train --model {options} --data text --steps 2 --dim 16 --depth 2 {TINY} --out run"
+    assert cli.main(argv.split()) == 0
+    assert cli.main(["generate", "run", "--bytes", "4"]) == 0
+    assert os.path.exists("run/summary.json")

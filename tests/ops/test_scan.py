@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from elman.errors import UsageError
 from elman.ops import linear_scan, scan
 from elman.ops.cuda.compiler import flatten
 
@@ -56,6 +57,28 @@ def test_can_be_differentiated_twice() -> None:
 def test_one_step_is_no_view_of_its_input() -> None:
     a, b, _, _ = inputs(1)
     assert linear_scan(a, b).data_ptr() != b.data_ptr()
+
+
+@pytest.mark.parametrize(
+    ("wrong", "complaint"),
+    [
+        ({"a": torch.ones(H)}, r"a has shape \(4,\): give \(5, 3, 4\), by expand"),
+        ({"a": torch.ones(5, B, 1)}, r"a has shape \(5, 3, 1\)"),
+        ({"a": torch.ones(5, B, H, dtype=BF16)}, "a has dtype torch.bfloat16: b has torch.float32, so cast one"),
+        ({"a": 0.5}, "a is a float: give a tensor"),
+        ({"b": torch.ones(B, H)}, r"b has shape \(3, 4\) and dtype torch.float32: give floating-point \(T, B, H\)"),
+        ({"b": torch.ones(5, B, H, dtype=torch.long)}, "b has .*dtype torch.int64"),
+        ({"h0": torch.ones(1, H)}, r"h0 has shape \(1, 4\): give \(3, 4\)"),
+        ({"h0": torch.ones(B, H, dtype=F64)}, "h0 has dtype torch.float64"),
+        ({"h0": torch.ones(B, H, device="meta")}, "h0 is on meta but b is on cpu"),
+        ({"reset": torch.ones(B, 5, dtype=torch.bool)}, r"reset has shape \(3, 5\): give \(5, 3\)"),
+        ({"reset": torch.ones(5, B)}, "reset has dtype torch.float32: give torch.bool"),
+    ],
+)
+def test_what_would_be_broadcast_or_cast_is_refused(wrong: dict[str, Tensor], complaint: str) -> None:
+    """The kernels would read past the end of what is smaller, and other numbers where dtypes differ."""
+    with pytest.raises(UsageError, match=complaint):
+        linear_scan(**{"a": torch.ones(5, B, H), "b": torch.ones(5, B, H), **wrong})
 
 
 @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])

@@ -7,7 +7,9 @@ import pytest
 import torch
 from rich.console import Console
 
+from elman.errors import UsageError
 from elman.mixers import MixerConfig, mixer_config
+from elman.mixers.e0 import E0Config
 from elman.model import ModelConfig
 from elman.training.checks import slow_option
 from elman.training.config import TrainConfig
@@ -48,3 +50,17 @@ def test_it_is_told_of_once(config: TrainConfig, monkeypatch: pytest.MonkeyPatch
     start_run(replace(config, steps=2), (e5(rank=5), e5(rank=6)), Console(file=output, width=200))
     assert output.getvalue().count("is no multiple of 8") == 1
     assert "--rank 5 is no multiple of 8" in output.getvalue()
+
+
+class Miscounted(E0Config):
+    """Forgets the bias."""
+
+    def num_params(self, dim: int) -> int:
+        return super().num_params(dim) - self.inner_size(dim)
+
+
+def test_a_variant_whose_formula_miscounts_is_not_trained(config: TrainConfig) -> None:
+    with pytest.raises(UsageError, match="--model e0 has 6,224 parameters, but its formulas count 6,192: correct "):
+        start_run(config, (Miscounted(),), Console(quiet=True))
+    assert config.out is not None
+    assert not config.out.exists()
