@@ -68,7 +68,7 @@ def identity(config: RunConfig, model: ModelConfig, fingerprint: str) -> str:
 def settings(config: RunConfig, model: ModelConfig) -> dict[str, Any]:
     """All that decides what a run computes, as config.json writes it, for study.json to hold beside it."""
     train = {name: value for name, value in dataclasses.asdict(config).items() if name not in NOT_IDENTITY}
-    plain: dict[str, Any] = json.loads(json.dumps({"train": train, "model": model.to_dict()}))
+    plain: dict[str, Any] = json.loads(json.dumps({"train": train, "model": model.to_dict()}, default=str))
     return plain
 
 

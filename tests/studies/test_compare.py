@@ -57,3 +57,15 @@ def test_losses_of_unlike_tokens_are_told(tmp_path: Path, capsys: pytest.Capture
     a, b = make_run(tmp_path / "x", "a"), make_run(tmp_path / "y", "b", train={"tokenizer": "gpt2"})
     assert main(["compare", str(a.path), str(b.path)]) == 0
     assert "losses a token do not compare" in capsys.readouterr().out
+
+
+def test_a_run_from_anothers_weights_is_told_from_one_from_its_own(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Its start is a path, which JSON has no word for."""
+    a = make_run(tmp_path / "x", None)
+    b = make_run(tmp_path / "y", None)
+    train = {**b.read_json("config.json")["train"], "dim": None, "depth": None, "start_from": str(tmp_path / "x")}
+    change(b, "config.json", train=train)
+    assert main(["compare", str(a.path), str(b.path)]) == 0
+    assert f"start_from {tmp_path / 'x'}" in " ".join(capsys.readouterr().out.split())
