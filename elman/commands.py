@@ -75,6 +75,7 @@ def models(params: str, depth: int, seq_len: int, console: Console) -> int:
         table.add_row(name, equation, str(config.dim), *(format_count(count) for count in counts))
     console.print(table)
     console.print("fla:NAME is the layer NAME of the package flash-linear-attention, such as fla:GatedDeltaNet.")
+    console.print("FILE.py is a variant of your own: docs/add_a_variant.md.")
     console.print("FLOPs: forward, 2 a multiply-add; training costs 3 times that. State: numbers a sequence.")
     return 0
 

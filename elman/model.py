@@ -65,7 +65,7 @@ class ModelConfig:
 
     def to_dict(self) -> dict[str, Any]:
         """A JSON-ready form; ``from_dict`` reads it back."""
-        mixers = [{"name": mixer.name, **dataclasses.asdict(mixer)} for mixer in self.mixers]
+        mixers = [{"name": mixer.file or mixer.name, **dataclasses.asdict(mixer)} for mixer in self.mixers]
         return {"dim": self.dim, "depth": self.depth, "vocab_size": self.vocab_size, "mixers": mixers}
 
     @classmethod

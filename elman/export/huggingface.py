@@ -44,6 +44,7 @@ def export(run: Path, out: Path | None, tell: Callable[[str], None]) -> Path:
         UsageError: no run, no checkpoint, or the folder is not free.
     """
     config, model_config = open_run(run).read_text_config()
+    modules = _modules(model_config)
     folder = run / "hf" if out is None else out
     if (folder / "config.json").exists():
         raise UsageError(f"--out {folder} is there already and is left as it is: give another --out")
@@ -64,7 +65,7 @@ def export(run: Path, out: Path | None, tell: Callable[[str], None]) -> Path:
         _write_json(partial / "generation_config.json", ends)
         for name in ("configuration_elman.py", "modeling_elman.py"):
             shutil.copyfile(_FILES / name, partial / name)
-        (partial / "elman_code.py").write_text(bundle(_modules(model_config)), encoding="utf-8")
+        (partial / "elman_code.py").write_text(bundle(modules), encoding="utf-8")
         if vocabulary is BYTES:
             _write_json(partial / "tokenizer.json", tokenizer_json())
             _write_json(partial / "tokenizer_config.json", _TOKENIZER_CONFIG)
@@ -155,6 +156,12 @@ _TOKENIZER_CONFIG = {
 
 def _modules(config: ModelConfig) -> list[str]:
     """What the model's config imports by name: its mixers' files."""
+    for mixer in config.mixers:
+        if mixer.file is not None:
+            raise UsageError(
+                f"the variant {mixer.name} lies in {mixer.file}, and an export has elman's own code alone: move it to "
+                f"elman/mixers, give it its line in _REGISTRY there, and train again"
+            )
     files = {type(mixer).__module__.removeprefix("elman.") for mixer in config.mixers}
     return ["model", *sorted(files)]
 

@@ -1,6 +1,7 @@
 """The variants, one file each, and the registry that names them.
 
-To add one: write its file (config, module, counts), then add its line to ``_REGISTRY``.
+To add one: write its file (config, module, counts). ``--model FILE`` takes that as it is; to ship it, add its line to
+``_REGISTRY``.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from elman.errors import UsageError
+from elman.mixers import own
 from elman.mixers.base import Mixer, MixerConfig, State
 from elman.options import flag
 
@@ -73,11 +75,14 @@ def mixer_names() -> list[str]:
 
 
 def mixer_config(name: str) -> type[MixerConfig]:
-    """The config class of a registered variant, or of ``fla:NAME``. Its file is imported only now.
+    """The config class of a registered variant, of ``fla:NAME``, or in a file. The file is imported only now.
 
     Raises:
-        UsageError: no variant has this name; the nearest are named. Or its package is not installed.
+        UsageError: no variant has this name; the nearest are named. Or its package is not installed, or its file is not
+            that of a variant.
     """
+    if own.is_file(name):
+        return own.own_config(name, frozenset((*_REGISTRY, *PATTERNS)))
     if name.startswith("fla:"):
         from elman.mixers.fla import fla_config
 
@@ -101,11 +106,21 @@ def mixer_config(name: str) -> type[MixerConfig]:
 def parse_pattern(text: str) -> tuple[str, ...]:
     """``"e1"`` or ``"e1,e1,e0"``: the variants of successive layers, repeated over the depth.
 
-    ``"1"`` means ``e1``, and a name of ``PATTERNS`` what it stands for.
+    ``"1"`` means ``e1``, a name of ``PATTERNS`` what it stands for, and a file's path the variant in it.
     """
-    names = [name.strip() if name.strip().startswith("fla:") else name.strip().lower() for name in text.split(",")]
+    return tuple(config.name for config in _pattern_configs(text))
+
+
+def _pattern_configs(text: str) -> list[type[MixerConfig]]:
+    names = [name.strip() for name in text.split(",")]
+    names = [name if name.startswith("fla:") or own.is_file(name) else name.lower() for name in names]
     names = [each for name in names for each in (PATTERNS[name].layers.split(",") if name in PATTERNS else [name])]
-    return tuple(mixer_config(f"e{name}" if name.isdigit() else name).name for name in names)
+    configs = [mixer_config(f"e{name}" if name.isdigit() else name) for name in names]
+    by_name: dict[str, type[MixerConfig]] = {}
+    for config in configs:
+        if (other := by_name.setdefault(config.name, config)) is not config:
+            raise UsageError(f"--model has two variants {config.name!r}, of {other.file} and {config.file}: rename one")
+    return configs
 
 
 def pattern_mixers(text: str) -> tuple[MixerConfig, ...]:
@@ -114,4 +129,4 @@ def pattern_mixers(text: str) -> tuple[MixerConfig, ...]:
     for name in text.split(","):
         pattern = PATTERNS.get(name.strip().lower())
         options |= pattern.options if pattern is not None else {}
-    return tuple(mixer_config(name)(**options.get(name, {})) for name in parse_pattern(text))
+    return tuple(config(**options.get(config.name, {})) for config in _pattern_configs(text))

@@ -19,7 +19,7 @@ from typing import Any, Literal, TypeVar
 
 from elman.errors import UsageError
 from elman.evaluation.tasks import find_task
-from elman.mixers import MixerConfig, mixer_config, pattern_mixers
+from elman.mixers import MixerConfig, pattern_mixers
 from elman.model import ModelConfig
 from elman.options import flag
 from elman.sizing import TOLERANCE, flops_per_token, size_model
@@ -107,7 +107,8 @@ class Run:
             UsageError: no such variant, or no such option; the nearest are named.
         """
         mixers = pattern_mixers(self.model)
-        given: dict[str, dict[str, Any]] = {mixer.name: {} for mixer in mixers}
+        by_name = {mixer.name: mixer for mixer in mixers}
+        given: dict[str, dict[str, Any]] = {name: {} for name in by_name}
         for key, value in self.options.items():
             name, _, option = key.rpartition(".")
             if not name and len(given) == 1:
@@ -115,7 +116,7 @@ class Run:
             if name not in given:
                 expected = " or ".join(f"{other}.{option}" for other in given)
                 raise UsageError(f"run {self.name!r} gives option {key!r}, but its model is {self.model}: {expected}")
-            known = [entry.name for entry in dataclasses.fields(mixer_config(name)) if entry.init]
+            known = [entry.name for entry in dataclasses.fields(by_name[name]) if entry.init]
             if option not in known:
                 raise UsageError(f"run {self.name!r} gives {name} an {_unknown('option', option, known)}")
             given[name][option] = value

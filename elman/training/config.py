@@ -24,8 +24,8 @@ class RunConfig(ABC):
     """Everything that a run is, whatever it learns from, but for the options of its mixers."""
 
     model: Annotated[str, tyro.conf.arg(aliases=["--level"])] = "e1"
-    """Variant by name or number (1 means e1), or a pattern repeated over the depth, such as e0,e1; elman is the one
-    that learns most."""
+    """Variant by name or number (1 means e1), the file of one of your own, such as my_cell.py, or a pattern of them
+    repeated over the depth, such as e0,e1; elman is the one that learns most."""
     params: OptionalStr = None
     """Parameters to size the model for, such as 50m; within 2%. The default is 10m where no --dim is given."""
     dim: OptionalInt = None

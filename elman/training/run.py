@@ -36,6 +36,7 @@ from elman.data.sampling import SAMPLERS
 from elman.data.vocabulary import Vocabulary, open_vocabulary
 from elman.environment import resolve_device
 from elman.errors import UsageError
+from elman.mixers import own
 from elman.model import LanguageModel, ModelConfig
 from elman.sizing import num_params
 from elman.training.checkpoint import Checkpoint, DamagedCheckpointError, list_checkpoints, load_checkpoint, step_of
@@ -100,7 +101,7 @@ class RunFolder:
         """What the run was started with.
 
         Raises:
-            UsageError: config.json is missing or was not written by elman.
+            UsageError: config.json is missing or was not written by elman; or the file of its variant is gone.
         """
         try:
             values = json.loads((self.path / "config.json").read_text(encoding="utf-8"))
@@ -109,7 +110,19 @@ class RunFolder:
             for name in ("data", "out", "start_from", "resume"):
                 if train.get(name) is not None:
                     train[name] = Path(train[name])
-            return kind(**train), ModelConfig.from_dict(values["model"])
+            model = ModelConfig.from_dict(values["model"])
+            for file, copy in self._own_variants(model).items():
+                if copy.is_file() and copy.read_bytes() != file.read_bytes():
+                    warnings.warn(
+                        f"{file} has changed since {self.path} was begun: {copy} is what it was", stacklevel=1
+                    )
+            return kind(**train), model
+        except own.NotThereError as error:
+            copies = " or ".join(str(copy) for copy in sorted(self.path.glob("variant-*.py"))) or "its code"
+            raise UsageError(
+                f"{self.path} is of the variant in {error.path}, which is not there: put {copies} there, once you have "
+                f"read it, for it will be run"
+            ) from None
         except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise UsageError(
                 f"{self.path}/config.json is not as elman train wrote it ({error}): "
@@ -128,8 +141,16 @@ class RunFolder:
         return config, model
 
     def write_config(self, train: RunConfig, model: ModelConfig) -> None:
-        """Write config.json."""
+        """Write config.json, and copies of variants that are in no elman."""
+        for file, copy in self._own_variants(model).items() if self.writes else ():
+            copy.write_bytes(file.read_bytes())
         self.write_json("config.json", {"train": asdict(train), "model": model.to_dict()})
+
+    def _own_variants(self, model: ModelConfig) -> dict[Path, Path]:
+        """By their files, where a run has copies of them. What is run is the file, never a copy."""
+        return {
+            Path(mixer.file): self.path / f"variant-{mixer.name}.py" for mixer in model.mixers if mixer.file is not None
+        }
 
     def write_json(self, name: str, value: Any) -> None:
         """Replace a file at once, so that a reader never sees half of it."""

@@ -1,0 +1,148 @@
+"""A variant in a file outside the package: ``--model FILE``."""
+
+import json
+import pickle
+import shutil
+from pathlib import Path
+
+import pytest
+
+from elman.cli import main
+from elman.errors import UsageError
+from elman.mixers import mixer_config, parse_pattern, pattern_mixers
+from elman.mixers.own import _LOADED
+from elman.model import ModelConfig
+from elman.training.run import open_run
+
+EXAMPLE = Path(__file__).parents[2] / "docs/examples/mgu.py"
+SIZES = {"--dim": 16, "--depth": 2, "--seq-len": 16, "--batch-size": 2, "--eval-bytes": 200, "--device": "cpu"}
+SMALL = [str(word) for pair in SIZES.items() for word in pair]
+
+
+@pytest.fixture
+def file(tmp_path: Path) -> Path:
+    """Beside the text, in a folder whose name has a space and letters of both cases."""
+    (tmp_path / "My cells").mkdir()
+    (tmp_path / "text").write_bytes(bytes(range(32, 127)) * 60)
+    return shutil.copy(EXAMPLE, tmp_path / "My cells/mgu.py")
+
+
+def train(file: Path, out: str, steps: int, *more: str, model: str = "") -> int:
+    root = file.parents[1]
+    where = ["--data", str(root / "text"), "--out", str(root / out)]
+    return main(["train", "--model", model or str(file), *SMALL, "--steps", str(steps), *where, *more])
+
+
+def refusal(capture: pytest.CaptureFixture[bytes], *arguments: str) -> str:
+    """In one line."""
+    assert main(list(arguments)) == 2
+    return " ".join(capture.readouterr().err.decode().split())
+
+
+def losses(file: Path, out: str) -> list[float]:
+    return [row["loss"] for row in open_run(file.parents[1] / out).read_metrics() if "lr" in row]
+
+
+def test_it_trains_goes_on_and_writes_as_any_other(file: Path, capfdbinary: pytest.CaptureFixture[bytes]) -> None:
+    root = file.parents[1]
+    assert train(file, "whole", 6, "--expansion", "2") == 0
+    assert train(file, "again", 6, "--expansion", "2") == 0
+    assert losses(file, "again") == losses(file, "whole")
+    saved = json.loads((root / "whole/config.json").read_text())["model"]["mixers"][0]
+    assert saved == {"name": str(file), "expansion": 2.0}
+    assert (root / "whole/variant-mgu.py").read_bytes() == file.read_bytes()
+    assert main(["train", "--resume", str(root / "whole"), "--steps", "8"]) == 0
+    assert len(losses(file, "whole")) == 8
+    assert main(["generate", str(root / "whole"), "--prompt", "abc", "--bytes", "5"]) == 0
+    assert main(["compare", str(root / "whole"), str(root / "again")]) == 0
+    assert b"mgu" in capfdbinary.readouterr().out
+
+
+def test_it_stands_in_patterns_with_options_of_its_own(file: Path) -> None:
+    assert parse_pattern(f"E1, {file}") == ("e1", "mgu")
+    assert train(file, "run", 1, "--mgu.expansion", "2", "--e1.bound", "3", model=f"e1,{file}") == 0
+    _, model = open_run(file.parents[1] / "run").read_config()
+    assert model.pattern == "e1,mgu"
+    assert [mixer.expansion for mixer in model.mixers] == [1.0, 2.0]  # type: ignore[attr-defined]
+
+
+def test_other_processes_load_it_by_its_path(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As a study's do, which are sent the model's config."""
+    model = ModelConfig(8, 1, pattern_mixers(str(file)))
+    sent = pickle.dumps(model)
+    monkeypatch.setattr("elman.mixers.own._LOADED", {})
+    found = pickle.loads(sent)
+    assert found.to_dict() == model.to_dict()
+    assert type(found.mixers[0]) is mixer_config(str(file))
+
+
+def test_a_file_that_is_gone_or_has_changed_is_told(file: Path, capfdbinary: pytest.CaptureFixture[bytes]) -> None:
+    run = file.parents[1] / "run"
+    assert train(file, "run", 1) == 0
+    text = file.read_text()
+    file.write_text(text + "# changed\n")
+    with pytest.warns(UserWarning, match=r"mgu.py has changed since .*run was begun: .*variant-mgu.py is what it was"):
+        open_run(run).read_config()
+    file.unlink()
+    _LOADED.clear()
+    told = refusal(capfdbinary, "generate", str(run), "--prompt", "a")
+    assert f"{file}, which is not there: put {run / 'variant-mgu.py'} there, once you have read it" in " ".join(
+        told.split()
+    )
+    shutil.copy(run / "variant-mgu.py", file)
+    assert main(["generate", str(run), "--prompt", "a", "--bytes", "2"]) == 0
+
+
+@pytest.mark.parametrize(
+    ("text", "told"),
+    [
+        (None, "is not there: give the file of a variant, or a variant's name"),
+        ("x = 1\ny = x / 0\n", "fails, line 2: ZeroDivisionError: division by zero"),
+        ("def f(:\n", "fails: SyntaxError"),
+        ("import no_such_module\n", "fails, line 1: ModuleNotFoundError: No module named 'no_such_module'"),
+        (
+            "from elman.mixers.e1 import E1Config\n",
+            "must have one config class of a variant, with a name, but has none",
+        ),
+        ("{mgu}\nclass Two(MGUConfig):\n    name: ClassVar[str] = 'two'\n", "but has MGUConfig, Two"),
+    ],
+)
+def test_what_is_no_variant_is_refused(tmp_path: Path, text: str | None, told: str) -> None:
+    file, mgu = tmp_path / "mine.py", EXAMPLE.read_text()
+    if text is not None:
+        file.write_text(text.replace("{mgu}", mgu))
+    with pytest.raises(UsageError, match=r"mine\.py") as refused:
+        mixer_config(str(file))
+    assert told in str(refused.value)
+
+
+@pytest.mark.parametrize(
+    ("right", "wrong", "told"),
+    [
+        ('= "mgu"', '= "e1"', "'e1', which another variant has: give it a name of its own"),
+        ('= "mgu"', '= "elman"', "which another variant has"),
+        ('= "mgu"', '= "my unit"', "which is no name"),
+        ("@dataclass(frozen=True)", "@dataclass", "cannot inherit non-frozen"),
+        ("@dataclass(frozen=True)", "", "is no dataclass: write @dataclass(frozen=True) above it"),
+    ],
+)
+def test_a_name_is_one_of_its_own_and_a_config_is_frozen(tmp_path: Path, right: str, wrong: str, told: str) -> None:
+    file = tmp_path / "mine.py"
+    file.write_text(EXAMPLE.read_text().replace(right, wrong))
+    with pytest.raises(UsageError, match=r"mine\.py") as refused:
+        mixer_config(str(file))
+    assert told in str(refused.value)
+
+
+def test_two_of_one_name_are_not_told_apart(file: Path, tmp_path: Path) -> None:
+    other = shutil.copy(file, tmp_path / "other.py")
+    with pytest.raises(UsageError, match=r"two variants 'mgu', of .*mgu\.py and .*other\.py: rename one"):
+        pattern_mixers(f"{file},{other}")
+
+
+def test_an_export_has_elmans_own_code_alone(file: Path, capfdbinary: pytest.CaptureFixture[bytes]) -> None:
+    run = file.parents[1] / "run"
+    assert train(file, "run", 1) == 0
+    told = refusal(capfdbinary, "export", str(run), "--to", "hf")
+    assert "an export has elman's own code alone: move it to elman/mixers" in told
+    assert not (run / "hf").exists()
