@@ -145,6 +145,24 @@ class Models:
 
 
 @dataclass(frozen=True)
+class Check:
+    """Try what every variant keeps to: it carries its state, sees no future, heeds resets, counts itself, and more.
+
+    For who writes one; it takes seconds, and no text.
+    """
+
+    model: tyro.conf.Positional[str]
+    """Variant by name, or the file of one of your own, such as my_cell.py."""
+    options: str = "{}"
+    """Its options, as a JSON object, such as '{"expansion": 2}'."""
+
+    def run_command(self, console: Console) -> int:
+        from elman.commands import check
+
+        return check(self.model, self.options, console)
+
+
+@dataclass(frozen=True)
 class Tasks:
     """Table of the synthetic tasks: what each asks, its chance level, its source; or one of them, with an example."""
 
@@ -314,6 +332,7 @@ def parse(argv: list[str], tells: bool = True) -> Any:
         | Annotated[Evaluate, tyro.conf.subcommand("eval")]
         | Annotated[Export, tyro.conf.subcommand("export")]
         | Annotated[Models, tyro.conf.subcommand("models")]
+        | Annotated[Check, tyro.conf.subcommand("check")]
         | Annotated[Doctor, tyro.conf.subcommand("doctor")]
         | Annotated[Data, tyro.conf.subcommand("data")]
         | Annotated[Studies, tyro.conf.subcommand("study")]

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import inspect
+import json
 import os
 import sys
 from collections.abc import Iterator
@@ -25,7 +27,7 @@ from elman.data.pack import pack as pack_files
 from elman.environment import driver_version, package_versions, resolve_device, supports_bf16, total_memory, why_no_cuda
 from elman.errors import UsageError
 from elman.evaluation.tasks import find_task, task_names
-from elman.mixers import PATTERNS, mixer_names, pattern_mixers
+from elman.mixers import PATTERNS, mixer_names, parse_pattern, pattern_mixers
 from elman.model import ModelConfig
 from elman.ops import backend_status
 from elman.sizing import SizeError, flops_per_token, num_params, size_model, state_size
@@ -54,6 +56,37 @@ def sized_variants(params: int, depth: int) -> Iterator[tuple[str, str, ModelCon
             yield name, equation, size_model(mixers, params=params, depth=max(depth, len(mixers)))
         except SizeError:
             yield name, equation, None
+
+
+def check(model: str, options: str, console: Console) -> int:
+    """Print what a variant keeps to, and what not; 1 if there is any."""
+    from elman.contract import CHECKS
+    from elman.contract import check as check_contract
+
+    names = parse_pattern(model)
+    if len(names) > 1:
+        raise UsageError(f"MODEL {model!r} is a pattern: check its variants one by one, {names[0]} first")
+    (mixer,) = pattern_mixers(model)
+    try:
+        given = json.loads(options)
+    except ValueError:
+        given = None
+    known = [entry.name for entry in dataclasses.fields(mixer) if entry.init]
+    if not isinstance(given, dict) or not given.keys() <= set(known):
+        told = ", ".join(known) or "none"
+        raise UsageError(f"--options {options!r} is no JSON object of options of {mixer.name}, which are: {told}")
+    mixer = dataclasses.replace(mixer, **given)
+    broken = 0
+    for each, wrong in check_contract(mixer):
+        broken += wrong is not None
+        console.print(f"{'ok' if wrong is None else 'WRONG':5}  {each.what}")
+        if wrong is not None:
+            console.print(one_line(f"       {wrong}"), soft_wrap=True)
+    kept = f"all {len(CHECKS)}" if not broken else f"{len(CHECKS) - broken} of {len(CHECKS)}"
+    console.print(
+        one_line(f"{mixer.name} keeps to {kept}; in float64 on a CPU: a kernel of its own would not be tried")
+    )
+    return 1 if broken else 0
 
 
 def models(params: str, depth: int, seq_len: int, console: Console) -> int:

@@ -1,25 +1,20 @@
 """Every registered variant, by being registered: the shell, its state, its counts, its gradients."""
 
-import copy
 import functools
-import itertools
 import math
-import typing
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 from torch._dynamo.testing import CompileCounterWithBackend
-from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.utils.flop_counter import FlopCounterMode
 
 from elman import mixers
+from elman.contract import BATCH, CHECKS, STEPS, Check, build, tokens
 from elman.errors import UsageError
 from elman.mixers import MixerConfig, mixer_config, mixer_names
-from elman.mixers.base import WeightInit
 from elman.model import LanguageModel, ModelConfig, next_token_loss
-from elman.sizing import flops_per_token, num_params, state_size
+from elman.sizing import num_params
 from elman.training.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
 
 #: Options beside the defaults that change what a variant computes; every variant needs no more than its name here.
@@ -64,22 +59,7 @@ OPTIONS = {
     "transformer": [{"head_dim": 8, "mlp": 2.0}],
 }
 VARIANTS = [mixer_config(name)(**options) for name in mixer_names() for options in ({}, *OPTIONS.get(name, []))]
-B, T = 3, 11
-
-
-def build(*mixers: MixerConfig, dim: int = 16, depth: int = 2) -> LanguageModel:
-    torch.manual_seed(0)
-    model = LanguageModel(ModelConfig(dim, depth, mixers)).double()
-    # As initialised, the matrices are so small that a wrong state would hardly show.
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.add_(0.2 * torch.randn_like(parameter))
-    return model
-
-
-def tokens(seed: int = 1) -> torch.Tensor:
-    return torch.randint(256, (B, T), generator=torch.Generator().manual_seed(seed), dtype=torch.uint8)
-
+B, T = BATCH, STEPS
 
 variants = pytest.mark.parametrize("mixer", VARIANTS, ids=str)
 #: PyTorch's compiler warns of its own code.
@@ -87,74 +67,9 @@ compiles = pytest.mark.filterwarnings(r"ignore:::torch\b")
 
 
 @variants
-def test_chunks_with_carried_state_equal_one_piece(mixer: MixerConfig) -> None:
-    model, text = build(mixer), tokens()
-    whole, last = model(text)
-    for cuts in ((1,), (4, 5), tuple(range(1, T))):
-        state, pieces = None, []
-        for start, end in itertools.pairwise((0, *cuts, T)):
-            logits, state = model(text[:, start:end], state)
-            pieces.append(logits)
-        torch.testing.assert_close(torch.cat(pieces, dim=1), whole)
-        torch.testing.assert_close(state, last)
-
-
-@variants
-def test_the_state_matters(mixer: MixerConfig) -> None:
-    """Without this, the test above would pass for a model that ignores its state."""
-    model, text = build(mixer), tokens()
-    whole, _ = model(text)
-    cold, _ = model(text[:, 5:])
-    remembers = mixer.state_size(model.config.dim, text.shape[1]) > 0
-    assert ((whole[:, 5:] - cold).abs().max() > 1e-3) == remembers
-
-
-@variants
-def test_resets_equal_separate_sequences(mixer: MixerConfig) -> None:
-    model, text = build(mixer), tokens()
-    reset = torch.zeros(B, T, dtype=torch.bool)
-    reset[0, 4] = reset[1, 0] = reset[1, 7] = reset[2, T - 1] = True
-    _, warm = model(tokens(2))
-    logits, _ = model(text, warm, reset)
-    for row in range(B):
-        bounds = [0, *reset[row].nonzero().flatten().tolist(), T]
-        for start, end in itertools.pairwise(bounds):
-            if start == end:
-                continue
-            at_rest = bool(reset[row, start])
-            state = None if at_rest else torch.utils._pytree.tree_map(lambda leaf: leaf[row : row + 1], warm)  # noqa: B023
-            expected, _ = model(text[row : row + 1, start:end], state)
-            torch.testing.assert_close(logits[row : row + 1, start:end], expected)
-
-
-@variants
-@pytest.mark.parametrize(("dim", "depth"), [(16, 2), (40, 3)])
-def test_counts_are_those_of_the_module(mixer: MixerConfig, dim: int, depth: int) -> None:
-    config = ModelConfig(dim, depth, (mixer,))
-    # In float64 and without fused attention, PyTorch's counter sees every product on a CPU.
-    model = LanguageModel(config).double()
-    assert num_params(config) == sum(parameter.numel() for parameter in model.parameters())
-    _, state = model(tokens())
-    # By the difference of two batches: what a call costs however many rows it has, such as composing W_h, is left out.
-    assert flops_per_token(config, T) * B * T == total_flops(model, 2 * B) - total_flops(model, B)
-    assert state_size(config, T) * B == sum(leaf.numel() for leaf in torch.utils._pytree.tree_leaves(state))
-
-
-def total_flops(model: LanguageModel, batch: int) -> int:
-    with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
-        model(tokens()[:1].expand(batch, T))
-    return counter.get_total_flops()
-
-
-@variants
-def test_every_parameter_learns(mixer: MixerConfig) -> None:
-    model = build(mixer)
-    logits, _ = model(tokens())
-    next_token_loss(logits, tokens(3)).backward()
-    for name, parameter in model.named_parameters():
-        assert parameter.grad is not None, name
-        assert parameter.grad.isfinite().all(), name
-        assert parameter.grad.abs().max() > 0, name
+@pytest.mark.parametrize("check", CHECKS, ids=str)
+def test_it_keeps_to_what_every_variant_does(mixer: MixerConfig, check: Check) -> None:
+    check.run(mixer)
 
 
 @variants
@@ -180,19 +95,6 @@ def test_a_model_starts_as_its_embedding_and_every_parameter_learns(mixer: Mixer
         assert 0 < parameter.grad.abs().max() < math.inf, name
 
 
-@variants
-@pytest.mark.parametrize("weight_init", typing.get_args(WeightInit))
-def test_every_weight_is_drawn(mixer: MixerConfig, weight_init: WeightInit) -> None:
-    """Memory that nobody wrote to is filled with NaN here, else with whatever lay there: other runs, other weights."""
-    torch.use_deterministic_algorithms(True)
-    try:
-        model = LanguageModel(ModelConfig(16, 2, (mixer,)), weight_init)
-    finally:
-        torch.use_deterministic_algorithms(False)
-    for name, tensor in model.state_dict().items():
-        assert tensor.isfinite().all(), f"{name}: draw it in initialize, or where it is made"
-
-
 def test_how_matrices_start() -> None:
     torch.manual_seed(0)
     config = ModelConfig(400, 1, (mixer_config("e1")(),))
@@ -205,17 +107,6 @@ def test_how_matrices_start() -> None:
             weight.std().item() for weight in (mixer.in_proj.weight, mixer.out_proj.weight, model.embedding.weight)
         ]
         assert found == pytest.approx([scale, out, embedding], rel=0.02)
-
-
-@variants
-def test_autocast_errs_no_more_than_bf16_weights_and_arithmetic(mixer: MixerConfig) -> None:
-    model, text = build(mixer), tokens()
-    exact, _ = model(text)
-    plain, _ = copy.deepcopy(model).bfloat16()(text)
-    with torch.autocast("cpu", torch.bfloat16):
-        autocast, _ = model.float()(text)
-    assert autocast.dtype == torch.bfloat16
-    assert 0 < (autocast.double() - exact).norm() <= 1.5 * (plain.double() - exact).norm()
 
 
 def gradients(model: LanguageModel, text: torch.Tensor, targets: torch.Tensor) -> dict[str, torch.Tensor]:

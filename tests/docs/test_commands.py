@@ -14,6 +14,7 @@ import pytest
 
 from docs.assemble import PAGES, ROOT, commands_below
 from elman import cli, mixers
+from elman.contract import CHECKS
 from tests import test_model
 
 PAGE_FILES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted(PAGES.glob("*.md"))]
@@ -222,14 +223,9 @@ def examples(monkeypatch: pytest.MonkeyPatch) -> None:
 )
 def test_a_worked_example_is_a_variant(examples: None, name: str, options: dict[str, object]) -> None:
     mixer = mixers.mixer_config(name)(**options)
-    test_model.test_counts_are_those_of_the_module(mixer, 16, 2)
-    test_model.test_chunks_with_carried_state_equal_one_piece(mixer)
-    test_model.test_the_state_matters(mixer)
-    test_model.test_resets_equal_separate_sequences(mixer)
-    test_model.test_every_parameter_learns(mixer)
+    for check in CHECKS:
+        check.run(mixer)
     test_model.test_a_model_starts_as_its_embedding_and_every_parameter_learns(mixer)
-    test_model.test_every_weight_is_drawn(mixer, "normal")
-    test_model.test_autocast_errs_no_more_than_bf16_weights_and_arithmetic(mixer)
     test_model.test_config_survives_json(mixer)
 
 
