@@ -36,6 +36,7 @@ TINY_TASK = "--steps 2 --batch-size 4 --eval-examples 16 --device cpu"
 #: Commands of which the study's own folder, or any run's, is needed: the one that is recorded here.
 RECORDED = ROOT / "docs/results/ladder_50m"
 REPLACED = {
+    "elman check my_cell.py": f"elman check {ROOT}/docs/examples/mgu.py",
     "elman study report ladder_50m": f"elman study report ladder_50m --folder {RECORDED} --out report",
     "elman study pack ladder_50m --out ladder_results": f"elman study pack ladder_50m --folder {RECORDED} --out packed",
     "elman study run ladder_50m --data corpus.txt --dry-run": "elman study run ladder_50m --scale tiny --dry-run",
