@@ -18,7 +18,7 @@ from typing import Any
 from elman.errors import UsageError
 from elman.studies.long_text import EVALUATIONS
 from elman.studies.records import lost_lines, run_folders
-from elman.training.run import RunFolder, check_free
+from elman.training.run import OWN_VARIANTS, RunFolder, check_free
 
 #: What is copied as it is.
 _FILES = ("study.json", "summary.json", "sample.txt")
@@ -47,7 +47,7 @@ def pack(folder: Path, out: Path, lines: int) -> list[Path]:
     for source in run_folders([folder]):
         to = out / source.relative_to(folder)
         to.mkdir(parents=True)
-        for name in _FILES:
+        for name in (*_FILES, *(file.name for file in source.glob(OWN_VARIANTS))):
             if (source / name).exists():
                 shutil.copyfile(source / name, to / name)
         _copy_without_paths(source / "env.json", to / "env.json", _commands)

@@ -44,6 +44,8 @@ from elman.training.config import RunConfig, TaskConfig, TrainConfig
 from elman.training.distributed import ALONE, Processes
 from elman.training.parallel import Room
 
+#: Copies of variants that are in no elman, in a run's folder.
+OWN_VARIANTS = "variant-*.py"
 #: Of the weights, that which every model has.
 _EMBEDDING = "embedding.weight"
 #: What a model computes in.
@@ -118,7 +120,7 @@ class RunFolder:
                     )
             return kind(**train), model
         except own.NotThereError as error:
-            copies = " or ".join(str(copy) for copy in sorted(self.path.glob("variant-*.py"))) or "its code"
+            copies = " or ".join(str(copy) for copy in sorted(self.path.glob(OWN_VARIANTS))) or "its code"
             raise UsageError(
                 f"{self.path} is of the variant in {error.path}, which is not there: put {copies} there, once you have "
                 f"read it, for it will be run"
@@ -149,7 +151,9 @@ class RunFolder:
     def _own_variants(self, model: ModelConfig) -> dict[Path, Path]:
         """By their files, where a run has copies of them. What is run is the file, never a copy."""
         return {
-            Path(mixer.file): self.path / f"variant-{mixer.name}.py" for mixer in model.mixers if mixer.file is not None
+            Path(mixer.file): self.path / OWN_VARIANTS.replace("*", mixer.name)
+            for mixer in model.mixers
+            if mixer.file is not None
         }
 
     def write_json(self, name: str, value: Any) -> None:

@@ -116,6 +116,13 @@ def test_what_is_wrong_with_a_run_is_still_told(tmp_path: Path) -> None:
     assert "10 step(s) are missing" in make_report([tmp_path / "packed"]).markdown()
 
 
+def test_the_code_of_ones_own_variant_goes_along(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "whole/runs/a", "a")
+    (run.path / "variant-mine.py").write_text("x = 1\n")
+    (made,) = pack(tmp_path / "whole", tmp_path / "packed", 12)
+    assert (made / "variant-mine.py").read_text() == "x = 1\n"
+
+
 def test_a_line_cannot_stand_for_more_steps_than_there_were(tmp_path: Path) -> None:
     run = make_run(tmp_path / "runs" / "a", steps=20)
     rows = [json.loads(line) for line in run.metrics_file.read_text().splitlines()]
