@@ -11,7 +11,7 @@ def cache_folder() -> Path | None:
 
     The environment variable ``ELMAN_CACHE`` names the folder; ``off`` disables it. Without it the folder is
     ``$XDG_CACHE_HOME/elman``, or ``~/.cache/elman``. A user without a home folder has none either. Its subfolder
-    ``kernels`` holds compiled kernels, ``data`` the demo's text.
+    ``kernels`` holds compiled kernels, ``data`` the demo's text, ``variants`` those that --model has named as files.
     """
     setting = os.environ.get("ELMAN_CACHE", "")
     if setting == "off":

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from elman.errors import UsageError
-from elman.mixers import Mixer, MixerConfig, State, mixer_config
+from elman.mixers import Mixer, MixerConfig, State, mixer_config, own
 from elman.mixers.base import FollowsWeights, WeightInit
 from elman.ops import add_norm
 from elman.options import flag
@@ -65,7 +65,10 @@ class ModelConfig:
 
     def to_dict(self) -> dict[str, Any]:
         """A JSON-ready form; ``from_dict`` reads it back."""
-        mixers = [{"name": mixer.file or mixer.name, **dataclasses.asdict(mixer)} for mixer in self.mixers]
+        mixers = [
+            {"name": mixer.name, **({} if mixer.code is None else {"code": mixer.code}), **dataclasses.asdict(mixer)}
+            for mixer in self.mixers
+        ]
         return {"dim": self.dim, "depth": self.depth, "vocab_size": self.vocab_size, "mixers": mixers}
 
     @classmethod
@@ -74,7 +77,10 @@ class ModelConfig:
         mixers = []
         for options in values["mixers"]:
             options = dict(options)
-            mixers.append(mixer_config(options.pop("name"))(**options))
+            name, code = options.pop("name"), options.pop("code", None)
+            if own.is_file(name):  # which is for the command line alone
+                raise ValueError(f"{name} is no variant's name")
+            mixers.append((mixer_config(name) if code is None else own.known_config(name, code))(**options))
         return cls(**{**values, "mixers": tuple(mixers)})
 
 

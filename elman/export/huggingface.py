@@ -157,10 +157,10 @@ _TOKENIZER_CONFIG = {
 def _modules(config: ModelConfig) -> list[str]:
     """What the model's config imports by name: its mixers' files."""
     for mixer in config.mixers:
-        if mixer.file is not None:
+        if mixer.code is not None:
             raise UsageError(
-                f"the variant {mixer.name} lies in {mixer.file}, and an export has elman's own code alone: move it to "
-                f"elman/mixers, give it its line in _REGISTRY there, and train again"
+                f"the variant {mixer.name} is not elman's own, and an export has elman's own code alone: move its file "
+                f"to elman/mixers, give it its line in _REGISTRY there, and train again"
             )
     files = {type(mixer).__module__.removeprefix("elman.") for mixer in config.mixers}
     return ["model", *sorted(files)]

@@ -118,8 +118,8 @@ def _pattern_configs(text: str) -> list[type[MixerConfig]]:
     configs = [mixer_config(f"e{name}" if name.isdigit() else name) for name in names]
     by_name: dict[str, type[MixerConfig]] = {}
     for config in configs:
-        if (other := by_name.setdefault(config.name, config)) is not config:
-            raise UsageError(f"--model has two variants {config.name!r}, of {other.file} and {config.file}: rename one")
+        if by_name.setdefault(config.name, config) is not config:
+            raise UsageError(f"--model has two variants {config.name!r}, of two files: rename one")
     return configs
 
 

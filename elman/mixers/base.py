@@ -127,8 +127,8 @@ class MixerConfig(ABC):
 
     name: ClassVar[str]
     equation: ClassVar[str]
-    #: Where it lies, if outside this package: see own.py.
-    file: ClassVar[str | None] = None
+    #: A hash of its file's text, if that lies outside this package: see own.py.
+    code: ClassVar[str | None] = None
 
     def __post_init__(self) -> None:
         check_types(self)

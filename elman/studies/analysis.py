@@ -119,7 +119,7 @@ class PowerLaw:
 class Comparison:
     """Groups that may be compared: of one budget, one text, and one size where the study does not vary it.
 
-    ``diverged``: how many runs of a label did, at this budget; they are in no group.
+    ``diverged``: how many runs of a label did, of those that would be here; they are in no group.
     """
 
     budget: Budget
@@ -150,19 +150,19 @@ def group(records: Sequence[Record]) -> list[Group]:
 def compare(records: Sequence[Record]) -> list[Comparison]:
     """The comparisons that these runs allow; sweeps, runs with problems and those of tasks are none of them."""
     found: dict[tuple[object, ...], list[Record]] = {}
-    diverged: dict[tuple[str, float], dict[str, int]] = {}
+    diverged: dict[tuple[object, ...], dict[str, int]] = {}
     for record in records:
-        if record.is_sweep or record.task is not None:
-            continue
-        if record.problems:
-            if record.diverged:
-                of_budget = diverged.setdefault(record.budget, {})
-                of_budget[record.label] = of_budget.get(record.label, 0) + 1
+        if record.is_sweep or record.task is not None or (record.problems and not record.diverged):
             continue
         target = record.facts.get("target_params") if "params" in record.facts.get("varies", ()) else None
-        found.setdefault((*record.budget, target, *record.judged_by), []).append(record)
+        key = (*record.budget, target, *record.judged_by)
+        if record.problems:
+            of_key = diverged.setdefault(key, {})
+            of_key[record.label] = of_key.get(record.label, 0) + 1
+        else:
+            found.setdefault(key, []).append(record)
     return [
-        Comparison(Budget(*key[:2]), key[2], tuple(group(same)), diverged.get(key[:2], {}))  # type: ignore[arg-type]
+        Comparison(Budget(*key[:2]), key[2], tuple(group(same)), diverged.get(key, {}))  # type: ignore[arg-type]
         for key, same in found.items()
     ]
 

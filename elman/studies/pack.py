@@ -17,6 +17,7 @@ from typing import Any
 
 from elman.errors import UsageError
 from elman.studies.long_text import EVALUATIONS
+from elman.mixers import own
 from elman.studies.records import lost_lines, run_folders
 from elman.training.run import OWN_VARIANTS, RunFolder, check_free
 
@@ -85,8 +86,10 @@ def _commands(sessions: Any) -> None:
 
 
 def _places(config: Any) -> None:
-    """The run's own and its data's, of config.json."""
+    """The run's own, its data's and its variants', of config.json."""
     train = config["train"]
+    if isinstance(train.get("model"), str):
+        train["model"] = ",".join(_name(name) if own.is_file(name) else name for name in train["model"].split(","))
     train |= {option: _name(train[option]) for option in ("out", "data") if isinstance(train.get(option), str)}
 
 

@@ -25,7 +25,6 @@ from elman.data.vocabulary import open_vocabulary
 from elman.environment import resolve_device
 from elman.errors import UsageError
 from elman.evaluation.tasks import find_task
-from elman.mixers import mixer_config
 from elman.model import ModelConfig
 from elman.studies.job import TrainJob
 from elman.studies.study import SWEEP_SEED, Budget, Run, Scale, Setting, Study, slug
@@ -58,8 +57,8 @@ def identity(config: RunConfig, model: ModelConfig, fingerprint: str) -> str:
     }
     found = settings(config, model)
     train = {name: value for name, value in found["train"].items() if value != defaults[name]}
-    for options in found["model"]["mixers"]:
-        plain = {entry.name: entry.default for entry in dataclasses.fields(mixer_config(options["name"]))}
+    for options, mixer in zip(found["model"]["mixers"], model.mixers, strict=True):
+        plain = {entry.name: entry.default for entry in dataclasses.fields(mixer)}
         for name in [name for name, value in options.items() if name in plain and value == plain[name]]:
             del options[name]
     return _digest(train, found["model"], fingerprint)[:10]

@@ -116,9 +116,11 @@ class Record:
 
     @property
     def diverged(self) -> bool:
-        """Whether it ended because its loss was no number any more."""
-        steps = [row for row in self.rows if "lr" in row]
-        return not self.summary and bool(steps) and "skipped" in steps[-1]
+        """Whether it ended because its loss was no number any more: so many steps in a row were skipped."""
+        if self.summary or self.config is None:
+            return False
+        last = [row for row in self.rows if "lr" in row][-self.config.max_skipped :]
+        return len(last) == self.config.max_skipped and all("skipped" in row for row in last)
 
     @property
     def is_sweep(self) -> bool:
@@ -493,5 +495,6 @@ def options(record: Record) -> dict[str, Any]:
     values = {name: value for name, value in found["train"].items() if name != "seed"}
     values |= {"width": record.model.dim, "depth": record.model.depth}
     for i, mixer in enumerate(found["model"]["mixers"]):
-        values |= {f"{i}.{name}": value for name, value in mixer.items()}
+        # Of the hash of a text as much as tells two apart.
+        values |= {f"{i}.{name}": value[:7] if name == "code" else value for name, value in mixer.items()}
     return values

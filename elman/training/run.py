@@ -21,6 +21,7 @@ import datetime
 import itertools
 import json
 import re
+import shlex
 import shutil
 import warnings
 from collections.abc import Callable, Iterator
@@ -103,7 +104,7 @@ class RunFolder:
         """What the run was started with.
 
         Raises:
-            UsageError: config.json is missing or was not written by elman; or the file of its variant is gone.
+            UsageError: config.json is missing or was not written by elman; or its variant's code is not known here.
         """
         try:
             values = json.loads((self.path / "config.json").read_text(encoding="utf-8"))
@@ -113,17 +114,12 @@ class RunFolder:
                 if train.get(name) is not None:
                     train[name] = Path(train[name])
             model = ModelConfig.from_dict(values["model"])
-            for file, copy in self._own_variants(model).items():
-                if copy.is_file() and copy.read_bytes() != file.read_bytes():
-                    warnings.warn(
-                        f"{file} has changed since {self.path} was begun: {copy} is what it was", stacklevel=1
-                    )
             return kind(**train), model
-        except own.NotThereError as error:
-            copies = " or ".join(str(copy) for copy in sorted(self.path.glob(OWN_VARIANTS))) or "its code"
+        except own.UnknownCodeError as error:
+            copy = self.path / OWN_VARIANTS.replace("*", error.name)
             raise UsageError(
-                f"{self.path} is of the variant in {error.path}, which is not there: put {copies} there, once you have "
-                f"read it, for it will be run"
+                f"{self.path} is of the variant {error.name!r}, whose code has never been run here: read {copy}, and "
+                f"let it be known by: elman check {shlex.quote(str(copy))}"
             ) from None
         except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise UsageError(
@@ -144,17 +140,10 @@ class RunFolder:
 
     def write_config(self, train: RunConfig, model: ModelConfig) -> None:
         """Write config.json, and copies of variants that are in no elman."""
-        for file, copy in self._own_variants(model).items() if self.writes else ():
-            copy.write_bytes(file.read_bytes())
+        for mixer in model.mixers:
+            if mixer.code is not None and self.writes:
+                (self.path / OWN_VARIANTS.replace("*", mixer.name)).write_bytes(own.text_of(mixer))
         self.write_json("config.json", {"train": asdict(train), "model": model.to_dict()})
-
-    def _own_variants(self, model: ModelConfig) -> dict[Path, Path]:
-        """By their files, where a run has copies of them. What is run is the file, never a copy."""
-        return {
-            Path(mixer.file): self.path / OWN_VARIANTS.replace("*", mixer.name)
-            for mixer in model.mixers
-            if mixer.file is not None
-        }
 
     def write_json(self, name: str, value: Any) -> None:
         """Replace a file at once, so that a reader never sees half of it."""

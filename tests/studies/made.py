@@ -100,6 +100,13 @@ def change(run: RunFolder, name: str, **values: Any) -> None:
     run.write_json(name, found)
 
 
+def diverge(run: RunFolder, steps: int = 10) -> None:
+    """As one that ended in so many steps whose loss was no number; by 10 of them a run ends."""
+    (run.path / "summary.json").unlink(missing_ok=True)
+    last = max(row["step"] for row in run.read_metrics())
+    run.append_metrics([{"step": last + i, "lr": 1e-3, "seconds": 13.0, "skipped": i} for i in range(1, steps + 1)])
+
+
 def make_study(folder: Path, heldout: dict[str, list[float]], **more: Any) -> Path:
     """A study's folder: for each run, the held-out loss of each seed."""
     for label, losses in heldout.items():

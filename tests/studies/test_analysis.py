@@ -10,7 +10,7 @@ import pytest
 from elman.studies.analysis import compare, differences, group, holm, power_law, sweep_remarks, verdict
 from elman.studies.records import Record, read_run
 from elman.training.run import RunFolder
-from tests.studies.made import make_run, make_study
+from tests.studies.made import diverge, make_run, make_study
 
 
 def records(folder: Path) -> list[Record]:
@@ -161,11 +161,19 @@ def test_runs_that_diverged_are_told_beside_the_mean_of_the_others(tmp_path: Pat
     study = make_study(tmp_path, {"a": [2.0, 2.1, 2.2], "b": [2.1, 2.2], "c": [2.3]})
     for name in ("a-seed1", "a-seed2", "c-seed0"):
         run = RunFolder(study / "runs" / name)
-        (run.path / "summary.json").unlink()
-        if name != "a-seed2":
-            run.append_metrics([{"step": 201, "lr": 1e-3, "seconds": 13.0, "skipped": 1}])
+        diverge(run, 10 if name != "a-seed2" else 9)
     said = verdict_of(study)
     assert "Runs that diverged are left out, of a (1 of 2) and c (1 of 1)" in said
+
+
+def test_runs_that_diverged_are_told_where_they_would_have_been(tmp_path: Path) -> None:
+    for text in ("one", "two"):
+        for seed in (0, 1):
+            run = make_run(tmp_path / "runs" / f"{text}-{seed}", "a", seed=seed, fingerprint=text)
+            if (text, seed) == ("two", 1):
+                diverge(run)
+    found = [comparison.diverged for comparison in compare(records(tmp_path))]
+    assert found == [{}, {"a": 1}]
 
 
 def test_runs_of_unequal_budgets_and_texts_are_not_compared(tmp_path: Path) -> None:

@@ -119,8 +119,10 @@ def test_what_is_wrong_with_a_run_is_still_told(tmp_path: Path) -> None:
 def test_the_code_of_ones_own_variant_goes_along(tmp_path: Path) -> None:
     run = make_run(tmp_path / "whole/runs/a", "a")
     (run.path / "variant-mine.py").write_text("x = 1\n")
+    change(run, "config.json", train={**run.read_json("config.json")["train"], "model": "e1,/my own/mine.py"})
     (made,) = pack(tmp_path / "whole", tmp_path / "packed", 12)
     assert (made / "variant-mine.py").read_text() == "x = 1\n"
+    assert json.loads((made / "config.json").read_text())["train"]["model"] == "e1,mine.py"
 
 
 def test_a_line_cannot_stand_for_more_steps_than_there_were(tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ from elman.studies.compare import compare_runs
 from elman.studies.records import name_apart, read_run, run_folders
 from elman.studies.report import make_report
 from elman.training.run import RunFolder
-from tests.studies.made import change, make_run
+from tests.studies.made import change, diverge, make_run
 
 
 def test_a_whole_run_has_no_problems(tmp_path: Path) -> None:
@@ -62,11 +62,6 @@ def _folder_for(name: str) -> Any:
     return spoil
 
 
-def _diverge(run: RunFolder) -> None:
-    _cut_summary(run)
-    run.append_metrics([{"step": 201, "lr": 1e-3, "seconds": 13.0, "skipped": 1}])
-
-
 def _line(**values: Any) -> Any:
     """Edit the metrics of the sixth step."""
 
@@ -79,7 +74,8 @@ def _line(**values: Any) -> Any:
 
 
 DAMAGE = {
-    "diverged": (_diverge, "did not reach its end: 201 steps, 13s; its last steps were skipped.*: it diverged"),
+    "diverged": (diverge, "did not reach its end: 210 steps, 13s; its last steps were skipped.*: it diverged"),
+    "cut after a skipped step": (lambda run: diverge(run, 1), "did not reach its end: 201 steps.*go on with it"),
     "no time at all": (_edit("summary.json", train_seconds=0), "says train_seconds 0, which cannot be"),
     "less than no time": (
         _edit("summary.json", train_seconds=-1.0, tokens_per_second=-12800.0),

@@ -8,6 +8,7 @@ from elman.studies.report import make_report
 from elman.studies.runner import chosen_settings, sweep_jobs
 from elman.studies.study import SWEEP_SEED, Setting
 from elman.training.run import RunFolder
+from tests.studies.made import diverge
 from tests.studies.toy import RUNS, Here, plan, run, study
 
 
@@ -28,7 +29,7 @@ def test_what_a_rate_is_chosen_by(tmp_path: Path, text: Path) -> None:
     # One that ended in steps without a number has been judged; one that was cut has not.
     (best.folder / "summary.json").unlink()
     assert chosen_settings(made) == {}
-    RunFolder(best.folder).append_metrics([{"step": 5, "seconds": 1.0, "lr": 1.0, "skipped": 10}])
+    diverge(RunFolder(best.folder))
     assert chosen_settings(made) == {"E1": Setting(other)}
     # Nor is it run again, which would end likewise.
     launcher = Here()
