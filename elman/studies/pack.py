@@ -16,8 +16,8 @@ from pathlib import Path
 from typing import Any
 
 from elman.errors import UsageError
-from elman.studies.long_text import EVALUATIONS
 from elman.mixers import own
+from elman.studies.long_text import EVALUATIONS
 from elman.studies.records import lost_lines, run_folders
 from elman.training.run import OWN_VARIANTS, RunFolder, check_free
 
