@@ -10,12 +10,12 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-import importlib.util
 import inspect
 import os
 import re
 import sys
 import traceback
+import types
 from pathlib import Path
 from typing import Any
 
@@ -61,7 +61,7 @@ def own_config(name: str, taken: frozenset[str]) -> type[MixerConfig]:
         ) from None
     code = _hash(text)
     if code not in _LOADED:
-        config = _load(path.resolve(), code)
+        config = _load(path.resolve(), text, code)
         if not re.fullmatch(r"[a-z]\w*", config.name) or config.name in taken:
             why = "another variant has" if config.name in taken else "is no name"
             raise UsageError(
@@ -84,7 +84,7 @@ def known_config(name: str, code: str) -> type[MixerConfig]:
         text = path.read_bytes() if path is not None and path.is_file() else b""
         if path is None or _hash(text) != code:
             raise UnknownCodeError(name)
-        _LOADED[code] = _load(path, code), text
+        _LOADED[code] = _load(path, text, code), text
     return _LOADED[code][0]
 
 
@@ -133,15 +133,14 @@ def _restore(name: str, code: str, file: str, options: dict[str, Any]) -> MixerC
     return config(**options)
 
 
-def _load(path: Path, code: str) -> type[MixerConfig]:
+def _load(path: Path, text: bytes, code: str) -> type[MixerConfig]:
+    """Run this very text, read at this path: Python's own import would take what a ``__pycache__`` there says it is."""
     module_name = f"elman_variant_{code}"
-    spec = importlib.util.spec_from_file_location(module_name, path)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
+    module = types.ModuleType(module_name)
+    module.__file__ = str(path)
     sys.modules[module_name] = module  # dataclasses look their module up
     try:
-        spec.loader.exec_module(module)
+        exec(compile(text, str(path), "exec"), vars(module))
     except (Exception, SystemExit) as error:
         del sys.modules[module_name]
         lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == str(path)]

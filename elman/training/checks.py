@@ -58,7 +58,7 @@ def check_counts(config: ModelConfig, model: nn.Module) -> None:
     if counted != there:
         raise UsageError(
             f"--model {config.pattern} has {there:,} parameters, but its formulas count {counted:,}: correct "
-            f"num_params of the variant's config, or what the module has; elman check tells"
+            f"num_params of the variant's config, or what the module has; elman check of the variant tells"
         )
 
 

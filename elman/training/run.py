@@ -113,8 +113,7 @@ class RunFolder:
             for name in ("data", "out", "start_from", "resume"):
                 if train.get(name) is not None:
                     train[name] = Path(train[name])
-            model = ModelConfig.from_dict(values["model"])
-            return kind(**train), model
+            return kind(**train), ModelConfig.from_dict(values["model"])
         except own.UnknownCodeError as error:
             copy = self.path / OWN_VARIANTS.replace("*", error.name)
             raise UsageError(

@@ -1,7 +1,9 @@
 """A variant in a file outside the package: ``--model FILE``."""
 
 import json
+import os
 import pickle
+import py_compile
 import shutil
 from pathlib import Path
 
@@ -105,6 +107,19 @@ def test_a_run_is_opened_by_the_code_that_trained_it(
     for out in ("first", "second"):
         (mixer,) = open_run(root / out).read_config()[1].mixers
         assert str(mixer.code)[:7] in shown
+
+
+def test_what_is_run_is_the_text_and_no_bytecode_beside_it(file: Path) -> None:
+    """Python takes a file of the same size and second for the one that it has compiled."""
+    found = []
+    for word in ("this", "that"):
+        file.write_text(EXAMPLE.read_text().replace("h = (1 − f) h", f"{word} is (1 − f) h"))
+        os.utime(file, (1e9, 1e9))
+        py_compile.compile(str(file))
+        file.write_text(file.read_text().replace(f"{word} is", f"{word[::-1]} is"))
+        os.utime(file, (1e9, 1e9))
+        found.append(mixer_config(str(file)).equation[:4])
+    assert found == ["siht", "taht"]
 
 
 @pytest.mark.parametrize("name", ["mgu", "../run/variant-mgu.py", "run/variant-mgu.py", "~/variant-mgu.py"])
