@@ -12,13 +12,14 @@ import pytest
 import torch
 
 from benchmarks.designs import SPLIT, WIDE, best_plan
+from benchmarks.experiments.hopper_lab import with_code
 from elman.ops import low_rank, persistent
 from elman.ops.cuda.compiler import Module
 from elman.ops.cuda.launch import NoRoomError
 from elman.ops.low_rank import LowRankPlan
 from elman.ops.planning import TYPICAL_CHIPS, Chip, Task
 from elman.ops.split import SplitPlan
-from elman.ops.wide import CHUNK_STEPS, STEP_BYTES, WidePlan
+from elman.ops.wide import WidePlan
 from tests.ops.cuda import emulator
 from tests.ops.cuda.emulator import emulate, needs_compiler
 from tests.ops.problems import Problem, assert_a_nan_stays_in_its_row, assert_as_exact_as_reference, draw, solve
@@ -194,6 +195,7 @@ class HopperCase:
     multiprocessors: int = 4
     slots: int | None = None
     shared_chunks: int = 0
+    code: int = 0
     cell: str = "tanh"
     dtype: torch.dtype = torch.bfloat16
     with_h0: bool = True
@@ -207,12 +209,12 @@ class HopperCase:
         chip = replace(TYPICAL_CHIPS["sm_90a"], multiprocessors=self.multiprocessors)
         plan = best_plan(self.design, self.blocks, chip, self.batch, self.hidden, task)
         assert isinstance(plan, WidePlan | SplitPlan)
-        return replace(
+        return with_code(
             plan,
+            self.code,
             slots=self.slots or plan.slots,
             register_chunks=plan.register_chunks - self.shared_chunks,
             shared_chunks=plan.shared_chunks + self.shared_chunks,
-            shared_bytes=plan.shared_bytes + 2 * self.shared_chunks * CHUNK_STEPS * STEP_BYTES,
         )
 
     def emulate(self, patch: pytest.MonkeyPatch) -> emulator.Emulator:
@@ -226,6 +228,26 @@ HOPPER_CASES = {
         3, 33, 400, "wide, own tiles", multiprocessors=8, slots=3, cell="softsign"
     ),
     "shared tiles": HopperCase(10, 19, 256, "wide, shared tiles", dtype=torch.float16),
+    "own units": HopperCase(11, 13, 200, "wide, own units"),
+    "own units, three tiles": HopperCase(4, 70, 136, "wide, own units", 3, cell="softsign", multiprocessors=2),
+    "own units, slots given back": HopperCase(3, 33, 400, "wide, own units", multiprocessors=4, slots=3),
+    "own units, two groups": HopperCase(3, 21, 136, "wide, own units", dtype=torch.float16, reset_rate=None),
+    "own units, weights in shared memory": HopperCase(3, 19, 264, "wide, own units", shared_chunks=1),
+    "own units, at every wgmma, both stored": HopperCase(
+        3, 35, 264, "wide, own units", shared_chunks=1, code=110, multiprocessors=3
+    ),
+    "own tiles, at every wgmma, both stored": HopperCase(
+        3, 35, 264, "wide, own tiles", shared_chunks=1, code=110, multiprocessors=6
+    ),
+    "shared tiles, at every wgmma, both stored": HopperCase(
+        3, 35, 520, "wide, shared tiles", shared_chunks=1, code=110, multiprocessors=10
+    ),
+    "split over 2, at every wgmma, both stored, three sets": HopperCase(
+        4, 61, 256, "split over 2", 3, code=110, slots=3
+    ),
+    "split over 2, at every wgmma, weights in shared memory": HopperCase(
+        3, 19, 392, "split over 2", multiprocessors=8, shared_chunks=1, code=11110, slots=6
+    ),
     "split over 2, one tile": HopperCase(11, 13, 200, "split over 2"),
     "split over 2, three tiles": HopperCase(4, 61, 256, "split over 2", 3, dtype=torch.float16),
     "split over 2, two groups": HopperCase(3, 21, 136, "split over 2", multiprocessors=8, cell="softsign"),
@@ -281,7 +303,7 @@ def test_the_order_of_threads_changes_no_bit_of_a_split_sum(monkeypatch: pytest.
     [
         ("three", "split.cuh", "wide::suspect(sum)", "false"),
         ("back", "split.cuh", "if (S::kRelease) wait_for_four", "if (false) wait_for_four"),
-        ("large", "split.cuh", "mbarrier_wait<kSpinLimit>(read_of_room, (phase / S::kRooms & 1) ^ 1);", ""),
+        ("large", "split.cuh", "if (S::kRoomFirst) mbarrier_wait<kSpinLimit>(read_of_room, turn_of_room);", ""),
         ("three", "split.cuh", "from < S::kCluster;", "from < S::kCluster - 1;"),
         ("three", "wide_products.cuh", "ring.at(step - 2, tile) + wiped", "ring.at(step, tile) + wiped"),
         ("three", "wide_products.cuh", "mbarrier_wait<kSpinLimit>(seen, phase & 1);", ""),

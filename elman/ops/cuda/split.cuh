@@ -37,9 +37,10 @@ constexpr int kThreads = 4 * kGroupThreads;
 constexpr int kClusterUnits = kGroups * kRows, kCellWarps = 4, kProductWarps = kGroups * kGroupWarps;
 
 template <typename Cell, bool kBackward, int kRegisterChunks, int kSharedChunks, int kBlocks, int kSlots, int kCluster_>
-struct Shape : wide::Depth<kBackward, kRegisterChunks, kSharedChunks, kBlocks, kSlots, kCluster_> {
-  using Base = wide::Depth<kBackward, kRegisterChunks, kSharedChunks, kBlocks, kSlots, kCluster_>;
-  static constexpr int kCluster = kCluster_, kColumns = kClusterUnits / kCluster;
+struct Shape : wide::Depth<kBackward, kRegisterChunks, kSharedChunks, kBlocks, kSlots, kCluster_ % 10, kCluster_ / 10 % 10 ? 8 : 1> {
+  using Base = wide::Depth<kBackward, kRegisterChunks, kSharedChunks, kBlocks, kSlots, kCluster_ % 10, kCluster_ / 10 % 10 ? 8 : 1>;
+  static constexpr bool kAtOnce = kCluster_ / 100 % 10 == 0, kRoomFirst = kCluster_ / 1000 % 10 == 0, kPollFirst = kCluster_ / 10000 % 10 == 0;
+  static constexpr int kCluster = kCluster_ % 10, kColumns = kClusterUnits / kCluster;
   static constexpr int kPeerStep = kCluster;  // CTAs that publish a chunk
   static constexpr int kOwnWarps = kColumns / kWarpRows;  // product warps whose sums a CTA keeps, 16 units each
   static constexpr int kCellBlocks = kBlocks * kOwnWarps / kCellWarps, kCellRows = kCellBlocks * kBlockRows;
@@ -58,7 +59,7 @@ struct Shape : wide::Depth<kBackward, kRegisterChunks, kSharedChunks, kBlocks, k
   // Inputs of the next tile come while the cell is applied to this one, but for large tiles: those leave time enough
   // after that, and what is stored goes where the inputs were.
   static constexpr bool kAhead = kBlocks < 8;
-  static constexpr int kRooms = kAhead ? 2 : 1;
+  static constexpr int kRooms = kAhead && kCluster_ / 100000 % 10 == 0 ? 2 : 1;
   static constexpr int kStages = kInputs + kAhead, kOutStage = kAhead ? kInputs : 0;
   static constexpr int kPartBytes = kBlocks * 32 * 16;           // the sums of a product warp
   static constexpr int kWeightOffset = kSlots * Base::kChunkBytes;
@@ -74,8 +75,9 @@ struct Shape : wide::Depth<kBackward, kRegisterChunks, kSharedChunks, kBlocks, k
   static constexpr int kSeen = kPartsRead + kRooms * kCluster * 8;  // what a loader tells the warp that wipes, and back
   static constexpr int kSharedBytes = kSeen + 16;
   // Registers of a thread that multiplies, that applies the cell, and of the others; 512 threads share 65536.
-  static constexpr int kProductRegisters = kCellBlocks > 4 ? 184 : 192, kOtherRegisters = 24;
+  static constexpr int kProductRegisters = kCellBlocks > 4 ? 184 : 192, kOtherRegisters = Base::kFixed ? 32 : 24;
   static constexpr int kCellRegisters = 512 - 2 * kProductRegisters - kOtherRegisters;
+  static_assert(kSharedBytes <= 227 * 1024, "fits");
   static_assert(kBlocks * kOwnWarps % kCellWarps == 0, "every cell warp has as many blocks");
   static_assert(kOwnBytes % kEmptyBytes == 0, "wipes are whole copies");
   static_assert(Cell::kProducts == 1 && !Cell::kReadsMemory && Cell::kAdditive, "one product and no memory");
@@ -108,6 +110,10 @@ __device__ __forceinline__ void run_products(const Problem<T>& p, const wide::Ri
       if (group == 1 || phase > 0) barrier_sync(wide::kTurn + group, kGroups * kGroupThreads);
       const bool passes = group == 0 || tile + 1 < part.tiles || step + 1 < products;
       wide::multiply<S, T, false>(sum, weights, shared_weights, slots, state, phase, all, rank, group, passes);
+      const u32 room = phase % S::kRooms, sums = to + room * S::kRoomBytes, parts_full = full + room * 8;
+      const u32 read_of_room = read + room * (S::kCluster * 8), turn_of_room = (phase / S::kRooms & 1) ^ 1;
+      if (S::kRoomFirst) mbarrier_wait<kSpinLimit>(read_of_room, turn_of_room);
+      wide::multiplied(sum);
       if (S::kRelease && lane == 0) store_shared4(multiplied + warp * 4, phase + 1);
       // All warps of the group have done with the state when it is sent that one has: see wide::wipe.
       if (__builtin_expect(any_of(wide::kVote + group, kGroupThreads, wide::suspect(sum)), 0)) {
@@ -115,12 +121,11 @@ __device__ __forceinline__ void run_products(const Problem<T>& p, const wide::Ri
         // waits for the first, which may want it too.
         if (S::kRelease) wait_for_four<kSpinLimit>(group == 0 ? multiplied + kGroupWarps * 4 : done, phase + 1);
         wide::multiply<S, T, true>(sum, weights, shared_weights, slots, state, phase, all, rank, group, false);
+        wide::multiplied(sum);
       }
       if (S::kRelease && group == 0 && lane == 0) store_shared4(done + warp * 4, phase + 1);
       wide::release_tile(slots, phase, all);
-      const u32 room = phase % S::kRooms, sums = to + room * S::kRoomBytes, parts_full = full + room * 8;
-      const u32 read_of_room = read + room * (S::kCluster * 8);
-      mbarrier_wait<kSpinLimit>(read_of_room, (phase / S::kRooms & 1) ^ 1);
+      if (!S::kRoomFirst) mbarrier_wait<kSpinLimit>(read_of_room, turn_of_room);
       auto words = [&](int block) -> Words4 {
         return {__float_as_uint(sum[block * 4]), __float_as_uint(sum[block * 4 + 1]),
                 __float_as_uint(sum[block * 4 + 2]), __float_as_uint(sum[block * 4 + 3])};

@@ -38,6 +38,20 @@ __device__ __forceinline__ void release_tile(const Slots<S>& slots, u32 phase, i
     mbarrier_arrive(slots.empty + Place<S>(phase, threadIdx.x & 31, all).slot * 8);
 }
 
+// Chunks of a tile that have not come yet, a bit each; the same in all lanes. A lane looks at one of them: one look takes
+// as long as one wait, and what stands between two wgmma leaves the tensor cores idle. Of a slot that an earlier chunk of
+// the tile has first this cannot be told.
+template <typename S>
+__device__ __forceinline__ u32 missing_chunks(const Slots<S>& slots, u32 phase, int all) {
+  const int lane = threadIdx.x & 31;
+  bool missing = true;
+  if (lane < all && lane < S::kSlots) {
+    const Place<S> place(phase, lane, all);
+    missing = !mbarrier_passed(slots.full + place.slot * 8, place.parity);
+  }
+  return __ballot_sync(~0u, missing);
+}
+
 // The sums of a tile, 64 x kTileRows, over the chunks of a member. kAgain: of the state as it is once all of it has
 // come; where slots have been given back, each chunk is fetched anew, into the last slot. The order of the sums is the
 // same, so the bits are.
@@ -55,24 +69,27 @@ __device__ __forceinline__ void multiply(float (&sum)[S::kBlocks * 4],
   // Else the compiler would keep what both passes need in registers, which the weights have taken.
   if constexpr (kAgain) settle(data), settle(shared_weights);
   const u32 last_slot = Place<S>(phase, all - 1, all).slot;
+  u32 missing = ~0u;
   if constexpr (kAgain && !kFetch)
     repair<S>(data + Place<S>(phase, 0, all).slot * S::kChunkBytes, state + S::chunk_of(0, member) * S::kChunkBytes,
               all * S::kChunkBytes, false, kVote + group);
 #pragma unroll
   for (int n = 0; n < S::kChunks; ++n)
     if (S::kStride == 1 || n < S::kChunks - 1 || n < all) {
+      if (!kAgain && S::kAtOnce && (n == 0 || n == S::kChunks / 2) && missing)
+        missing = missing_chunks(slots, phase, all);
       const Place<S> place(phase, n, all);
       const u32 slot = data + (kFetch ? last_slot : place.slot) * S::kChunkBytes;
       if constexpr (kFetch)
         repair<S>(slot, state + S::chunk_of(n, member) * S::kChunkBytes, S::kChunkBytes, true, kVote + group);
-      else if constexpr (!kAgain)
+      else if (!kAgain && (!S::kAtOnce || missing >> n & 1))
         mbarrier_wait<kSpinLimit>(slots.full + place.slot * 8, place.parity);
       const u32 low = matrix_low(slot, S::kBlocks * kCoreBytes);
       wgmma_fence();
 #pragma unroll
       for (int s = 0; s < kChunkSteps; ++s) {
-        const int i = S::index(n) * kChunkSteps + s;
-        if (S::in_registers(n))
+        const int i = S::index(n * kChunkSteps + s);
+        if (S::in_registers(n * kChunkSteps + s))
           Wgmma<T>::multiply(sum, weights[i % (S::kRegisterChunks * kChunkSteps)], low + s * kStepStride, kHigh,
                              n + s > 0);
         else
@@ -88,6 +105,11 @@ __device__ __forceinline__ void multiply(float (&sum)[S::kBlocks * 4],
       }
       if (n == S::kPass && passes) barrier_arrive(kTurn + (group ^ 1), kGroups * kGroupThreads);
     }
+}
+
+// Until `multiply` has multiplied.
+template <int kSums>
+__device__ __forceinline__ void multiplied(float (&sum)[kSums]) {
   wgmma_wait<0>();
   wgmma_use(sum);
 }
@@ -162,16 +184,20 @@ __device__ __forceinline__ void run_loader(const Ring<S>& ring, char* shared, co
         const Place<S> place(phase, loader + n * kLoaders, all);
         const u32 empty = slots.empty + place.slot * 8;
         mbarrier_wait<kSpinLimit>(empty, place.parity ^ 1);
-        if (lane == 0) mbarrier_expect(slots.full + place.slot * 8, S::kChunkBytes);
+        if (S::kPollFirst && S::kFixed || lane == 0) mbarrier_expect(slots.full + place.slot * 8, S::kChunkBytes);
       };
-      if constexpr (S::kFixed)
+      Words4 seen[kPolls];
+      if constexpr (S::kPollFirst) seen[0] = poll();
+      if constexpr (S::kFixed && S::kPollFirst) {
+        if (lane < mine) arm(lane);
+        __syncwarp();
+      } else if constexpr (S::kFixed)
 #pragma unroll
         for (int n = 0; n < kMost; ++n)
           if (n < mine) arm(n);
       u32 missing = (1u << mine) - 1;  // a bit a chunk
-      Words4 seen[kPolls];
 #pragma unroll
-      for (int i = 0; i + 1 < kPolls; ++i) seen[i] = poll();
+      for (int i = S::kPollFirst; i + 1 < kPolls; ++i) seen[i] = poll();
       for (u32 polls = 0; missing; ++polls) {
         seen[kPolls - 1] = poll();
         const u32 votes =

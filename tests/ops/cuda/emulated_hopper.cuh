@@ -32,6 +32,7 @@ inline void wait_for_four(u32 address, u32 least) {
 inline bool any_of(int barrier, int threads, bool mine) {
   return emulator::wait(emulator::current->cta->barriers[barrier], threads, mine);
 }
+inline bool mbarrier_passed(u32 barrier, u32 parity) { return (emulator::mbarrier(barrier).phase & 1) != parity; }
 template <u32 kPolls>
 inline void mbarrier_wait(u32 barrier, u32 parity) {
   while (!mbarrier_done(barrier, parity)) {
