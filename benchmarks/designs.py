@@ -13,7 +13,7 @@ from elman.ops.wide import WidePlan
 
 EXCHANGES = tuple(narrow.EXCHANGES)
 #: The designs of the wide kernels, and their split.
-WIDE = {"wide, own tiles": 1, "wide, shared tiles": 2, "wide, own units": 3}
+WIDE = {"wide, own tiles": 1, "wide, shared tiles": 2}
 #: Those that split the depth over a cluster, and its CTAs.
 SPLIT = {f"split over {cluster}": cluster for cluster in split.CLUSTERS}
 #: Of a weight of low rank, two thin products a step.

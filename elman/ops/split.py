@@ -137,15 +137,22 @@ def _fit(
     in_shared = chunks - in_registers
     shared = 2 * in_shared * CHUNK_STEPS * STEP_BYTES
     large = blocks >= _LARGE
-    rooms = 1 if large else 2  # for the parts of sums
-    shared += rooms * (_PRODUCT_WARPS * blocks * _PART_BYTES + 8 + 8 * cluster)
     stages = task.inputs + (not large)  # for outputs; of large tiles they go where inputs were
     shared += _CELL_WARPS * stages * cell_blocks * BLOCK_ROWS * _WARP_UNITS * 2
     shared += blocks * BLOCK_ROWS * _WARP_UNITS  # empty words
     shared += 16 + (_PRODUCT_WARPS + _GROUP_WARPS) * 4  # two barriers, and what the warps have done
-    room = (chip.shared_bytes - shared) // (chunk_bytes(blocks) + 16)
-    slots = min(room - (room == chunks), 2 * chunks)
+    room_bytes = _PRODUCT_WARPS * blocks * _PART_BYTES + 8 + 8 * cluster  # for the parts of sums
+
+    def slots_beside(rooms: int) -> int:
+        room = (chip.shared_bytes - shared - rooms * room_bytes) // (chunk_bytes(blocks) + 16)
+        return min(room - (room == chunks), 2 * chunks)
+
+    # Two rooms, but one where the ring would have no slot more than a tile needs, and is given more by that.
+    rooms = 2
+    if large or slots_beside(2) <= chunks < slots_beside(1):
+        rooms = 1
+    slots = slots_beside(rooms)
     if slots < min(2 * chunks, _MIN_SLOTS):
         return None
-    shared += slots * (chunk_bytes(blocks) + 16)
+    shared += rooms * room_bytes + slots * (chunk_bytes(blocks) + 16)
     return SplitPlan(in_registers, in_shared, blocks, slots, cluster, columns, groups, tiles, shared)

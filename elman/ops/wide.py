@@ -20,9 +20,6 @@ _FLAG_BYTES = 128
 _PUBLISHERS = 2  # CTAs that publish a chunk, and what the CTAs of a group are a multiple of
 _MAX_CHUNKS = 31
 
-#: What the warp groups of a CTA share out: see wide_layout.cuh.
-TILES, DEPTH, UNITS = 1, 2, 3
-
 #: Blocks of eight batch rows a tile: below two mma.sync does as well, above eight no tile is left to work on meanwhile.
 _BLOCKS = range(2, 9)
 #: Of registers a thread, beside some 16 for addresses: weights take 32 a chunk, sums 4 a block, the cell 8 a block.
@@ -73,11 +70,6 @@ class WidePlan:
     def microseconds(self, task: Task) -> float:
         """About how long a step takes on an H100: all tiles, or one and the exchange's latency if that is longer."""
         from_registers, from_shared = clocks_per_wgmma(BLOCK_ROWS * self.blocks)
-        if self.split == UNITS:  # what an H200 took at H of 1024 and 1280
-            product = 2 * CHUNK_STEPS * (self.register_chunks * from_registers + self.shared_chunks * from_shared)
-            chain, tile = product + 1600 + 350 * self.blocks, product + 1000 + 170 * self.blocks
-            given_back = 1.2 if self.slots % (self.register_chunks + self.shared_chunks) else 1.0
-            return given_back * max(chain, self.tiles * tile) / CLOCKS_PER_MICROSECOND
         if self.split == 1:  # alone, a warp group does not get more out of the tensor cores
             from_registers, from_shared = max(22.0, from_registers), max(22.0, from_shared)
         product = CHUNK_STEPS * self.split * (self.register_chunks * from_registers + self.shared_chunks * from_shared)
@@ -112,28 +104,22 @@ def plans(chip: Chip, batch: int, hidden: int, task: Task, heads: int) -> Iterat
     cell, columns = task.cell, _PUBLISHERS * math.ceil(hidden / (_PUBLISHERS * _ROWS))
     if chip.capability != (9, 0) or cell.gates != 1 or cell.products != 1 or cell.reads_memory or not cell.additive:
         return
-    if columns // _PUBLISHERS > _MAX_CHUNKS:
+    room = chip.multiprocessors // (columns * heads)
+    if room == 0 or columns // _PUBLISHERS > _MAX_CHUNKS:
         return
     for blocks in _BLOCKS:
         batch_tiles = math.ceil(batch / (BLOCK_ROWS * blocks))
-        for split in (TILES, DEPTH, UNITS):
-            own = columns // _PUBLISHERS if split >= UNITS else columns
-            room = chip.multiprocessors // (own * heads)
-            if room == 0:
-                continue
-            tiles = math.ceil(batch_tiles / min(room, batch_tiles))
-            plan = _fit(chip, task, own, blocks, split, math.ceil(batch_tiles / tiles), tiles)
+        tiles = math.ceil(batch_tiles / min(room, batch_tiles))
+        for split in (1, 2):
+            plan = _fit(chip, task, columns, blocks, split, math.ceil(batch_tiles / tiles), tiles)
             if plan is not None:
                 yield plan
 
 
 def _fit(chip: Chip, task: Task, columns: int, blocks: int, split: int, groups: int, tiles: int) -> WidePlan | None:
     """Slots of the ring as many as find room; None where they are too few."""
-    members = 2 if split == DEPTH else 1
-    if blocks % members or columns < _PUBLISHERS * members and split < UNITS:
+    if blocks % split or columns < _PUBLISHERS * split:
         return None
-    if split >= UNITS:
-        return _fit_units(chip, task, columns, blocks, split, groups, tiles)
     chunks, cell_blocks = math.ceil(columns / _PUBLISHERS / split), blocks // split
     in_registers = min(chunks, _MAX_REGISTER_CHUNKS, (_REGISTERS - 4 * blocks - 8 * cell_blocks) // 32)
     in_shared = chunks - in_registers
@@ -146,18 +132,3 @@ def _fit(chip: Chip, task: Task, columns: int, blocks: int, split: int, groups: 
         return None
     shared += _GROUPS * slots * (chunk_bytes(blocks) + 16)
     return WidePlan(in_registers, in_shared, blocks, slots, split, columns, groups, tiles, shared)
-
-
-def _fit_units(
-    chip: Chip, task: Task, chunks: int, blocks: int, split: int, groups: int, tiles: int
-) -> WidePlan | None:
-    in_registers = min(chunks, _MAX_REGISTER_CHUNKS, (_REGISTERS - 12 * blocks) // 32)
-    in_shared = chunks - in_registers
-    shared = _GROUPS * in_shared * CHUNK_STEPS * STEP_BYTES
-    shared += 8 * (task.inputs + 1) * blocks * BLOCK_ROWS * 32
-    shared += blocks * 128 + 12 * 4 + 16
-    slots = min((1 if tiles == 1 else 2) * chunks, (chip.shared_bytes - shared) // (chunk_bytes(blocks) + 16))
-    if in_registers < 1 or slots < min(chunks, 3):
-        return None
-    shared += slots * (chunk_bytes(blocks) + 16)
-    return WidePlan(in_registers, in_shared, blocks, slots, split, chunks, groups, tiles, shared)

@@ -8,9 +8,8 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import math
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
@@ -33,28 +32,11 @@ from elman.training.parallel import Room, Whole, Wrap
 #: What stands in a tree in place of a tensor that lies in the shards, and the tensor's name behind it.
 _MARK = "in the shards: "
 
-#: Bytes of a unit's whole weights, but for what a layer more or less makes of them; and units that there are at least.
-_UNIT_BYTES, _FEWEST_UNITS = 1 << 28, 4
-
-
-def units(sizes: Sequence[int]) -> list[range]:
-    """The layers that are gathered together, where each layer's weights take so many bytes.
-
-    They are as equal as can be, in layers. Each costs the host hooks, collectives and copies, which for a single layer
-    take it about as long as computing takes the GPU, so that gathers come late and overlap with nothing: on two H200s
-    a step of E1 (403M, 26 layers) took 221 ms with a layer a unit and 160 ms with two, of which computing is 150. But
-    weights and gradients of a unit must fit beside the shards. And what is gathered first and reduced last overlaps
-    with nothing, so that a model that would fit into one unit or two has some more.
-    """
-    layers = len(sizes)
-    number = min(layers, max(math.ceil(sum(sizes) / _UNIT_BYTES), _FEWEST_UNITS))
-    return [range(i * layers // number, (i + 1) * layers // number) for i in range(number)]
-
 
 class Shards(Whole):
-    """Each rank keeps a part of the weights and moments, and gathers those of a few layers when they are run.
+    """Each rank keeps a part of the weights and moments, and gathers a layer's when it is run.
 
-    Mixers are gathered by ``units``; the norms, which a layer shares with the one before, and the embedding, which the
+    Mixers are gathered one by one; the norms, which a layer shares with the one before, and the embedding, which the
     head needs again, all the time that the model runs.
     """
 
@@ -64,12 +46,8 @@ class Shards(Whole):
         warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
         # By the model's device: PyTorch would take a GPU where there is one.
         mesh = init_device_mesh(model.embedding.weight.device.type, (dist.get_world_size(),))
-        mixers: list[Any] = [layer.mixer for layer in model.layers]
-        sizes = [sum(weight.nbytes for weight in mixer.parameters()) for mixer in mixers]
-        #: Those that are gathered together, by any of them.
-        self._units = [[mixers[i] for i in unit] for unit in units(sizes)]
-        for unit in self._units:
-            fully_shard(unit, mesh=mesh)
+        for layer in model.layers:
+            fully_shard(layer.mixer, mesh=mesh)  # type: ignore[arg-type]
         # Else the last evaluation's would stay gathered, and the next step run by them.
         fully_shard(model, mesh=mesh, reshard_after_forward=True)
         self.room = self._room
@@ -90,13 +68,14 @@ class Shards(Whole):
                 mixer.forward = functools.partial(_forward_in_training, run, mixer)
 
     def after_step(self) -> None:
-        for unit in self._units:
-            following = [module for mixer in unit for module in mixer.modules() if isinstance(module, FollowsWeights)]
+        for layer in self.model.layers:
+            mixer: Any = layer.mixer
+            following = [module for module in mixer.modules() if isinstance(module, FollowsWeights)]
             if following:
-                unit[0].unshard()
+                mixer.unshard()
                 for module in following:
                     module.after_step()
-                unit[0].reshard()
+                mixer.reshard()
 
     def clip_gradients(self, limit: float) -> Tensor:
         norm = super().clip_gradients(limit)

@@ -12,7 +12,6 @@ import pytest
 import torch
 
 from benchmarks.designs import SPLIT, WIDE, best_plan
-from benchmarks.experiments.hopper_lab import with_code
 from elman.ops import low_rank, persistent
 from elman.ops.cuda.compiler import Module
 from elman.ops.cuda.launch import NoRoomError
@@ -195,7 +194,6 @@ class HopperCase:
     multiprocessors: int = 4
     slots: int | None = None
     shared_chunks: int = 0
-    code: int = 0
     cell: str = "tanh"
     dtype: torch.dtype = torch.bfloat16
     with_h0: bool = True
@@ -209,12 +207,12 @@ class HopperCase:
         chip = replace(TYPICAL_CHIPS["sm_90a"], multiprocessors=self.multiprocessors)
         plan = best_plan(self.design, self.blocks, chip, self.batch, self.hidden, task)
         assert isinstance(plan, WidePlan | SplitPlan)
-        return with_code(
+        return replace(
             plan,
-            self.code,
             slots=self.slots or plan.slots,
             register_chunks=plan.register_chunks - self.shared_chunks,
             shared_chunks=plan.shared_chunks + self.shared_chunks,
+            shared_bytes=chip.shared_bytes if self.slots or self.shared_chunks else plan.shared_bytes,
         )
 
     def emulate(self, patch: pytest.MonkeyPatch) -> emulator.Emulator:
@@ -227,26 +225,12 @@ HOPPER_CASES = {
     "own tiles, slots given back": HopperCase(
         3, 33, 400, "wide, own tiles", multiprocessors=8, slots=3, cell="softsign"
     ),
+    "own tiles, weights in shared memory": HopperCase(
+        3, 35, 264, "wide, own tiles", multiprocessors=6, shared_chunks=1
+    ),
     "shared tiles": HopperCase(10, 19, 256, "wide, shared tiles", dtype=torch.float16),
-    "own units": HopperCase(11, 13, 200, "wide, own units"),
-    "own units, three tiles": HopperCase(4, 70, 136, "wide, own units", 3, cell="softsign", multiprocessors=2),
-    "own units, slots given back": HopperCase(3, 33, 400, "wide, own units", multiprocessors=4, slots=3),
-    "own units, two groups": HopperCase(3, 21, 136, "wide, own units", dtype=torch.float16, reset_rate=None),
-    "own units, weights in shared memory": HopperCase(3, 19, 264, "wide, own units", shared_chunks=1),
-    "own units, at every wgmma, both stored": HopperCase(
-        3, 35, 264, "wide, own units", shared_chunks=1, code=110, multiprocessors=3
-    ),
-    "own tiles, at every wgmma, both stored": HopperCase(
-        3, 35, 264, "wide, own tiles", shared_chunks=1, code=110, multiprocessors=6
-    ),
-    "shared tiles, at every wgmma, both stored": HopperCase(
-        3, 35, 520, "wide, shared tiles", shared_chunks=1, code=110, multiprocessors=10
-    ),
-    "split over 2, at every wgmma, both stored, three sets": HopperCase(
-        4, 61, 256, "split over 2", 3, code=110, slots=3
-    ),
-    "split over 2, at every wgmma, weights in shared memory": HopperCase(
-        3, 19, 392, "split over 2", multiprocessors=8, shared_chunks=1, code=11110, slots=6
+    "shared tiles, weights in shared memory": HopperCase(
+        3, 19, 520, "wide, shared tiles", multiprocessors=10, shared_chunks=1
     ),
     "split over 2, one tile": HopperCase(11, 13, 200, "split over 2"),
     "split over 2, three tiles": HopperCase(4, 61, 256, "split over 2", 3, dtype=torch.float16),
@@ -259,6 +243,7 @@ HOPPER_CASES = {
     ),
     "split over 4": HopperCase(3, 19, 392, "split over 4", multiprocessors=20),
     "split over 4, large tiles": HopperCase(2, 67, 392, "split over 4", 8, multiprocessors=20),
+    "split over 4, one room": HopperCase(2, 99, 392, "split over 4", 6, multiprocessors=20, slots=15),
 }
 
 
@@ -283,8 +268,8 @@ def test_products_by_wgmma_err_no_more_than_the_reference(
 
 def test_the_hopper_cases_are_what_their_names_say() -> None:
     plans = {name: case.plan(Task("backward", persistent.CELLS[case.cell])) for name, case in HOPPER_CASES.items()}
-    assert [plan.tiles for plan in plans.values()] == [2, 3, 2, 1, 3, 1, 2, 2, 2, 2, 2, 2]
-    assert [plan.groups for plan in plans.values()] == [1, 1, 1, 1, 1, 2, 1, 1, 1, 1, 1, 1]
+    assert [plan.tiles for plan in plans.values()] == [2, 3, 3, 2, 2, 1, 3, 1, 2, 2, 2, 2, 2, 2, 3]
+    assert [plan.groups for plan in plans.values()] == [1, 1, 1, 1, 1, 1, 1, 2, 1, 1, 1, 1, 1, 1, 1]
     for name, plan in plans.items():
         assert (plan.slots % (plan.register_chunks + plan.shared_chunks) > 0) == ("slots" in name)
     assert {case.design for case in HOPPER_CASES.values()} == {*WIDE, *SPLIT}
@@ -303,7 +288,7 @@ def test_the_order_of_threads_changes_no_bit_of_a_split_sum(monkeypatch: pytest.
     [
         ("three", "split.cuh", "wide::suspect(sum)", "false"),
         ("back", "split.cuh", "if (S::kRelease) wait_for_four", "if (false) wait_for_four"),
-        ("large", "split.cuh", "if (S::kRoomFirst) mbarrier_wait<kSpinLimit>(read_of_room, turn_of_room);", ""),
+        ("large", "split.cuh", "mbarrier_wait<kSpinLimit>(read + room * (S::kCluster * 8), (phase / S::kRooms & 1) ^ 1);", ""),
         ("three", "split.cuh", "from < S::kCluster;", "from < S::kCluster - 1;"),
         ("three", "wide_products.cuh", "ring.at(step - 2, tile) + wiped", "ring.at(step, tile) + wiped"),
         ("three", "wide_products.cuh", "mbarrier_wait<kSpinLimit>(seen, phase & 1);", ""),

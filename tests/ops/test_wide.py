@@ -26,9 +26,6 @@ DESIGNS = {
     "shared tiles": (2, 132, 227 * 1024, 640),
     "shared tiles, several": (2, 10, 227 * 1024, 640),
     "shared tiles, slots given back": (2, 132, 44 * 1024, 1024),
-    "own units": (3, 132, 227 * 1024, 640),
-    "own units, several": (3, 5, 227 * 1024, 640),
-    "own units, slots given back": (3, 132, 96 * 1024, 640),
 }
 
 
@@ -47,17 +44,15 @@ def plans_of(design: str, batch: int, hidden: int, task: Task, heads: int = 1) -
 )
 def test_a_plan_covers_the_problem(task: Task, batch: int, hidden: int, heads: int) -> None:
     for plan in wide.plans(H200, batch, hidden, task, heads):
-        units = 128 if plan.split == wide.UNITS else 64
-        assert plan.columns * units % 128 == 0
-        assert plan.columns * units >= hidden > plan.columns * units - 128
+        assert plan.columns % 2 == 0
+        assert plan.columns * 64 >= hidden > (plan.columns - 2) * 64
         rows = 8 * plan.blocks * plan.tiles
         assert rows * plan.groups >= batch > rows * (plan.groups - 1)
         assert heads * plan.groups * plan.columns <= 132
-        chunks, members = plan.register_chunks + plan.shared_chunks, 2 if plan.split == wide.DEPTH else 1
-        assert members * chunks in (-(-hidden // 128), -(-hidden // 128) + members - 1)
+        assert plan.split * (plan.register_chunks + plan.shared_chunks) in (plan.columns // 2, plan.columns // 2 + 1)
         assert plan.register_chunks >= 1
-        assert plan.slots in (chunks, 2 * chunks) or plan.slots >= 3
-        assert plan.blocks % members == 0
+        assert plan.slots == plan.register_chunks + plan.shared_chunks or plan.slots >= 3
+        assert plan.blocks % plan.split == 0
         assert plan.shared_bytes <= H200.shared_bytes
 
 

@@ -10,8 +10,8 @@
 // behind the other's product. The warp groups take turns at the tensor cores, and nobody waits for both: while one sends
 // its sums, the other multiplies.
 //
-// A CTA has rooms for the parts of two tiles, of large ones for those of one. Whoever has read one tells the senders,
-// who wait for that before they use it again.
+// A CTA has rooms for the parts of two tiles, or for those of one where that makes room for slots of the state. Whoever
+// has read one tells the senders, who wait for that before they use it again.
 //
 // Roles of the 16 warps: 0-7 products, 8-11 cells, 12 and 13 loaders, 14 wipes.
 #pragma once
@@ -37,10 +37,9 @@ constexpr int kThreads = 4 * kGroupThreads;
 constexpr int kClusterUnits = kGroups * kRows, kCellWarps = 4, kProductWarps = kGroups * kGroupWarps;
 
 template <typename Cell, bool kBackward, int kRegisterChunks, int kSharedChunks, int kBlocks, int kSlots, int kCluster_>
-struct Shape : wide::Depth<kBackward, kRegisterChunks, kSharedChunks, kBlocks, kSlots, kCluster_ % 10, kCluster_ / 10 % 10 ? 8 : 1> {
-  using Base = wide::Depth<kBackward, kRegisterChunks, kSharedChunks, kBlocks, kSlots, kCluster_ % 10, kCluster_ / 10 % 10 ? 8 : 1>;
-  static constexpr bool kAtOnce = kCluster_ / 100 % 10 == 0, kRoomFirst = kCluster_ / 1000 % 10 == 0, kPollFirst = kCluster_ / 10000 % 10 == 0;
-  static constexpr int kCluster = kCluster_ % 10, kColumns = kClusterUnits / kCluster;
+struct Shape : wide::Depth<kBackward, kRegisterChunks, kSharedChunks, kBlocks, kSlots, kCluster_> {
+  using Base = wide::Depth<kBackward, kRegisterChunks, kSharedChunks, kBlocks, kSlots, kCluster_>;
+  static constexpr int kCluster = kCluster_, kColumns = kClusterUnits / kCluster;
   static constexpr int kPeerStep = kCluster;  // CTAs that publish a chunk
   static constexpr int kOwnWarps = kColumns / kWarpRows;  // product warps whose sums a CTA keeps, 16 units each
   static constexpr int kCellBlocks = kBlocks * kOwnWarps / kCellWarps, kCellRows = kCellBlocks * kBlockRows;
@@ -59,25 +58,30 @@ struct Shape : wide::Depth<kBackward, kRegisterChunks, kSharedChunks, kBlocks, k
   // Inputs of the next tile come while the cell is applied to this one, but for large tiles: those leave time enough
   // after that, and what is stored goes where the inputs were.
   static constexpr bool kAhead = kBlocks < 8;
-  static constexpr int kRooms = kAhead && kCluster_ / 100000 % 10 == 0 ? 2 : 1;
   static constexpr int kStages = kInputs + kAhead, kOutStage = kAhead ? kInputs : 0;
   static constexpr int kPartBytes = kBlocks * 32 * 16;           // the sums of a product warp
   static constexpr int kWeightOffset = kSlots * Base::kChunkBytes;
   static constexpr int kPartOffset = kWeightOffset + kGroups * Base::kGroupWeightBytes;
   static constexpr int kRoomBytes = kProductWarps * kPartBytes;  // of the units a CTA owns, from the whole cluster
+  static constexpr int kStagesBytes = kCellWarps * kStages * kStageBytes;
+  // Two rooms where there is space, with their barriers, beside everything else.
+  static constexpr int kRoomAndBarriers = kRoomBytes + 8 * (1 + kCluster);
+  static constexpr int kOtherBytes =
+      kPartOffset + kStagesBytes + kEmptyBytes + kSlots * 16 + (kProductWarps + kGroupWarps) * 4 + 16;
+  static constexpr int kRooms = kAhead && kOtherBytes + 2 * kRoomAndBarriers <= 227 * 1024 ? 2 : 1;
   static constexpr int kStageOffset = kPartOffset + kRooms * kRoomBytes;
-  static constexpr int kEmptyOffset = kStageOffset + kCellWarps * kStages * kStageBytes;
+  static constexpr int kEmptyOffset = kStageOffset + kStagesBytes;
   static constexpr int kBarrierOffset = kEmptyOffset + kEmptyBytes;
   // The last turn that each warp has multiplied in, of both groups; that each of the first has done with.
   static constexpr int kMultiplied = kBarrierOffset + kSlots * 16, kDone = kMultiplied + kProductWarps * 4;
   static constexpr int kPartsFull = kDone + kGroupWarps * 4;       // one a room
   static constexpr int kPartsRead = kPartsFull + kRooms * 8;       // one a room and CTA that is sent to
   static constexpr int kSeen = kPartsRead + kRooms * kCluster * 8;  // what a loader tells the warp that wipes, and back
-  static constexpr int kSharedBytes = kSeen + 16;
+  static constexpr int kSharedBytes = kOtherBytes + kRooms * kRoomAndBarriers;
+  static_assert(kSharedBytes == kSeen + 16 && kSharedBytes <= 227 * 1024, "fits");
   // Registers of a thread that multiplies, that applies the cell, and of the others; 512 threads share 65536.
-  static constexpr int kProductRegisters = kCellBlocks > 4 ? 184 : 192, kOtherRegisters = Base::kFixed ? 32 : 24;
+  static constexpr int kProductRegisters = kCellBlocks > 4 ? 184 : 192, kOtherRegisters = 24;
   static constexpr int kCellRegisters = 512 - 2 * kProductRegisters - kOtherRegisters;
-  static_assert(kSharedBytes <= 227 * 1024, "fits");
   static_assert(kBlocks * kOwnWarps % kCellWarps == 0, "every cell warp has as many blocks");
   static_assert(kOwnBytes % kEmptyBytes == 0, "wipes are whole copies");
   static_assert(Cell::kProducts == 1 && !Cell::kReadsMemory && Cell::kAdditive, "one product and no memory");
@@ -110,9 +114,9 @@ __device__ __forceinline__ void run_products(const Problem<T>& p, const wide::Ri
       if (group == 1 || phase > 0) barrier_sync(wide::kTurn + group, kGroups * kGroupThreads);
       const bool passes = group == 0 || tile + 1 < part.tiles || step + 1 < products;
       wide::multiply<S, T, false>(sum, weights, shared_weights, slots, state, phase, all, rank, group, passes);
+      // Meanwhile, of a tile before: its sums do not depend on this one.
       const u32 room = phase % S::kRooms, sums = to + room * S::kRoomBytes, parts_full = full + room * 8;
-      const u32 read_of_room = read + room * (S::kCluster * 8), turn_of_room = (phase / S::kRooms & 1) ^ 1;
-      if (S::kRoomFirst) mbarrier_wait<kSpinLimit>(read_of_room, turn_of_room);
+      mbarrier_wait<kSpinLimit>(read + room * (S::kCluster * 8), (phase / S::kRooms & 1) ^ 1);
       wide::multiplied(sum);
       if (S::kRelease && lane == 0) store_shared4(multiplied + warp * 4, phase + 1);
       // All warps of the group have done with the state when it is sent that one has: see wide::wipe.
@@ -125,7 +129,6 @@ __device__ __forceinline__ void run_products(const Problem<T>& p, const wide::Ri
       }
       if (S::kRelease && group == 0 && lane == 0) store_shared4(done + warp * 4, phase + 1);
       wide::release_tile(slots, phase, all);
-      if (!S::kRoomFirst) mbarrier_wait<kSpinLimit>(read_of_room, turn_of_room);
       auto words = [&](int block) -> Words4 {
         return {__float_as_uint(sum[block * 4]), __float_as_uint(sum[block * 4 + 1]),
                 __float_as_uint(sum[block * 4 + 2]), __float_as_uint(sum[block * 4 + 3])};

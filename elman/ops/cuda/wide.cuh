@@ -26,30 +26,26 @@ template <typename S, typename Cell, typename T>
 __device__ __forceinline__ void run_products(const Problem<T>& p, const Ring<S>& ring, char* shared, const Part& part,
                                              int chunks, int products) {
   const int warp = uniform(threadIdx.x / 32 % kGroupWarps);
-  const int group = uniform(threadIdx.x / kGroupThreads), member = S::kSplit == kDepth ? group : 0;
-  const Slots<S> slots(shared, group % S::kRings);
+  const int group = uniform(threadIdx.x / kGroupThreads), member = S::kSplit == 2 ? group : 0;
+  const Slots<S> slots(shared, group);
 
   u32 weights[S::kRegisterChunks * kChunkSteps][4];
-  fill_register_weights<S>(p, part.head, part.first_unit + (S::kSplit == kUnits ? group * kRows : 0), member, weights);
-  const u32 base = shared_address(shared);
+  fill_register_weights<S>(p, part.head, part.first_unit, member, weights);
   const u32 shared_weights =
-      matrix_low(base + S::kWeightOffset + group % S::kMembers * S::kGroupWeightBytes, kStepBytes / 2);
-  const u32 multiplied = base + S::kMultiplied, done = base + S::kDone;
+      matrix_low(shared_address(shared) + S::kWeightOffset + member * S::kGroupWeightBytes, kStepBytes / 2);
 
   const Cells<S, Cell, T> cells(
-      p, ring, part, warp + (S::kSplit == kUnits ? group * kGroupWarps : 0), member * S::kCellBlocks,
-      group % S::kMembers * kGroupWarps + warp,
-      base + S::kStageOffset + (group * kGroupWarps + warp) * (S::kStages * S::kStageBytes));
+      p, ring, part, warp, member * S::kCellBlocks, member * kGroupWarps + warp,
+      shared_address(shared) + S::kStageOffset + (group * kGroupWarps + warp) * (S::kStages * S::kStageBytes));
 
-  const int first_tile = S::kSplit == kTiles ? group : 0;
+  const int first_tile = S::kSplit == 2 ? 0 : group;
   for (int tile = first_tile; tile < part.tiles; tile += S::kTileGroups) cells.publish_initial(tile);
 
   const int all = S::chunks_of(chunks, member);  // of this warp group
-  u32 turn = 0;
+  u32 phase = 0;
   if (first_tile < part.tiles) cells.fetch(0, first_tile);
   for (int step = 0; step < products; ++step)
-    for (int tile = first_tile; tile < part.tiles; tile += S::kTileGroups, ++turn) {
-      const u32 phase = uniform(turn);
+    for (int tile = first_tile; tile < part.tiles; tile += S::kTileGroups, ++phase) {
       // All that does not depend on the sums happens before them.
       typename Cells<S, Cell, T>::Given given;
       cells.take(given);
@@ -60,18 +56,18 @@ __device__ __forceinline__ void run_products(const Problem<T>& p, const Ring<S>&
       cells.prepare(step, tile, given);
 
       // The warp groups take turns: two products at a time would take twice as long each, and then both would wait.
-      if (S::kSplit == kTiles && (tile > 0 || (step > 0 && part.tiles % 2 == 0)))
+      if (S::kSplit == 1 && (tile > 0 || (step > 0 && part.tiles % 2 == 0)))
         barrier_sync(kTurn + group, kGroups * kGroupThreads);
       float sum[S::kBlocks * 4];
       float mine[S::kCellBlocks * 4];
       const u32 swap = shared_address(shared) + S::kSwapOffset + (phase & 1) * (S::kSwapBytes / 2) +
                        threadIdx.x % kGroupThreads * 16;
       constexpr int kGroupSwap = S::kCellBlocks * kGroupThreads * 16;
-      const bool passes = S::kSplit == kTiles && (tile + 1 < part.tiles || (group == 1 && step + 1 < products));
+      const bool passes = S::kSplit == 1 && (tile + 1 < part.tiles || (group == 1 && step + 1 < products));
       // What this warp group goes on with; whether any of its sums, or of the other's, is a NaN.
       auto share = [&]() {
         const bool missing = suspect(sum);
-        if constexpr (S::kSplit != kDepth) {
+        if constexpr (S::kSplit == 1) {
 #pragma unroll
           for (int i = 0; i < S::kCellBlocks * 4; ++i) mine[i] = sum[i];
           return any_of(kVote + group, kGroupThreads, missing);
@@ -93,19 +89,15 @@ __device__ __forceinline__ void run_products(const Problem<T>& p, const Ring<S>&
       };
       multiply<S, T, false>(sum, weights, shared_weights, slots, ring.at(step, tile), phase, all, member, group,
                             passes);
-      wide::multiplied(sum);
-      constexpr bool kOneRing = S::kRings == 1 && S::kRelease;
-      if (kOneRing && threadIdx.x % 32 == 0) store_shared4(multiplied + (group * kGroupWarps + warp) * 4, phase + 1);
+      multiplied(sum);
       if (__builtin_expect(share(), 0)) {
-        if (kOneRing) wait_for_four<kSpinLimit>(group == 0 ? multiplied + kGroupWarps * 4 : done, phase + 1);
         multiply<S, T, true>(sum, weights, shared_weights, slots, ring.at(step, tile), phase, all, member, group,
                              false);
-        wide::multiplied(sum);
+        multiplied(sum);
         share();
       }
-      if (kOneRing && group == 0 && threadIdx.x % 32 == 0) store_shared4(done + warp * 4, phase + 1);
       release_tile(slots, phase, all);
-      if constexpr (S::kSplit == kDepth) {
+      if constexpr (S::kSplit == 2) {
 #pragma unroll
         for (int block = 0; block < S::kCellBlocks; ++block) {
           const Words4 theirs = load_shared(swap + group * kGroupSwap + block * (kGroupThreads * 16));
@@ -128,17 +120,9 @@ __device__ __forceinline__ void run(const Problem<T>& p) {
   prepare_rings<S, kThreads>(shared);
   if constexpr (S::kSharedChunks > 0)
 #pragma unroll 1
-    for (int i = 0; i < S::kMembers; ++i) {
-      const int unit = part.first_unit + (S::kSplit == kUnits ? i * kRows : 0), member = S::kSplit == kDepth ? i : 0;
-      char* to = shared + S::kWeightOffset + i * S::kGroupWeightBytes;
-      fill_shared_weights<S, kThreads>(p, part.head, unit, member, to);
-    }
-  if (S::kRings == 1 && threadIdx.x == 0) {
-    const u32 base = shared_address(shared);
-    for (int i = 0; i < 2; ++i) mbarrier_init(base + S::kSeen + i * 8, 1);
-    for (int i = 0; i < (kGroups + 1) * kGroupWarps; ++i) store_shared4(base + S::kMultiplied + i * 4, 0);
-    fence_mbarrier_init();
-  }
+    for (int member = 0; member < S::kSplit; ++member)
+      fill_shared_weights<S, kThreads>(p, part.head, part.first_unit, member,
+                             shared + S::kWeightOffset + member * S::kGroupWeightBytes);
   fence_async_shared();
   __syncthreads();
   if (threadIdx.x < kGroups * kGroupThreads) {
@@ -147,11 +131,8 @@ __device__ __forceinline__ void run(const Problem<T>& p) {
   } else {
     give_registers<S::kOtherRegisters>();
     const int warp = uniform(threadIdx.x / 32) - kGroups * kGroupWarps, group = warp / kLoaders;
-    const int member = S::kSplit == kDepth ? group : 0;
-    if (group < S::kRings)
-      run_loader<S>(ring, shared, part, member, group, warp % kLoaders, S::chunks_of(chunks, member), products);
-    else if (S::kWiper && warp == kLoaders)
-      run_wiper<S>(ring, shared, part, products);
+    const int member = S::kSplit == 2 ? group : 0;
+    run_loader<S>(ring, shared, part, member, group, warp % kLoaders, S::chunks_of(chunks, member), products);
   }
 }
 

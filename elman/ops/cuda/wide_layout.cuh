@@ -25,7 +25,7 @@ constexpr int kSumsReady = 1, kTurn = 2, kVote = 4;  // named barriers; of the l
 // Chunks of the depth, of which every kStride-th is one member's: a warp group's or a CTA's of a cluster.
 // kRegisterChunks + kSharedChunks: those whose weights a warp group holds, in registers and in shared memory; kBlocks:
 // blocks of eight batch rows a tile; kSlots: chunks of the state in a ring.
-template <bool kBackward_, int kRegisterChunks_, int kSharedChunks_, int kBlocks_, int kSlots_, int kStride_, int kGrain = kChunkSteps>
+template <bool kBackward_, int kRegisterChunks_, int kSharedChunks_, int kBlocks_, int kSlots_, int kStride_>
 struct Depth {
   static constexpr bool kBackward = kBackward_;
   static constexpr int kRegisterChunks = kRegisterChunks_, kSharedChunks = kSharedChunks_;
@@ -34,24 +34,17 @@ struct Depth {
   static constexpr bool kFixed = kSlots % kChunks == 0;  // every chunk of a tile has a slot of its own
   static constexpr bool kRelease = !kFixed;              // or slots are given back chunk by chunk
   static constexpr int kSets = kFixed ? kSlots / kChunks : 1;  // of them, which tiles have by turns
-  // Chunks of weights in shared memory and in registers take turns, the former first, until one kind is used up.
-  static constexpr int kTurns = (kRegisterChunks < kSharedChunks ? kRegisterChunks : kSharedChunks) * kChunkSteps / kGrain;
+  // Weights in shared memory and in registers, each the depth of one wgmma, take turns, the former first, until one kind
+  // is used up.
+  static constexpr int kTurns = (kRegisterChunks < kSharedChunks ? kRegisterChunks : kSharedChunks) * kChunkSteps;
   static __device__ constexpr bool in_registers(int step) {
-    const int n = step / kGrain;
-    return n < 2 * kTurns ? n % 2 == 1 : kRegisterChunks > kSharedChunks;
+    return step < 2 * kTurns ? step % 2 == 1 : kRegisterChunks > kSharedChunks;
   }
-  static __device__ constexpr int index(int step) {
-    const int n = step / kGrain;
-    return (n < 2 * kTurns ? n / 2 : n - kTurns) * kGrain + step % kGrain;
-  }
+  static __device__ constexpr int index(int step) { return step < 2 * kTurns ? step / 2 : step - kTurns; }
   static __device__ constexpr int of_registers(int i) {
-    const int n = i / kGrain;
-    return (n < kTurns ? 2 * n + 1 : n + kTurns) * kGrain + i % kGrain;
+    return i < kTurns ? 2 * i + 1 : i + kTurns;
   }  // index's inverse
-  static __device__ constexpr int of_shared(int i) {
-    const int n = i / kGrain;
-    return (n < kTurns ? 2 * n : n + kTurns) * kGrain + i % kGrain;
-  }
+  static __device__ constexpr int of_shared(int i) { return i < kTurns ? 2 * i : i + kTurns; }
   // The chunk of the depth that a member's n-th one is, and how many it has of so many.
   static __device__ __forceinline__ int chunk_of(int n, int member) { return kStride * n + member; }
   static __device__ __forceinline__ int chunks_of(int chunks, int member) {
@@ -64,44 +57,33 @@ struct Depth {
   static_assert(kSlots >= 3 || kFixed, "parities tell two uses of a slot apart, loaders being two");
 };
 
-// kSplit: what the warp groups of a CTA share out. Tiles: each has its own, and both have the CTA's units. The depth of
-// every tile, or its units: then both work on the same tile.
-constexpr int kTiles = 1, kDepth = 2, kUnits = 3;
+// kSplit: among how many warp groups the depth of a tile is split.
 template <typename Cell, bool kBackward, int kRegisterChunks, int kSharedChunks, int kBlocks, int kSlots, int kSplit_>
-struct Shape : Depth<kBackward, kRegisterChunks, kSharedChunks, kBlocks, kSlots, kSplit_ % 10 == kDepth ? 2 : 1, kSplit_ / 10 % 10 ? kChunkSteps : 1> {
-  using Base = Depth<kBackward, kRegisterChunks, kSharedChunks, kBlocks, kSlots, kSplit_ % 10 == kDepth ? 2 : 1, kSplit_ / 10 % 10 ? kChunkSteps : 1>;
-  static constexpr bool kAtOnce = kSplit_ / 100 % 10 == 0, kPollFirst = kSplit_ / 10000 % 10 == 0;
-  static constexpr int kSplit = kSplit_ % 10;
-  static constexpr int kColumns = kSplit == kUnits ? kGroups * kRows : kRows;
-  static constexpr int kPeerStep = kChunkDepth / kColumns;  // CTAs that publish a chunk
-  static constexpr int kCellBlocks = kSplit == kDepth ? kBlocks / 2 : kBlocks, kCellRows = kCellBlocks * kBlockRows;
+struct Shape : Depth<kBackward, kRegisterChunks, kSharedChunks, kBlocks, kSlots, kSplit_> {
+  using Base = Depth<kBackward, kRegisterChunks, kSharedChunks, kBlocks, kSlots, kSplit_>;
+  static constexpr int kSplit = kSplit_, kColumns = kRows;
+  static constexpr int kPeerStep = 2;  // CTAs that publish a chunk
+  static constexpr int kCellBlocks = kBlocks / kSplit, kCellRows = kCellBlocks * kBlockRows;
   static constexpr int kPass = Base::kChunks / 2;       // with its chunk of this number a warp group passes its turn on
-  static constexpr int kTileGroups = kSplit == kTiles ? kGroups : 1;  // tiles are dealt to so many in turn
-  static constexpr int kFlagQuads = kSplit == kTiles ? 1 : 2;  // of words that a CTA's warps raise, one each
-  // Where both groups multiply by the same chunks, one ring brings them.
-  static constexpr int kRings = kSplit == kUnits ? 1 : kGroups, kRingWarps = kGroups / kRings * kGroupWarps;
-  static constexpr bool kWiper = kSplit == kUnits;
-  static constexpr int kMembers = kSplit == kTiles ? 1 : kGroups;  // that hold weights of their own
+  static constexpr int kTileGroups = kGroups / kSplit;  // tiles are dealt to so many in turn
+  static constexpr int kFlagQuads = kSplit;             // of words that a CTA's warps raise, one each
+  static constexpr int kRings = kGroups, kRingWarps = kGroupWarps;
+  static constexpr bool kWiper = false;
   static constexpr int kInputs = kBackward ? 1 + Cell::kSaved : Cell::kGates;  // values a unit that the cell reads
-  static constexpr int kOwnBytes = kBlocks * kColumns * kBlockRows * 2;  // of a tile, what a CTA publishes
-  static constexpr int kEmptyBytes = kSplit == kUnits ? kBlocks * kCoreBytes : kOwnBytes;
+  static constexpr int kOwnBytes = kBlocks * kRows * kBlockRows * 2;  // of a tile, what a CTA publishes
+  static constexpr int kEmptyBytes = kOwnBytes;
   static constexpr int kStageBytes = kCellRows * kWarpRows * 2;       // a warp's part of a tile of any tensor
   static constexpr int kStages = kInputs + 1, kOutStage = kInputs;
-  static constexpr int kSwapBytes = kSplit == kDepth ? 2 * kGroups * kCellBlocks * kGroupThreads * 16 : 0;
+  static constexpr int kSwapBytes = kSplit == 2 ? 2 * kGroups * kCellBlocks * kGroupThreads * 16 : 0;
   static constexpr int kWeightOffset = kRings * kSlots * Base::kChunkBytes;
-  static constexpr int kSwapOffset = kWeightOffset + kMembers * Base::kGroupWeightBytes;
+  static constexpr int kSwapOffset = kWeightOffset + kSplit * Base::kGroupWeightBytes;
   static constexpr int kStageOffset = kSwapOffset + kSwapBytes;
   static constexpr int kEmptyOffset = kStageOffset + kGroups * kGroupWarps * kStages * kStageBytes;
   static constexpr int kBarrierOffset = kEmptyOffset + kEmptyBytes;
-  // Of one ring: the last turn that each warp has multiplied in, of both groups; that each of the first has done with;
-  // and what a loader tells the warp that wipes, and back.
-  static constexpr int kMultiplied = kBarrierOffset + kRings * kSlots * 16;
-  static constexpr int kDone = kMultiplied + kGroups * kGroupWarps * 4, kSeen = kDone + kGroupWarps * 4;
-  static constexpr int kSharedBytes = kSplit == kUnits ? kSeen + 16 : kMultiplied;
+  static constexpr int kSharedBytes = kBarrierOffset + kRings * kSlots * 16;
   // Registers of a thread that multiplies and of the others; a launch of 384 threads takes 168 each.
   static constexpr int kProductRegisters = 232, kOtherRegisters = 40;
-  static_assert(kSplit != kDepth || kBlocks % 2 == 0, "both warp groups apply the cell to as many rows");
-  static_assert(kSharedBytes <= 227 * 1024, "fits");
+  static_assert(kBlocks % kSplit == 0, "both warp groups apply the cell to as many rows");
   static_assert(Cell::kProducts == 1 && !Cell::kReadsMemory && Cell::kAdditive, "one product and no memory");
 };
 
@@ -178,8 +160,8 @@ __device__ __forceinline__ void fill_register_weights(const Problem<T>& p, int h
     for (int i = 0; i < 4; ++i) {
       const int step = S::of_registers(s);
       weights[s][i] = load_weights<S>(p, head, first_unit + row + i % 2 * 8,
-                                      S::chunk_of(step / kChunkSteps, member) * kChunkDepth +
-                                          step % kChunkSteps * 16 + i / 2 * 8 + lane % 4 * 2);
+                                      S::chunk_of(step / kChunkSteps, member) * kChunkDepth + step % kChunkSteps * 16 +
+                                          i / 2 * 8 + lane % 4 * 2);
     }
 }
 

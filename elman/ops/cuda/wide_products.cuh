@@ -38,26 +38,26 @@ __device__ __forceinline__ void release_tile(const Slots<S>& slots, u32 phase, i
     mbarrier_arrive(slots.empty + Place<S>(phase, threadIdx.x & 31, all).slot * 8);
 }
 
-// Chunks of a tile that have not come yet, a bit each; the same in all lanes. A lane looks at one of them: one look takes
-// as long as one wait, and what stands between two wgmma leaves the tensor cores idle. Of a slot that an earlier chunk of
-// the tile has first this cannot be told.
+// Chunks of a tile that have not come yet, a bit each, the same in all lanes: a lane looks at one of them, so that a tile
+// that has come is not waited for chunk by chunk.
 template <typename S>
 __device__ __forceinline__ u32 missing_chunks(const Slots<S>& slots, u32 phase, int all) {
+  static_assert(S::kFixed, "of a slot that an earlier chunk of the tile has first, a parity does not tell whose it is");
   const int lane = threadIdx.x & 31;
   bool missing = true;
-  if (lane < all && lane < S::kSlots) {
+  if (lane < all) {
     const Place<S> place(phase, lane, all);
     missing = !mbarrier_passed(slots.full + place.slot * 8, place.parity);
   }
   return __ballot_sync(~0u, missing);
 }
 
-// The sums of a tile, 64 x kTileRows, over the chunks of a member. kAgain: of the state as it is once all of it has
+// Begins the sums of a tile, which `multiplied` waits for: 64 x kTileRows, over the chunks of a member. kAgain: of the state as it is once all of it has
 // come; where slots have been given back, each chunk is fetched anew, into the last slot. The order of the sums is the
 // same, so the bits are.
 //
-// Chunks of weights in registers and in shared memory take turns, because a wgmma holds its warp until it has read its
-// registers: alone, they would leave the tensor cores idle between two chunks.
+// Weights in registers and in shared memory take turns, because a wgmma holds its warp until it has read its registers:
+// by themselves they would leave the tensor cores idle between two chunks.
 template <typename S, typename T, bool kAgain>
 __device__ __forceinline__ void multiply(float (&sum)[S::kBlocks * 4],
                                          const u32 (&weights)[S::kRegisterChunks * kChunkSteps][4], u32 shared_weights,
@@ -69,20 +69,20 @@ __device__ __forceinline__ void multiply(float (&sum)[S::kBlocks * 4],
   // Else the compiler would keep what both passes need in registers, which the weights have taken.
   if constexpr (kAgain) settle(data), settle(shared_weights);
   const u32 last_slot = Place<S>(phase, all - 1, all).slot;
-  u32 missing = ~0u;
   if constexpr (kAgain && !kFetch)
     repair<S>(data + Place<S>(phase, 0, all).slot * S::kChunkBytes, state + S::chunk_of(0, member) * S::kChunkBytes,
               all * S::kChunkBytes, false, kVote + group);
+  u32 missing = ~0u;
 #pragma unroll
   for (int n = 0; n < S::kChunks; ++n)
     if (S::kStride == 1 || n < S::kChunks - 1 || n < all) {
-      if (!kAgain && S::kAtOnce && (n == 0 || n == S::kChunks / 2) && missing)
-        missing = missing_chunks(slots, phase, all);
+      if constexpr (!kAgain && S::kFixed)
+        if ((n == 0 || n == S::kChunks / 2) && missing) missing = missing_chunks(slots, phase, all);
       const Place<S> place(phase, n, all);
       const u32 slot = data + (kFetch ? last_slot : place.slot) * S::kChunkBytes;
       if constexpr (kFetch)
         repair<S>(slot, state + S::chunk_of(n, member) * S::kChunkBytes, S::kChunkBytes, true, kVote + group);
-      else if (!kAgain && (!S::kAtOnce || missing >> n & 1))
+      else if (!kAgain && missing >> n & 1)
         mbarrier_wait<kSpinLimit>(slots.full + place.slot * 8, place.parity);
       const u32 low = matrix_low(slot, S::kBlocks * kCoreBytes);
       wgmma_fence();
@@ -107,7 +107,6 @@ __device__ __forceinline__ void multiply(float (&sum)[S::kBlocks * 4],
     }
 }
 
-// Until `multiply` has multiplied.
 template <int kSums>
 __device__ __forceinline__ void multiplied(float (&sum)[kSums]) {
   wgmma_wait<0>();
@@ -184,20 +183,16 @@ __device__ __forceinline__ void run_loader(const Ring<S>& ring, char* shared, co
         const Place<S> place(phase, loader + n * kLoaders, all);
         const u32 empty = slots.empty + place.slot * 8;
         mbarrier_wait<kSpinLimit>(empty, place.parity ^ 1);
-        if (S::kPollFirst && S::kFixed || lane == 0) mbarrier_expect(slots.full + place.slot * 8, S::kChunkBytes);
+        if (lane == 0) mbarrier_expect(slots.full + place.slot * 8, S::kChunkBytes);
       };
-      Words4 seen[kPolls];
-      if constexpr (S::kPollFirst) seen[0] = poll();
-      if constexpr (S::kFixed && S::kPollFirst) {
-        if (lane < mine) arm(lane);
-        __syncwarp();
-      } else if constexpr (S::kFixed)
+      if constexpr (S::kFixed)
 #pragma unroll
         for (int n = 0; n < kMost; ++n)
           if (n < mine) arm(n);
       u32 missing = (1u << mine) - 1;  // a bit a chunk
+      Words4 seen[kPolls];
 #pragma unroll
-      for (int i = S::kPollFirst; i + 1 < kPolls; ++i) seen[i] = poll();
+      for (int i = 0; i + 1 < kPolls; ++i) seen[i] = poll();
       for (u32 polls = 0; missing; ++polls) {
         seen[kPolls - 1] = poll();
         const u32 votes =
