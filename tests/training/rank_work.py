@@ -124,6 +124,16 @@ def broken(config: TrainConfig, rank: int) -> tuple[int, str]:
         return start(config)
 
 
+def without_compiler(config: TrainConfig) -> tuple[int, str]:
+    """Compiling is tried, and fails in the first layer."""
+
+    def fail(*_: Any) -> None:
+        raise RuntimeError("no C compiler found")
+
+    with mock.patch.object(torch, "compile", return_value=fail), mock.patch.object(Trainer, "will_compile", True):
+        return start(config)
+
+
 def without_data(config: TrainConfig, rank: int) -> tuple[int, str]:
     nowhere = Path("nowhere") if os.environ["RANK"] == str(rank) else config.data
     return start(replace(config, data=nowhere))

@@ -27,6 +27,7 @@ from elman.training.config import TrainConfig
 from elman.training.distributed import LostRanksError, Processes, launched
 from elman.training.loop import Trainer
 from elman.training.run import RunFolder, load_model, newest_checkpoint
+from elman.training.sharded import units
 from tests.data.tiny_encoding import NAME
 from tests.training.rank_work import (
     broken,
@@ -39,6 +40,7 @@ from tests.training.rank_work import (
     start_tiny,
     watched,
     with_full_disk,
+    without_compiler,
     without_data,
 )
 from tests.training.ranks import Ranks
@@ -457,6 +459,53 @@ def test_under_torchrun_a_signal_ends_the_run_in_a_checkpoint_and_one_rank_tells
     assert output.count("stopped at step") == 1, errors
     assert output.count("parameters") == 1
     assert load_model(config.out) is not None  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("layers", "size", "number"),
+    [
+        (26, 62 << 20, 7),
+        (7, 28 << 20, 4),
+        (6, 33 << 20, 4),
+        (32, 375 << 20, 32),
+        (40, 100 << 20, 16),
+        (2, 9, 2),
+        (1, 0, 1),
+    ],
+)
+def test_units_are_equal_small_and_as_few_as_that_allows(layers: int, size: int, number: int) -> None:
+    found = units([size] * layers)
+    assert [layer for unit in found for layer in unit] == list(range(layers))
+    assert len(found) == number
+    lengths = {len(unit) for unit in found}
+    assert max(lengths) - min(lengths) <= 1
+    assert layers * size <= number << 28 or number == layers
+
+
+@pytest.mark.parametrize("mixers", [CAPPED, HYBRID], ids=str)
+def test_layers_that_are_gathered_together_train_as_one_process_does(
+    ranks: Ranks, config: TrainConfig, tmp_path: Path, mixers: tuple[MixerConfig, ...]
+) -> None:
+    """Seven layers are four units: in parts of a batch, from a state, around evaluations, looks and a checkpoint."""
+    config = replace(
+        config, depth=7, sampling="tbptt", schedule="constant", grad_accum=2, stats_every=2, eval_every=3, seq_len=16
+    )
+    start(replace(config, out=tmp_path / "one", grad_accum=4), mixers)
+    finish(ranks.run(start, replace(config, parallel="fsdp", steps=3), mixers))
+    finish(ranks.run(goes_on, replace(config, parallel="fsdp", steps=5)))
+    assert goes_on(replace(config, parallel="none"))[0] == 0
+    (found, heldout), (wanted, one) = both(config.out), both(tmp_path / "one")
+    assert found == pytest.approx(wanted, rel=1e-4)
+    assert heldout["nats_per_token"] == pytest.approx(one["nats_per_token"], rel=1e-4)
+
+
+def test_shards_that_cannot_be_compiled_train_as_plain_ones(ranks: Ranks, config: TrainConfig, tmp_path: Path) -> None:
+    """A pass that ends within a unit leaves nothing behind."""
+    config = replace(config, parallel="fsdp", depth=6)
+    finish(ranks.run(start, replace(config, out=tmp_path / "plain")))
+    outputs = finish(ranks.run(without_compiler, config))
+    assert "not compiled, so slower: torch.compile fails here (RuntimeError: no C compiler found)" in outputs[0]
+    assert both(config.out) == both(tmp_path / "plain")
 
 
 @pytest.mark.gpu
