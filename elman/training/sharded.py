@@ -76,13 +76,17 @@ class Shards(Whole):
                 self._following.append((together[0], following))
         # Else the last evaluation's would stay gathered, and the next step run by them.
         fully_shard(model, mesh=mesh, reshard_after_forward=True)
+        #: Whether ranks share what a backward pass finds; to set it PyTorch walks over the whole model.
+        self._reduces = True
         self.room = self._room
         self._unshared = {name for name, tensor in model.state_dict().items() if not isinstance(tensor, DTensor)}
 
     def part(self, last: bool) -> AbstractContextManager[None]:
-        assert isinstance(self.model, FSDPModule)
         # Even where silent: gradients that wait to be shared are not let go of by the optimiser.
-        self.model.set_requires_gradient_sync(last)
+        if last != self._reduces:
+            assert isinstance(self.model, FSDPModule)
+            self.model.set_requires_gradient_sync(last)
+            self._reduces = last
         return nullcontext()
 
     def compile(self, wrap: Wrap) -> None:
