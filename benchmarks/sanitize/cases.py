@@ -219,7 +219,7 @@ class _Sizes:
 _SIZES = {
     "wide, own tiles": _Sizes(72, (456, 42 * 1024), 328, 136, blocks=3, in_shared=(456, 8)),
     "wide, shared tiles": _Sizes(200, (840, 42 * 1024), 328, 392, blocks=4, in_shared=(1096, 8)),
-    "split over 2": _Sizes(200, (456, 36 * 1024), 328, 392, blocks=5, in_shared=(1096, 6), fewer=(1416, 110 * 1024)),
+    "split over 2": _Sizes(200, (456, 36 * 1024), 328, 392, blocks=5, in_shared=(1096, 6), fewer=(1416, 102 * 1024)),
     "split over 4": _Sizes(400, (584, 34 * 1024), 584, 776, blocks=8),
 }
 

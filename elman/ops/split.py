@@ -45,6 +45,7 @@ class SplitPlan:
         slots: chunks of the state in the ring of a CTA; where there is room, those of two tiles. Never those of one:
             then the next tile could not come before this one is done with.
         cluster: CTAs that split the depth, and own 128 hidden units together.
+        rooms: for the parts of sums, each of a tile.
         columns: CTAs of a group, which share its batch rows.
         groups: of batch rows of every head, independent of each other.
         tiles: of a group, one after another in every step.
@@ -56,6 +57,7 @@ class SplitPlan:
     blocks: int
     slots: int
     cluster: int
+    rooms: int
     columns: int
     groups: int
     tiles: int
@@ -67,7 +69,7 @@ class SplitPlan:
 
     def kernel(self, task: Task, number: str) -> str:
         """Its C++ name, for the number type of this name."""
-        shape = (self.register_chunks, self.shared_chunks, self.blocks, self.slots, self.cluster)
+        shape = (self.register_chunks, self.shared_chunks, self.blocks, self.slots, self.cluster, self.rooms)
         return f"split_{task.direction}<{number}, {task.cell.functor}, {', '.join(map(str, shape))}>"
 
     def ring_bytes(self, task: Task, hidden: int, heads: int) -> int:
@@ -100,7 +102,10 @@ class SplitPlan:
         return 1.35 * counted + (2500 if self.blocks >= _LARGE else 0)
 
     def microseconds(self, task: Task) -> float:
-        """About how long a step takes on an H200: within 12% of sixteen plans that ``benchmarks.split`` has timed."""
+        """About how long a step takes on an H200.
+
+        Within 12% of sixteen plans that ``benchmarks.split`` has timed, with two rooms for sums and more waits.
+        """
         return (
             max(self.chain_clocks(), self.tiles * (1300 + 0.89 * self.shared_memory_clocks())) / CLOCKS_PER_MICROSECOND
         )
@@ -155,4 +160,4 @@ def _fit(
     if slots < min(2 * chunks, _MIN_SLOTS):
         return None
     shared += rooms * room_bytes + slots * (chunk_bytes(blocks) + 16)
-    return SplitPlan(in_registers, in_shared, blocks, slots, cluster, columns, groups, tiles, shared)
+    return SplitPlan(in_registers, in_shared, blocks, slots, cluster, rooms, columns, groups, tiles, shared)

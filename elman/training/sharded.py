@@ -34,7 +34,7 @@ from elman.training.parallel import Room, Whole, Wrap
 _MARK = "in the shards: "
 
 #: Bytes of a unit's whole weights, but for what a layer more or less makes of them; and units that there are at least.
-_UNIT_BYTES, _FEWEST_UNITS = 1 << 27, 4
+_UNIT_BYTES, _FEWEST_UNITS = 125_000_000, 4
 
 
 def units(sizes: Sequence[int]) -> list[range]:

@@ -130,6 +130,7 @@ class HopperLaunch(NamedTuple):
     blocks: int
     slots: int
     split: int
+    rooms: int = 2
 
     @property
     def chunks(self) -> int:
@@ -203,6 +204,7 @@ def test_every_design_of_the_split_kernels_is_there(recorded: record.Recorder) -
         for what in (*whats, f"uneven {owners % cluster > 0}", f"in shared {one.in_shared > 0} {given_back}"):
             seen[one.name, cluster, what] += 1
         seen[one.name, cluster, f"fewer slots than chunks {one.slots < one.chunks}"] += 1
+        seen[one.name, cluster, f"rooms {one.rooms}"] += 1
         seen[one.name, cluster, f"groups {launch.grid[0] // (owners * cluster * (pitch // hidden))}"] += 1
     assert_has_all_problems(seen, "split", (2, 4))
     for name in ("split_forward", "split_backward"):
@@ -211,6 +213,7 @@ def test_every_design_of_the_split_kernels_is_there(recorded: record.Recorder) -
                 assert seen[name, cluster, what], (name, cluster, what)
         # Over 2, cells have no registers for tiles of 8 blocks; over 4, weights in shared memory take 68 CTAs.
         assert seen[name, 4, "blocks 8"]
+        assert seen[name, 4, "rooms 1"]
         for what in ("blocks 5", "in shared True False", "in shared True True", "fewer slots than chunks True"):
             assert seen[name, 2, what], (name, what)
 

@@ -194,6 +194,7 @@ class HopperCase:
     multiprocessors: int = 4
     slots: int | None = None
     shared_chunks: int = 0
+    rooms: int | None = None
     cell: str = "tanh"
     dtype: torch.dtype = torch.bfloat16
     with_h0: bool = True
@@ -207,6 +208,8 @@ class HopperCase:
         chip = replace(TYPICAL_CHIPS["sm_90a"], multiprocessors=self.multiprocessors)
         plan = best_plan(self.design, self.blocks, chip, self.batch, self.hidden, task)
         assert isinstance(plan, WidePlan | SplitPlan)
+        if self.rooms and isinstance(plan, SplitPlan):
+            plan = replace(plan, rooms=self.rooms)
         return replace(
             plan,
             slots=self.slots or plan.slots,
@@ -243,7 +246,10 @@ HOPPER_CASES = {
     ),
     "split over 4": HopperCase(3, 19, 392, "split over 4", multiprocessors=20),
     "split over 4, large tiles": HopperCase(2, 67, 392, "split over 4", 8, multiprocessors=20),
-    "split over 4, one room": HopperCase(2, 99, 392, "split over 4", 6, multiprocessors=20, slots=15),
+    "split over 2, one room": HopperCase(4, 61, 256, "split over 2", 3, rooms=1),
+    "split over 2, one room, slots given back": HopperCase(
+        3, 35, 392, "split over 2", 3, multiprocessors=8, slots=3, rooms=1
+    ),
 }
 
 
@@ -268,8 +274,8 @@ def test_products_by_wgmma_err_no_more_than_the_reference(
 
 def test_the_hopper_cases_are_what_their_names_say() -> None:
     plans = {name: case.plan(Task("backward", persistent.CELLS[case.cell])) for name, case in HOPPER_CASES.items()}
-    assert [plan.tiles for plan in plans.values()] == [2, 3, 3, 2, 2, 1, 3, 1, 2, 2, 2, 2, 2, 2, 3]
-    assert [plan.groups for plan in plans.values()] == [1, 1, 1, 1, 1, 1, 1, 2, 1, 1, 1, 1, 1, 1, 1]
+    assert [plan.tiles for plan in plans.values()] == [2, 3, 3, 2, 2, 1, 3, 1, 2, 2, 2, 2, 2, 2, 3, 2]
+    assert [plan.groups for plan in plans.values()] == [1, 1, 1, 1, 1, 1, 1, 2, 1, 1, 1, 1, 1, 1, 1, 1]
     for name, plan in plans.items():
         assert (plan.slots % (plan.register_chunks + plan.shared_chunks) > 0) == ("slots" in name)
     assert {case.design for case in HOPPER_CASES.values()} == {*WIDE, *SPLIT}
@@ -287,6 +293,7 @@ def test_the_order_of_threads_changes_no_bit_of_a_split_sum(monkeypatch: pytest.
     ("name", "file", "right", "wrong"),
     [
         ("three", "split.cuh", "wide::suspect(sum)", "false"),
+        ("three", "wide_products.cuh", "return __ballot_sync(~0u, missing);", "return 0;"),
         ("back", "split.cuh", "if (S::kRelease) wait_for_four", "if (false) wait_for_four"),
         ("large", "split.cuh", "mbarrier_wait<kSpinLimit>(read + room", "(void)(read + room"),
         ("three", "split.cuh", "from < S::kCluster;", "from < S::kCluster - 1;"),

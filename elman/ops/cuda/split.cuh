@@ -10,8 +10,8 @@
 // behind the other's product. The warp groups take turns at the tensor cores, and nobody waits for both: while one sends
 // its sums, the other multiplies.
 //
-// A CTA has rooms for the parts of two tiles, or for those of one where that makes room for slots of the state. Whoever
-// has read one tells the senders, who wait for that before they use it again.
+// A CTA has rooms for the parts of two tiles, or for those of one: of large ones, and where that makes room for slots of
+// the state. Whoever has read one tells the senders, who wait for that before they use it again.
 //
 // Roles of the 16 warps: 0-7 products, 8-11 cells, 12 and 13 loaders, 14 wipes.
 #pragma once
@@ -36,7 +36,8 @@ using wide::Problem;
 constexpr int kThreads = 4 * kGroupThreads;
 constexpr int kClusterUnits = kGroups * kRows, kCellWarps = 4, kProductWarps = kGroups * kGroupWarps;
 
-template <typename Cell, bool kBackward, int kRegisterChunks, int kSharedChunks, int kBlocks, int kSlots, int kCluster_>
+template <typename Cell, bool kBackward, int kRegisterChunks, int kSharedChunks, int kBlocks, int kSlots, int kCluster_,
+          int kRooms_>
 struct Shape : wide::Depth<kBackward, kRegisterChunks, kSharedChunks, kBlocks, kSlots, kCluster_> {
   using Base = wide::Depth<kBackward, kRegisterChunks, kSharedChunks, kBlocks, kSlots, kCluster_>;
   static constexpr int kCluster = kCluster_, kColumns = kClusterUnits / kCluster;
@@ -63,22 +64,16 @@ struct Shape : wide::Depth<kBackward, kRegisterChunks, kSharedChunks, kBlocks, k
   static constexpr int kWeightOffset = kSlots * Base::kChunkBytes;
   static constexpr int kPartOffset = kWeightOffset + kGroups * Base::kGroupWeightBytes;
   static constexpr int kRoomBytes = kProductWarps * kPartBytes;  // of the units a CTA owns, from the whole cluster
-  static constexpr int kStagesBytes = kCellWarps * kStages * kStageBytes;
-  // Two rooms where there is space, with their barriers, beside everything else.
-  static constexpr int kRoomAndBarriers = kRoomBytes + 8 * (1 + kCluster);
-  static constexpr int kOtherBytes =
-      kPartOffset + kStagesBytes + kEmptyBytes + kSlots * 16 + (kProductWarps + kGroupWarps) * 4 + 16;
-  static constexpr int kRooms = kAhead && kOtherBytes + 2 * kRoomAndBarriers <= 227 * 1024 ? 2 : 1;
+  static constexpr int kRooms = kRooms_;
   static constexpr int kStageOffset = kPartOffset + kRooms * kRoomBytes;
-  static constexpr int kEmptyOffset = kStageOffset + kStagesBytes;
+  static constexpr int kEmptyOffset = kStageOffset + kCellWarps * kStages * kStageBytes;
   static constexpr int kBarrierOffset = kEmptyOffset + kEmptyBytes;
   // The last turn that each warp has multiplied in, of both groups; that each of the first has done with.
   static constexpr int kMultiplied = kBarrierOffset + kSlots * 16, kDone = kMultiplied + kProductWarps * 4;
   static constexpr int kPartsFull = kDone + kGroupWarps * 4;       // one a room
   static constexpr int kPartsRead = kPartsFull + kRooms * 8;       // one a room and CTA that is sent to
   static constexpr int kSeen = kPartsRead + kRooms * kCluster * 8;  // what a loader tells the warp that wipes, and back
-  static constexpr int kSharedBytes = kOtherBytes + kRooms * kRoomAndBarriers;
-  static_assert(kSharedBytes == kSeen + 16 && kSharedBytes <= 227 * 1024, "fits");
+  static constexpr int kSharedBytes = kSeen + 16;
   // Registers of a thread that multiplies, that applies the cell, and of the others; 512 threads share 65536.
   static constexpr int kProductRegisters = kCellBlocks > 4 ? 184 : 192, kOtherRegisters = 24;
   static constexpr int kCellRegisters = 512 - 2 * kProductRegisters - kOtherRegisters;
@@ -244,17 +239,19 @@ __device__ __forceinline__ void run(const Problem<T>& p) {
 
 }  // namespace split
 
-template <typename T, typename Cell, int kRegisterChunks, int kSharedChunks, int kBlocks, int kSlots, int kCluster>
+template <typename T, typename Cell, int kRegisterChunks, int kSharedChunks, int kBlocks, int kSlots, int kCluster,
+          int kRooms>
 __global__ void __launch_bounds__(split::kThreads, 1)
     split_forward(const T* pre, const T* weight, const T*, const T* h0, const T*, const u8* reset, T* h, T* saved, T*,
                   T*, char* ring, int steps, int batch, int hidden, int pitch, int tiles) {
   wide::Problem<T> p{};
   p.input = pre, p.weight = weight, p.initial = h0, p.reset = reset, p.output = h, p.saved = saved;
   p.ring = ring, p.steps = steps, p.batch = batch, p.hidden = hidden, p.pitch = pitch, p.tiles = tiles;
-  split::run<split::Shape<Cell, false, kRegisterChunks, kSharedChunks, kBlocks, kSlots, kCluster>, Cell>(p);
+  split::run<split::Shape<Cell, false, kRegisterChunks, kSharedChunks, kBlocks, kSlots, kCluster, kRooms>, Cell>(p);
 }
 
-template <typename T, typename Cell, int kRegisterChunks, int kSharedChunks, int kBlocks, int kSlots, int kCluster>
+template <typename T, typename Cell, int kRegisterChunks, int kSharedChunks, int kBlocks, int kSlots, int kCluster,
+          int kRooms>
 __global__ void __launch_bounds__(split::kThreads, 1)
     split_backward(const T* dh, const T* weight, const T* dh_last, T*, const u8* reset, T* saved, const T*, T*, T* dpre,
                    T*, T* dh0, T*, char* ring, int steps, int batch, int hidden, int pitch, int tiles) {
@@ -262,5 +259,5 @@ __global__ void __launch_bounds__(split::kThreads, 1)
   p.input = dh, p.weight = weight, p.last_gradient = dh_last, p.reset = reset, p.output = dpre, p.saved = saved;
   p.initial_gradient = dh0;
   p.ring = ring, p.steps = steps, p.batch = batch, p.hidden = hidden, p.pitch = pitch, p.tiles = tiles;
-  split::run<split::Shape<Cell, true, kRegisterChunks, kSharedChunks, kBlocks, kSlots, kCluster>, Cell>(p);
+  split::run<split::Shape<Cell, true, kRegisterChunks, kSharedChunks, kBlocks, kSlots, kCluster, kRooms>, Cell>(p);
 }

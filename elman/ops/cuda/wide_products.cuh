@@ -52,9 +52,9 @@ __device__ __forceinline__ u32 missing_chunks(const Slots<S>& slots, u32 phase, 
   return __ballot_sync(~0u, missing);
 }
 
-// Begins the sums of a tile, which `multiplied` waits for: 64 x kTileRows, over the chunks of a member. kAgain: of the state as it is once all of it has
-// come; where slots have been given back, each chunk is fetched anew, into the last slot. The order of the sums is the
-// same, so the bits are.
+// Begins the sums of a tile, which `multiplied` waits for: 64 x kTileRows, over the chunks of a member. kAgain: of the
+// state as it is once all of it has come; where slots have been given back, each chunk is fetched anew, into the last
+// slot. The order of the sums is the same, so the bits are.
 //
 // Weights in registers and in shared memory take turns, because a wgmma holds its warp until it has read its registers:
 // by themselves they would leave the tensor cores idle between two chunks.
@@ -77,7 +77,7 @@ __device__ __forceinline__ void multiply(float (&sum)[S::kBlocks * 4],
   for (int n = 0; n < S::kChunks; ++n)
     if (S::kStride == 1 || n < S::kChunks - 1 || n < all) {
       if constexpr (!kAgain && S::kFixed)
-        if ((n == 0 || n == S::kChunks / 2) && missing) missing = missing_chunks(slots, phase, all);
+        if (n == 0 || n == S::kChunks / 2) missing = missing_chunks(slots, phase, all);
       const Place<S> place(phase, n, all);
       const u32 slot = data + (kFetch ? last_slot : place.slot) * S::kChunkBytes;
       if constexpr (kFetch)
