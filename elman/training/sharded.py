@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import functools
 import math
-import os
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
@@ -35,7 +34,7 @@ from elman.training.parallel import Room, Whole, Wrap
 _MARK = "in the shards: "
 
 #: Bytes of a unit's whole weights, but for what a layer more or less makes of them; and units that there are at least.
-_UNIT_BYTES, _FEWEST_UNITS = 1_000_000 * int(os.environ.get("ELMAN_UNIT_MB", "125")), 4
+_UNIT_BYTES, _FEWEST_UNITS = 125_000_000, 4
 
 
 def units(sizes: Sequence[int]) -> list[range]:

@@ -38,9 +38,8 @@ constexpr int kClusterUnits = kGroups * kRows, kCellWarps = 4, kProductWarps = k
 
 template <typename Cell, bool kBackward, int kRegisterChunks, int kSharedChunks, int kBlocks, int kSlots, int kCluster_,
           int kRooms_>
-struct Shape : wide::Depth<kBackward, kRegisterChunks, kSharedChunks, kBlocks, kSlots, kCluster_>, wide::Code<kRooms_> {
+struct Shape : wide::Depth<kBackward, kRegisterChunks, kSharedChunks, kBlocks, kSlots, kCluster_> {
   using Base = wide::Depth<kBackward, kRegisterChunks, kSharedChunks, kBlocks, kSlots, kCluster_>;
-  static constexpr int kPublishedMark = 5;
   static constexpr int kCluster = kCluster_, kColumns = kClusterUnits / kCluster;
   static constexpr int kPeerStep = kCluster;  // CTAs that publish a chunk
   static constexpr int kOwnWarps = kColumns / kWarpRows;  // product warps whose sums a CTA keeps, 16 units each
@@ -65,7 +64,7 @@ struct Shape : wide::Depth<kBackward, kRegisterChunks, kSharedChunks, kBlocks, k
   static constexpr int kWeightOffset = kSlots * Base::kChunkBytes;
   static constexpr int kPartOffset = kWeightOffset + kGroups * Base::kGroupWeightBytes;
   static constexpr int kRoomBytes = kProductWarps * kPartBytes;  // of the units a CTA owns, from the whole cluster
-  static constexpr int kRooms = kRooms_ % 10;
+  static constexpr int kRooms = kRooms_;
   static constexpr int kStageOffset = kPartOffset + kRooms * kRoomBytes;
   static constexpr int kEmptyOffset = kStageOffset + kCellWarps * kStages * kStageBytes;
   static constexpr int kBarrierOffset = kEmptyOffset + kEmptyBytes;
@@ -107,20 +106,16 @@ __device__ __forceinline__ void run_products(const Problem<T>& p, const wide::Ri
       const u32 phase = uniform(turn);  // else slots are addressed by each thread anew
       float sum[S::kBlocks * 4];
       const char* state = ring.at(step, tile);
-      wide::mark<S>(p, step, tile, 0);
-      if (!S::kNoTurns && (group == 1 || phase > 0)) barrier_sync(wide::kTurn + group, kGroups * kGroupThreads);
-      const bool passes = !S::kNoTurns && (group == 0 || tile + 1 < part.tiles || step + 1 < products);
-      wide::mark<S>(p, step, tile, 1);
-      u32 seen[2] = {};
-      wide::multiply<S, T, false>(sum, weights, shared_weights, slots, state, phase, all, rank, group, passes, seen);
+      if (group == 1 || phase > 0) barrier_sync(wide::kTurn + group, kGroups * kGroupThreads);
+      const bool passes = group == 0 || tile + 1 < part.tiles || step + 1 < products;
+      wide::multiply<S, T, false>(sum, weights, shared_weights, slots, state, phase, all, rank, group, passes);
       // Meanwhile, of a tile before: its sums do not depend on this one.
       const u32 room = phase % S::kRooms, sums = to + room * S::kRoomBytes, parts_full = full + room * 8;
       mbarrier_wait<kSpinLimit>(read + room * (S::kCluster * 8), (phase / S::kRooms & 1) ^ 1);
       wide::multiplied(sum);
-      wide::mark<S>(p, step, tile, 2, seen[0]), wide::mark<S>(p, step, tile, 3, seen[1]), wide::mark<S>(p, step, tile, 4);
       if (S::kRelease && lane == 0) store_shared4(multiplied + warp * 4, phase + 1);
       // All warps of the group have done with the state when it is sent that one has: see wide::wipe.
-      if (!S::kNoVote && __builtin_expect(any_of(wide::kVote + group, kGroupThreads, wide::suspect(sum)), 0)) {
+      if (__builtin_expect(any_of(wide::kVote + group, kGroupThreads, wide::suspect(sum)), 0)) {
         // The last slot is then this group's alone: the other one does not multiply by what is there, and the second
         // waits for the first, which may want it too.
         if (S::kRelease) wait_for_four<kSpinLimit>(group == 0 ? multiplied + kGroupWarps * 4 : done, phase + 1);
@@ -129,7 +124,6 @@ __device__ __forceinline__ void run_products(const Problem<T>& p, const wide::Ri
       }
       if (S::kRelease && group == 0 && lane == 0) store_shared4(done + warp * 4, phase + 1);
       wide::release_tile(slots, phase, all);
-      wide::mark<S>(p, step, tile, 5);
       auto words = [&](int block) -> Words4 {
         return {__float_as_uint(sum[block * 4]), __float_as_uint(sum[block * 4 + 1]),
                 __float_as_uint(sum[block * 4 + 2]), __float_as_uint(sum[block * 4 + 3])};
@@ -145,7 +139,6 @@ __device__ __forceinline__ void run_products(const Problem<T>& p, const wide::Ri
         for (int block = 0; block < S::kBlocks; ++block) push(theirs + block * 512, words(block), counted);
       }
       __syncwarp();
-      wide::mark<S>(p, step, tile, 6);
     }
 }
 
@@ -174,14 +167,11 @@ __device__ __forceinline__ void run_cells(const Problem<T>& p, const wide::Ring<
         else
           cells.fetch(step + 1, 0);
       };
-      wide::mark<S>(p, step, tile, 0);
       typename wide::Cells<S, Cell, T>::Given given;
       cells.take(given);
       if (S::kAhead) fetch_next();
       cells.prepare(step, tile, given);
-      wide::mark<S>(p, step, tile, 1);
       mbarrier_wait<kSpinLimit>(full, phase / S::kRooms & 1);
-      wide::mark<S>(p, step, tile, 2);
       float mine[S::kCellBlocks * 4] = {};
 #pragma unroll
       for (int from = 0; from < S::kCluster; ++from)
@@ -195,11 +185,8 @@ __device__ __forceinline__ void run_cells(const Problem<T>& p, const wide::Ring<
 #pragma unroll
       for (int i = 0; i < S::kCellBlocks * 4; ++i) loaded = max(loaded, __float_as_uint(mine[i]));
       __syncwarp();
-      wide::mark<S>(p, step, tile, 3);
       if (lane < S::kCluster) mbarrier_arrive_peer(peer_address(read, lane), loaded);
-      wide::mark<S>(p, step, tile, 4);
       cells.finish(step, tile, products, given, mine);
-      wide::mark<S>(p, step, tile, 6);
       __syncwarp();
       if (!S::kAhead) fetch_next();
     }
@@ -242,7 +229,7 @@ __device__ __forceinline__ void run(const Problem<T>& p) {
     give_registers<S::kOtherRegisters>();
     const int loader = warp - kProductWarps - kCellWarps;
     if (loader < wide::kLoaders)
-      wide::run_loader<S>(p, ring, shared, part, rank, 0, loader, all, products);
+      wide::run_loader<S>(ring, shared, part, rank, 0, loader, all, products);
     else if (loader == wide::kLoaders)
       wide::run_wiper<S>(ring, shared, part, products);
   }
@@ -255,10 +242,10 @@ __device__ __forceinline__ void run(const Problem<T>& p) {
 template <typename T, typename Cell, int kRegisterChunks, int kSharedChunks, int kBlocks, int kSlots, int kCluster,
           int kRooms>
 __global__ void __launch_bounds__(split::kThreads, 1)
-    split_forward(const T* pre, const T* weight, const T* trace, const T* h0, const T*, const u8* reset, T* h, T* saved, T*,
+    split_forward(const T* pre, const T* weight, const T*, const T* h0, const T*, const u8* reset, T* h, T* saved, T*,
                   T*, char* ring, int steps, int batch, int hidden, int pitch, int tiles) {
   wide::Problem<T> p{};
-  p.bias = trace, p.input = pre, p.weight = weight, p.initial = h0, p.reset = reset, p.output = h, p.saved = saved;
+  p.input = pre, p.weight = weight, p.initial = h0, p.reset = reset, p.output = h, p.saved = saved;
   p.ring = ring, p.steps = steps, p.batch = batch, p.hidden = hidden, p.pitch = pitch, p.tiles = tiles;
   split::run<split::Shape<Cell, false, kRegisterChunks, kSharedChunks, kBlocks, kSlots, kCluster, kRooms>, Cell>(p);
 }

@@ -47,7 +47,6 @@ __device__ __forceinline__ void run_products(const Problem<T>& p, const Ring<S>&
   for (int step = 0; step < products; ++step)
     for (int tile = first_tile; tile < part.tiles; tile += S::kTileGroups, ++phase) {
       // All that does not depend on the sums happens before them.
-      mark<S>(p, step, tile, 0);
       typename Cells<S, Cell, T>::Given given;
       cells.take(given);
       if (tile + S::kTileGroups < part.tiles)
@@ -59,8 +58,6 @@ __device__ __forceinline__ void run_products(const Problem<T>& p, const Ring<S>&
       // The warp groups take turns: two products at a time would take twice as long each, and then both would wait.
       if (S::kSplit == 1 && (tile > 0 || (step > 0 && part.tiles % 2 == 0)))
         barrier_sync(kTurn + group, kGroups * kGroupThreads);
-      mark<S>(p, step, tile, 1);
-      u32 seen[2] = {};
       float sum[S::kBlocks * 4];
       float mine[S::kCellBlocks * 4];
       const u32 swap = shared_address(shared) + S::kSwapOffset + (phase & 1) * (S::kSwapBytes / 2) +
@@ -70,10 +67,6 @@ __device__ __forceinline__ void run_products(const Problem<T>& p, const Ring<S>&
       // What this warp group goes on with; whether any of its sums, or of the other's, is a NaN.
       auto share = [&]() {
         const bool missing = suspect(sum);
-        if (S::kNoVote && S::kSplit == 1) {
-          for (int i = 0; i < S::kCellBlocks * 4; ++i) mine[i] = sum[i];
-          return false;
-        }
         if constexpr (S::kSplit == 1) {
 #pragma unroll
           for (int i = 0; i < S::kCellBlocks * 4; ++i) mine[i] = sum[i];
@@ -95,9 +88,8 @@ __device__ __forceinline__ void run_products(const Problem<T>& p, const Ring<S>&
         }
       };
       multiply<S, T, false>(sum, weights, shared_weights, slots, ring.at(step, tile), phase, all, member, group,
-                            passes, seen);
+                            passes);
       multiplied(sum);
-      mark<S>(p, step, tile, 2, seen[0]), mark<S>(p, step, tile, 3, seen[1]), mark<S>(p, step, tile, 4);
       if (__builtin_expect(share(), 0)) {
         multiply<S, T, true>(sum, weights, shared_weights, slots, ring.at(step, tile), phase, all, member, group,
                              false);
@@ -105,7 +97,6 @@ __device__ __forceinline__ void run_products(const Problem<T>& p, const Ring<S>&
         share();
       }
       release_tile(slots, phase, all);
-      mark<S>(p, step, tile, 5);
       if constexpr (S::kSplit == 2) {
 #pragma unroll
         for (int block = 0; block < S::kCellBlocks; ++block) {
@@ -115,7 +106,6 @@ __device__ __forceinline__ void run_products(const Problem<T>& p, const Ring<S>&
         }
       }
       cells.finish(step, tile, products, given, mine);
-      mark<S>(p, step, tile, 7);
     }
 }
 
@@ -142,7 +132,7 @@ __device__ __forceinline__ void run(const Problem<T>& p) {
     give_registers<S::kOtherRegisters>();
     const int warp = uniform(threadIdx.x / 32) - kGroups * kGroupWarps, group = warp / kLoaders;
     const int member = S::kSplit == 2 ? group : 0;
-    run_loader<S>(p, ring, shared, part, member, group, warp % kLoaders, S::chunks_of(chunks, member), products);
+    run_loader<S>(ring, shared, part, member, group, warp % kLoaders, S::chunks_of(chunks, member), products);
   }
 }
 
@@ -150,10 +140,10 @@ __device__ __forceinline__ void run(const Problem<T>& p) {
 
 template <typename T, typename Cell, int kRegisterChunks, int kSharedChunks, int kBlocks, int kSlots, int kSplit>
 __global__ void __launch_bounds__(wide::kThreads, 1)
-    wide_forward(const T* pre, const T* weight, const T* trace, const T* h0, const T*, const u8* reset, T* h, T* saved, T*,
+    wide_forward(const T* pre, const T* weight, const T*, const T* h0, const T*, const u8* reset, T* h, T* saved, T*,
                  T*, char* ring, int steps, int batch, int hidden, int pitch, int tiles) {
   wide::Problem<T> p{};
-  p.bias = trace, p.input = pre, p.weight = weight, p.initial = h0, p.reset = reset, p.output = h, p.saved = saved;
+  p.input = pre, p.weight = weight, p.initial = h0, p.reset = reset, p.output = h, p.saved = saved;
   p.ring = ring, p.steps = steps, p.batch = batch, p.hidden = hidden, p.pitch = pitch, p.tiles = tiles;
   wide::run<wide::Shape<Cell, false, kRegisterChunks, kSharedChunks, kBlocks, kSlots, kSplit>, Cell>(p);
 }

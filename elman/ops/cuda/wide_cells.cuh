@@ -214,7 +214,6 @@ struct Cells {
       for (int i = 0; i < kWords; ++i) words[i] = published[i] & given.kept[i / 2];
       publish(step + 1, tile, words);
     }
-    mark<S>(p, step, tile, S::kPublishedMark);
     store(published, p.output, row, tile, 1, 0);
     if constexpr (!S::kBackward)
       if (p.saved) store(saved, p.saved, row, tile, 1, 0);

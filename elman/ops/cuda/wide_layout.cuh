@@ -7,33 +7,6 @@
 
 namespace wide {
 
-// To be timed: a code beside the last template number; see benchmarks/experiments/hopper_lab.py.
-template <int kNumber>
-struct Code {
-  static constexpr int kWaits = kNumber / 10 % 10;  // 0 a look at all chunks, 1 a look ahead, 2 neither
-  static constexpr bool kPollFirst = kNumber / 100 % 10 > 0, kNoTurns = kNumber / 1000 % 10 > 0;
-  static constexpr bool kTrace = kNumber / 10000 % 10 > 0, kNoVote = kNumber / 100000 % 10 > 0;
-};
-// The SM's clock at this place, of a few steps, into the unused bias: (CTA, step, tile, warp, event).
-template <typename S, typename P>
-__device__ __forceinline__ void mark(const P& p, int step, int tile, int event, u32 now = 0) {
-#ifdef __CUDA_ARCH__
-  if constexpr (S::kTrace) {
-    if ((threadIdx.x & 31) == 0 && p.bias && step >= 200 && step < 204 && tile < 4) {
-      if (now == 0) asm volatile("mov.u32 %0, %clock;" : "=r"(now)::"memory");
-      u32* to = reinterpret_cast<u32*>(const_cast<void*>(static_cast<const void*>(p.bias)));
-      to[(((blockIdx.x * 4 + step - 200) * 4 + tile) * 16 + threadIdx.x / 32) * 8 + event] = now;
-    }
-  }
-#endif
-}
-template <bool kOn>
-__device__ __forceinline__ void read_clock(u32& now) {
-#ifdef __CUDA_ARCH__
-  if constexpr (kOn) asm volatile("mov.u32 %0, %clock;" : "=r"(now)::"memory");
-#endif
-}
-
 using persistent::kBlockRows;
 using persistent::kSpinLimit;
 using persistent::Part;
@@ -86,10 +59,9 @@ struct Depth {
 
 // kSplit: among how many warp groups the depth of a tile is split.
 template <typename Cell, bool kBackward, int kRegisterChunks, int kSharedChunks, int kBlocks, int kSlots, int kSplit_>
-struct Shape : Depth<kBackward, kRegisterChunks, kSharedChunks, kBlocks, kSlots, kSplit_ % 10>, Code<kSplit_> {
-  using Base = Depth<kBackward, kRegisterChunks, kSharedChunks, kBlocks, kSlots, kSplit_ % 10>;
-  static constexpr int kPublishedMark = 6;
-  static constexpr int kSplit = kSplit_ % 10, kColumns = kRows;
+struct Shape : Depth<kBackward, kRegisterChunks, kSharedChunks, kBlocks, kSlots, kSplit_> {
+  using Base = Depth<kBackward, kRegisterChunks, kSharedChunks, kBlocks, kSlots, kSplit_>;
+  static constexpr int kSplit = kSplit_, kColumns = kRows;
   static constexpr int kPeerStep = 2;  // CTAs that publish a chunk
   static constexpr int kCellBlocks = kBlocks / kSplit, kCellRows = kCellBlocks * kBlockRows;
   static constexpr int kPass = Base::kChunks / 2;       // with its chunk of this number a warp group passes its turn on

@@ -62,7 +62,7 @@ template <typename S, typename T, bool kAgain>
 __device__ __forceinline__ void multiply(float (&sum)[S::kBlocks * 4],
                                          const u32 (&weights)[S::kRegisterChunks * kChunkSteps][4], u32 shared_weights,
                                          const Slots<S>& slots, const char* state, u32 phase, int all, int member,
-                                         int group, bool passes, u32* seen = nullptr) {
+                                         int group, bool passes) {
   constexpr u32 kHigh = matrix_high(kCoreBytes), kStepStride = 2 * S::kBlocks * kCoreBytes >> 4;
   constexpr bool kFetch = kAgain && S::kRelease;  // other slots are in use again
   u32 data = slots.data;
@@ -73,31 +73,21 @@ __device__ __forceinline__ void multiply(float (&sum)[S::kBlocks * 4],
     repair<S>(data + Place<S>(phase, 0, all).slot * S::kChunkBytes, state + S::chunk_of(0, member) * S::kChunkBytes,
               all * S::kChunkBytes, false, kVote + group);
   u32 missing = ~0u;
-  bool here = false;  // the next chunk
 #pragma unroll
   for (int n = 0; n < S::kChunks; ++n)
     if (S::kStride == 1 || n < S::kChunks - 1 || n < all) {
-      if constexpr (!kAgain && S::kFixed && S::kWaits == 0)
+      if constexpr (!kAgain && S::kFixed)
         if (n == 0 || n == S::kChunks / 2) missing = missing_chunks(slots, phase, all);
       const Place<S> place(phase, n, all);
       const u32 slot = data + (kFetch ? last_slot : place.slot) * S::kChunkBytes;
       if constexpr (kFetch)
         repair<S>(slot, state + S::chunk_of(n, member) * S::kChunkBytes, S::kChunkBytes, true, kVote + group);
-      else if (!kAgain && (S::kWaits == 1 ? !here : S::kWaits == 2 || missing >> n & 1))
+      else if (!kAgain && missing >> n & 1)
         mbarrier_wait<kSpinLimit>(slots.full + place.slot * 8, place.parity);
-      if (!kAgain && n == 0) read_clock<S::kTrace>(seen[0]);
-      if (!kAgain && n == S::kChunks - 1) read_clock<S::kTrace>(seen[1]);
       const u32 low = matrix_low(slot, S::kBlocks * kCoreBytes);
       wgmma_fence();
 #pragma unroll
       for (int s = 0; s < kChunkSteps; ++s) {
-        if (S::kWaits == 1 && !kAgain && s == kChunkSteps - 3) {
-          here = false;
-          if (n + 1 < S::kChunks) {
-            const Place<S> next(phase, n + 1, all);
-            here = mbarrier_passed(slots.full + next.slot * 8, next.parity);
-          }
-        }
         const int i = S::index(n * kChunkSteps + s);
         if (S::in_registers(n * kChunkSteps + s))
           Wgmma<T>::multiply(sum, weights[i % (S::kRegisterChunks * kChunkSteps)], low + s * kStepStride, kHigh,
@@ -167,8 +157,8 @@ __device__ __forceinline__ void run_wiper(const Ring<S>& ring, char* shared, con
 
 // Brings every other chunk of a ring's tiles, once the flags of the warps that publish it are up. No fence stands
 // between data and flag: now and then a word is later than its flag, see `multiply`.
-template <typename S, typename P>
-__device__ __forceinline__ void run_loader(const P& p, const Ring<S>& ring, char* shared, const Part& part, int member,
+template <typename S>
+__device__ __forceinline__ void run_loader(const Ring<S>& ring, char* shared, const Part& part, int member,
                                            int slots_of, int loader, int all, int products) {
   constexpr int kMost = (S::kChunks + kLoaders - 1) / kLoaders;
   constexpr int kLanes = S::kPeerStep * S::kFlagQuads;              // of a chunk: each looks after four warps
@@ -188,7 +178,6 @@ __device__ __forceinline__ void run_loader(const P& p, const Ring<S>& ring, char
     for (int tile = first_tile; tile < part.tiles; tile += S::kTileGroups, ++phase) {
       const char* from = ring.at(step, tile) + S::chunk_of(loader, member) * S::kChunkBytes;
       const char* flags = ring.flags + tile * ring.flag_bytes + flag;
-      mark<S>(p, step, tile, 0);
       auto poll = [&]() { return lane < mine * kLanes ? load_strong(flags) : Words4{}; };
       auto arm = [&](int n) {
         const Place<S> place(phase, loader + n * kLoaders, all);
@@ -196,16 +185,14 @@ __device__ __forceinline__ void run_loader(const P& p, const Ring<S>& ring, char
         mbarrier_wait<kSpinLimit>(empty, place.parity ^ 1);
         if (lane == 0) mbarrier_expect(slots.full + place.slot * 8, S::kChunkBytes);
       };
-      Words4 seen[kPolls];
-      if (S::kPollFirst) seen[0] = poll();
       if constexpr (S::kFixed)
 #pragma unroll
         for (int n = 0; n < kMost; ++n)
           if (n < mine) arm(n);
-      mark<S>(p, step, tile, 1);
       u32 missing = (1u << mine) - 1;  // a bit a chunk
+      Words4 seen[kPolls];
 #pragma unroll
-      for (int i = S::kPollFirst; i + 1 < kPolls; ++i) seen[i] = poll();
+      for (int i = 0; i + 1 < kPolls; ++i) seen[i] = poll();
       for (u32 polls = 0; missing; ++polls) {
         seen[kPolls - 1] = poll();
         const u32 votes =
@@ -218,7 +205,6 @@ __device__ __forceinline__ void run_loader(const P& p, const Ring<S>& ring, char
           if ((votes >> (n * kLanes) & kAll) == kAll) fresh |= 1u << n;
         }
         fresh &= missing;
-        if (fresh && missing == (1u << mine) - 1) mark<S>(p, step, tile, 2);
       // Slots that chunks of the same tile share are given to them in order.
 #pragma unroll
         for (int n = 0; n < kMost; ++n)
@@ -234,7 +220,6 @@ __device__ __forceinline__ void run_loader(const P& p, const Ring<S>& ring, char
         for (int i = 0; i + 1 < kPolls; ++i) seen[i] = seen[i + 1];
         if (polls > kSpinLimit) __trap();
       }
-      mark<S>(p, step, tile, 3);
       if constexpr (S::kWiper) {
         const u32 seen = shared_address(shared) + S::kSeen, wiped = seen + 8;
         if (wipes && phase > 0) mbarrier_wait<kSpinLimit>(wiped, (phase & 1) ^ 1);
