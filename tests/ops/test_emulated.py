@@ -293,7 +293,7 @@ def test_the_order_of_threads_changes_no_bit_of_a_split_sum(monkeypatch: pytest.
     ("name", "file", "right", "wrong"),
     [
         ("three", "split.cuh", "wide::suspect(sum)", "false"),
-        ("three", "wide_products.cuh", "return __ballot_sync(~0u, missing);", "return 0;"),
+        ("three", "wide_products.cuh", "return all_missing;", "return 0;"),
         ("back", "split.cuh", "if (S::kRelease) wait_for_four", "if (false) wait_for_four"),
         ("large", "split.cuh", "mbarrier_wait<kSpinLimit>(read + room", "(void)(read + room"),
         ("three", "split.cuh", "from < S::kCluster;", "from < S::kCluster - 1;"),

@@ -49,7 +49,9 @@ __device__ __forceinline__ u32 missing_chunks(const Slots<S>& slots, u32 phase, 
     const Place<S> place(phase, lane, all);
     missing = !mbarrier_passed(slots.full + place.slot * 8, place.parity);
   }
-  return __ballot_sync(~0u, missing);
+  const u32 all_missing = __ballot_sync(~0u, missing);
+  __syncwarp();  // what one lane has seen to be there is there for all
+  return all_missing;
 }
 
 // Begins the sums of a tile, which `multiplied` waits for: 64 x kTileRows, over the chunks of a member. kAgain: of the
